@@ -1,0 +1,88 @@
+"""Attention before 4.48, where each backend is a class of its own instead of a function to call."""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import PROJECTED, eager_attention
+from .numerics import rotate
+
+
+class AttendEagerly(nn.Module):
+    """What follows the rotation and the cache in an eager layer: fp32 scores, then the output projection."""
+
+    head_dim: int
+    attention_dropout: float
+    o_proj: nn.Module
+
+    def attend(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+        """Output (B, Q, H, D) and weights (B, H, Q, K)."""
+        return eager_attention(self, *args)
+
+    def project(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, with_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output (B, Q, hidden), and the weights if they are wanted, which only eager has."""
+        attend = AttendEagerly.attend if with_weights else type(self).attend
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, mask, self.head_dim**-0.5, dropout)
+        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights if with_weights else None
+
+
+class AttendThroughSdpa(AttendEagerly):
+    """The same through torch's fused kernel, which accumulates its scores in fp32 itself."""
+
+    def attend(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+        """Output (B, Q, H, D); a fused kernel keeps no weights."""
+        return sdpa_attention(*args), None
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    """torch's fused attention. query (B, H, Q, D), key and value (B, G, K, D); returns (B, Q, H, D) in their dtype.
+
+    A missing mask means causal, unless there is a single query; these releases hand over either none or an additive one.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if mask is not None:
+        mask = mask[..., : key.shape[-2]]
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # pytorch issue 112577
+    causal = mask is None and query.shape[2] > 1
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+    )
+    return output.transpose(1, 2)
+
+
+def rotate_pair(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rotate` behind the signature of stock's rotation, which before 4.45 is handed whole tables and the positions."""
+    if cos.dim() == 2:
+        cos, sin = cos[position_ids], sin[position_ids]
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+@functools.cache
+def with_exact_rotation(stock_forward: types.FunctionType) -> Callable[..., Any]:
+    """The stock function itself, reading `rotate_pair` wherever it names stock's rotation."""
+    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": rotate_pair}
+    code, defaults, closure = stock_forward.__code__, stock_forward.__defaults__, stock_forward.__closure__
+    return types.FunctionType(code, names, stock_forward.__name__, defaults, closure)
+
+
+class FlashAttention(nn.Module):
+    """Stock's flash attention, unpadding and windows included, with the rotation in fp32."""
+
+    stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
+    stock_names: ClassVar = {*PROJECTED, "_flash_attention_forward"}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class."""
+        return with_exact_rotation(super().forward.__func__)(self, *args, **kwargs)

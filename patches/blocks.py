@@ -1,0 +1,142 @@
+"""The parts of a Qwen2 that are fixed the same way in every transformers release.
+
+Each class here is laid over the stock class of the same role (`class Fixed(RMSNorm, stock.Qwen2RMSNorm)`), so that
+`super()` is the stock code and `isinstance` still sees a stock module.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import modeling_utils
+
+from .errors import HalfPrecisionScoresError
+from .numerics import grouped_attention, promote_residual, rms_norm, rotate
+
+#: transformers' table of attention implementations, by name. Releases before 4.48 have none.
+ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
+
+
+class RMSNorm(nn.Module):
+    """Normalises and multiplies by the gain in fp32 and rounds once. Stock rounds twice, and before the gain."""
+
+    stock_parameters: ClassVar = ("hidden_states",)
+    stock_names: ClassVar = {"weight", "variance_epsilon", "rsqrt"}
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's: what the next matmul takes.
+
+        The second parameter also keeps engines that replace norms by pattern (one tensor in, one out) from
+        swapping in one of their own, which would hand the fp32 residual on unrounded.
+        """
+        if self.weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
+            stock: Tensor = super().forward(hidden_states)
+            return stock if out_dtype is None else stock.to(out_dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, out_dtype or self.weight.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Carries the residual stream in fp32: the input is promoted once and every residual add follows by type promotion."""
+
+    stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids")
+    stock_names: ClassVar = {"residual", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states (B, S, hidden). Positional arguments keep their order: checkpointing up to 4.51 passes them so."""
+        return super().forward(promote_residual(hidden_states), *args, **kwargs)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine tables in fp32, whatever dtype the model has or is cast to (releases from 4.45)."""
+
+    stock_parameters: ClassVar = ("x", "position_ids")
+    stock_names: ClassVar = {"inv_freq", "attention_scaling", "config"}
+    config: Any
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids (B, S) to cos and sin (B, S, D) in fp32. Only the device of `x` matters."""
+        cos, sin = super().forward(x.float(), position_ids)
+        return cos, sin
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
+        """Follows `.to(device)` but not a cast: `model.half()` would round the frequencies and turn far positions wrong."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, *args, **kwargs)
+        for name, exact in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != exact.dtype:
+                self.rounded[name] = after
+                self._buffers[name] = exact.to(after.device)
+            elif name in self.rounded:
+                self.rounded[name] = fn(self.rounded[name])
+        return self
+
+    def adopt(self, stock: type[nn.Module]) -> None:
+        """Takes over from the class `stock`: frequencies that a cast has already rounded are computed anew and those kept aside."""
+        self.rounded: dict[str, Tensor] = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if buffer is not None and buffer.dtype != torch.float32 and buffer.device.type != "meta"
+        }
+        if self.rounded:
+            exact = stock(config=self.config)
+            for name, buffer in self.rounded.items():
+                self._buffers[name] = exact._buffers[name].float().to(buffer.device)
+
+    def release(self) -> None:
+        """Leaves the buffers as stock would have them by now."""
+        self._buffers.update(self.__dict__.pop("rounded"))
+
+
+#: Names that stock's attention uses if `rotated_projections` and what follows it can stand in for its own.
+PROJECTED = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
+
+
+def rotated_projections(attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, H, S, D), key and value (B, G, S, D) of `hidden_states` (B, S, hidden); query and key rotated in fp32.
+
+    Each is in the dtype its projection returns, rounded once after the rotation, as it goes into the cache.
+    """
+    heads_first = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    query = attention.q_proj(hidden_states).view(heads_first).transpose(1, 2)
+    key = attention.k_proj(hidden_states).view(heads_first).transpose(1, 2)
+    value = attention.v_proj(hidden_states).view(heads_first).transpose(1, 2)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """fp32 scores behind the signature of transformers' attention interface.
+
+    Returns the output (B, Q, H, D) and the weights (B, H, Q, K).
+    """
+    output, weights = grouped_attention(query, key, value, attention_mask, scaling, dropout)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def refuse_half_precision_scores(implementation: str | None) -> None:
+    """Raises HalfPrecisionScoresError for transformers' own paged eager attention, whose scores stay in float16."""
+    if implementation in ("paged|eager", "eager_paged"):
+        raise HalfPrecisionScoresError(
+            f"attention implementation {implementation!r} keeps its scores in float16, where they overflow and this fix "
+            "cannot reach them: use 'paged|sdpa' or a flash implementation for continuous batching."
+        )
+
+
+#: The stock class names and what is laid over each; a range module adds its attention.
+COMMON_PARTS: dict[str, type[nn.Module]] = {
+    "Qwen2RMSNorm": RMSNorm,
+    "Qwen2DecoderLayer": DecoderLayer,
+    "Qwen2RotaryEmbedding": RotaryEmbedding,
+}

@@ -1,0 +1,41 @@
+"""What can go wrong, each with a sentence that says what was found, what is supported and what to do.
+
+None of these derive from OSError, ValueError, TypeError or RuntimeError: transformers' `pipeline()` catches those four
+and goes on with the stock class, which would switch the fix off without a word.
+"""
+
+
+class Qwen2FP16FixError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class UnsupportedTransformersError(Qwen2FP16FixError):
+    """The installed transformers release is outside the version map, or its Qwen2 source has an unknown shape."""
+
+
+class NotQwen2Error(Qwen2FP16FixError):
+    """The object or folder holds no Qwen2 model."""
+
+
+class PatchConflictError(Qwen2FP16FixError):
+    """Another tool (Liger, Unsloth, a hand-written patch) has already replaced parts of the Qwen2 classes."""
+
+
+class MetaTensorError(Qwen2FP16FixError):
+    """The model has weights on the meta device and nothing that would load them."""
+
+
+class HalfPrecisionScoresError(Qwen2FP16FixError):
+    """The chosen attention implementation keeps its scores in float16, where the fix cannot reach them."""
+
+
+class RegistrationError(Qwen2FP16FixError):
+    """transformers did not take the fixed class: a look-up after registering still answers with another one."""
+
+
+class CheckpointError(Qwen2FP16FixError):
+    """A checkpoint folder is missing, empty, incomplete or unreadable."""
+
+
+class UntestedTransformersWarning(UserWarning):
+    """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""

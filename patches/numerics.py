@@ -1,0 +1,89 @@
+"""The arithmetic of the fix, as plain functions of tensors. Nothing here knows transformers.
+
+Notation in shapes: B batch, H query heads, G key heads (H is a multiple of G), Q queries, K keys, D head_dim.
+"""
+
+import torch
+from torch import Tensor
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is active for tensors on `device_type`, on any torch from 2.1."""
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4 and newer take the device
+        return torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def is_full_precision(hidden_states: Tensor) -> bool:
+    """Whether matmuls on this activation run in fp32 or wider, so that stock arithmetic is already safe.
+
+    fp32 activations under autocast do not count: autocast casts the operands of each matmul back to 16 bit.
+    """
+    return hidden_states.dtype in (torch.float32, torch.float64) and not autocast_is_on(hidden_states.device.type)
+
+
+def promote_residual(hidden_states: Tensor) -> Tensor:
+    """The residual stream in fp32 where it came in float16; any other dtype unchanged.
+
+    One promotion is enough: `fp32 residual + float16 block output` stays fp32 by PyTorch's type promotion.
+    """
+    return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states
+
+
+def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019, eq. 4), normalised and multiplied by the gain in fp32, rounded once.
+
+    hidden_states (..., hidden) and weight (hidden,), any float dtype; returns (..., hidden) in `out_dtype`.
+    """
+    hidden_states = hidden_states.float()
+    mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
+    return (weight.float() * (hidden_states * torch.rsqrt(mean_square + eps))).to(out_dtype)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, eq. 34, in the half-split layout), in fp32, rounded once.
+
+    states (B, heads, S, D); cos and sin (B or 1, S, D) in fp32. Returns the shape and dtype of `states`.
+    """
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    exact = states.float()
+    first, second = exact.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (exact * cos + turned * sin).to(states.dtype)
+
+
+def widen_mask(mask: Tensor, key_length: int) -> Tensor:
+    """An additive fp32 mask of exactly `key_length` columns.
+
+    mask (B or 1, heads or 1, Q, at least K): boolean, True where attention is allowed, or additive in any float dtype.
+    Masked means the dtype's minimum (or -inf). float16's minimum, -65504, hides nothing among scores of 1e5, so it becomes fp32's;
+    not -inf, which turns a row with every key masked into NaN. Releases 4.42 to 4.52 hand over one column too many.
+    """
+    mask = mask[..., :key_length]
+    lowest = torch.finfo(torch.float32).min
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, lowest)
+    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, lowest)
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with fp32 scores, one matmul per key head for all query heads that share it (Ainslie et al. 2023).
+
+    query (B, H, Q, D), key and value (B, G, K, D), of one dtype; mask as in `widen_mask`, or None to mask nothing.
+    Returns the output (B, H, Q, D) and the weights (B, H, Q, K), both in the dtype of `value`.
+    The product, the scale, the mask and the softmax are fp32, autocast or not; the weights are rounded for the product with `value`.
+    """
+    batch, heads, queries, head_dim = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
+    grouped = (batch, key_heads, heads // key_heads * queries)
+    with torch.autocast(device_type=query.device.type if query.device.type != "mps" else "cpu", enabled=False):
+        scores = (query.float() * scaling).reshape(*grouped, head_dim) @ key.float().transpose(2, 3)
+        scores = scores.view(batch, heads, queries, keys)
+        if mask is not None:
+            scores = scores + widen_mask(mask, keys)
+        weights = torch.softmax(scores, dim=-1).to(value.dtype)
+        weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
+        output = weights.reshape(*grouped, keys) @ value
+    return output.view(batch, heads, queries, head_dim), weights

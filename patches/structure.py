@@ -1,0 +1,60 @@
+"""Checks that the installed Qwen2 source has the shape a range module was written for, before anything is patched.
+
+A release number is a claim; this looks at the code. It reads parameter names and the names a function uses from the
+compiled functions, so it works without source files and does not mind comments, annotations or decorators.
+"""
+
+import inspect
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from .errors import PatchConflictError, UnsupportedTransformersError
+from .version_map import SUPPORTED
+
+
+def check_structure(stock: ModuleType, parts: Mapping[str, type], version: str) -> None:
+    """Checks every stock class that `parts` lays something over.
+
+    stock: transformers' modeling_qwen2. Each part says what it relies on: `stock_parameters`, the first parameters of
+    stock's forward by name, and `stock_names`, names its forward or constructor must use.
+    Raises PatchConflictError where another tool has replaced a class or its forward, and
+    UnsupportedTransformersError where the class is stock but has another shape.
+    """
+    for name, part in parts.items():
+        found = getattr(stock, name, None)
+        if not isinstance(found, type):
+            raise _unknown_shape(version, f"no class {name}", f"a class {name}")
+        _check_origin(stock, name, found)
+        parameters = tuple(inspect.signature(found.forward).parameters)[1:]  # type: ignore[attr-defined]
+        wanted: tuple[str, ...] = part.stock_parameters  # type: ignore[attr-defined]
+        if parameters[: len(wanted)] != wanted:
+            raise _unknown_shape(version, f"{name}.forward({', '.join(parameters)})", f"({', '.join(wanted)}, ...)")
+        missing = part.stock_names - _names_used(found.forward) - _names_used(found.__init__)  # type: ignore[attr-defined, misc]
+        if missing:
+            raise _unknown_shape(version, f"{name} without {', '.join(sorted(missing))}", "it to use them")
+
+
+def _check_origin(stock: ModuleType, name: str, found: type) -> None:
+    """Raises PatchConflictError unless the class and its forward were written by transformers."""
+    forward = inspect.unwrap(found.forward)  # type: ignore[attr-defined]
+    for thing in (found, forward):
+        origin = thing.__module__
+        if not origin.startswith("transformers."):
+            raise PatchConflictError(
+                f"{stock.__name__}.{name} has been replaced by {thing.__qualname__} of {origin}: the fix needs the stock "
+                "class, so switch the other tool off for Qwen2, or apply this one first."
+            )
+
+
+def _names_used(function: Any) -> set[str]:
+    """Globals and attributes a function refers to, beneath its decorators."""
+    code = inspect.unwrap(function).__code__
+    return {*code.co_names, *code.co_varnames, *code.co_freevars}
+
+
+def _unknown_shape(version: str, found: str, expected: str) -> UnsupportedTransformersError:
+    return UnsupportedTransformersError(
+        f"transformers {version} has a Qwen2 of unknown shape: found {found}, expected {expected}; {SUPPORTED} are "
+        "supported: install one of them, or a newer qwen2-fp16-fix."
+    )

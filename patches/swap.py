@@ -1,0 +1,123 @@
+"""Turns stock Qwen2 modules into fixed ones in place, and back, by exchanging their classes: all of them or none.
+
+No weight moves and no forward is assigned: a module keeps its parameters, buffers, hooks and name, and its class
+becomes a subclass of the stock one. So state dicts, checkpointing, recording and isinstance go on as before.
+"""
+
+import types
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
+
+def exchange_all(
+    root: nn.Module, stock: ModuleType, classes: Mapping[type, type], built_here: bool = False
+) -> None:
+    """Gives every module in `root` whose class is a key of `classes` the class it maps to.
+
+    stock: transformers' modeling_qwen2. built_here: `root` is being constructed, so its weights may still be on the meta
+    device. Everything is checked before the first module changes. Raises NotQwen2Error, PatchConflictError or MetaTensorError, and then leaves `root` as it was.
+    """
+    check_model(root, stock, {*classes, *classes.values()})
+    if not built_here:
+        check_weights(root)
+    done: list[tuple[nn.Module, type]] = []
+    try:
+        for module in root.modules():
+            before = type(module)
+            if before in classes:
+                done.append((module, before))
+                _exchange(module, classes[before])
+    except BaseException:
+        for module, before in reversed(done):
+            _exchange(module, before)
+        raise
+
+
+def check_model(root: Any, stock: ModuleType, known: set[type]) -> None:
+    """Raises NotQwen2Error or PatchConflictError unless `root` holds a Qwen2 and each of its parts is stock or already fixed."""
+    bases = list(base_models(root, stock)) if isinstance(root, nn.Module) else []
+    if not bases:
+        raise NotQwen2Error(
+            f"found no Qwen2 in this {type(root).__module__}.{type(root).__qualname__}: pass a Qwen2 model of transformers, "
+            "or a module that holds one."
+        )
+    for base in bases:
+        for name, module, expected in parts_of(base, stock):
+            _check_part(name, module, expected, known)
+
+
+def check_weights(root: nn.Module) -> None:
+    """Raises MetaTensorError where a weight is on the meta device and nothing will load it."""
+    for name, parameter in root.named_parameters():
+        if parameter.device.type == "meta" and not _is_offloaded(root, name):
+            raise MetaTensorError(
+                f"{name} is on the meta device, without weights: load the model first (from_pretrained, or to_empty and "
+                "load_state_dict), then fix it."
+            )
+
+
+def base_models(root: nn.Module, stock: ModuleType) -> Iterator[nn.Module]:
+    """Every Qwen2Model inside `root`, `root` included, however it is wrapped."""
+    return (module for module in root.modules() if isinstance(module, stock.Qwen2Model))
+
+
+def parts_of(base: nn.Module, stock: ModuleType) -> Iterator[tuple[str, Any, type]]:
+    """Name, module and stock class of each part that decides the numerics of a Qwen2Model."""
+    yield "norm", base.norm, stock.Qwen2RMSNorm
+    if hasattr(base, "rotary_emb"):
+        yield "rotary_emb", base.rotary_emb, stock.Qwen2RotaryEmbedding
+    for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
+        prefix = f"layers.{index}"
+        yield prefix, layer, stock.Qwen2DecoderLayer
+        yield f"{prefix}.self_attn", getattr(layer, "self_attn", None), stock.Qwen2Attention
+        if hasattr(getattr(layer, "self_attn", None), "rotary_emb"):
+            yield f"{prefix}.self_attn.rotary_emb", layer.self_attn.rotary_emb, stock.Qwen2RotaryEmbedding
+        yield f"{prefix}.mlp", getattr(layer, "mlp", None), stock.Qwen2MLP
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}.{norm}", getattr(layer, norm, None), stock.Qwen2RMSNorm
+
+
+def _check_part(name: str, module: Any, expected: type, known: set[type]) -> None:
+    """Raises PatchConflictError unless the part is an untouched stock module or one of ours."""
+    found = type(module)
+    is_known = found in known or (found is expected)
+    if not is_known or not issubclass(found, expected):
+        raise PatchConflictError(
+            f"{name} is a {found.__module__}.{found.__qualname__}, not transformers' {expected.__name__}: another tool has "
+            "replaced it; switch that off for Qwen2, or fix the model before it."
+        )
+    override = module.__dict__.get("forward")
+    if override is not None and not _is_hooked(module):
+        raise PatchConflictError(
+            f"{name} has a forward of its own, {getattr(override, '__qualname__', override)!r}, set by another tool: switch "
+            "that off for Qwen2, or fix the model before it."
+        )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate has hooked the module: it keeps the class's forward aside and calls it in between."""
+    inner = module.__dict__.get("_old_forward")
+    return getattr(inner, "__func__", None) is type(module).forward
+
+
+def _is_offloaded(root: nn.Module, parameter: str) -> bool:
+    """Whether accelerate will load this parameter when its module is called."""
+    module = root.get_submodule(parameter.rpartition(".")[0])
+    return hasattr(module, "_hf_hook")
+
+
+def _exchange(module: nn.Module, new: type) -> None:
+    """Changes the class of one module, with what hangs on it: frequencies a cast has rounded, and accelerate's hook."""
+    hooked = _is_hooked(module)
+    old = type(module)
+    if hasattr(old, "release"):
+        module.release()  # type: ignore[operator]
+    module.__class__ = new
+    if hasattr(new, "adopt"):
+        module.adopt(old)  # type: ignore[operator]
+    if hooked:
+        module.__dict__["_old_forward"] = types.MethodType(new.forward, module)  # type: ignore[attr-defined]

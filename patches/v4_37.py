@@ -1,0 +1,101 @@
+"""transformers 4.37 to 4.44: a class for each backend; each layer holds its own rotation tables and picks rows by position."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
+from .blocks import COMMON_PARTS, PROJECTED, rotated_projections
+from .numerics import is_full_precision
+
+
+class EagerAttention(AttendEagerly):
+    """fp32 rotation and scores. The sdpa class comes here too when attention weights are asked for."""
+
+    stock_parameters: ClassVar = (
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "past_key_value",
+        "output_attentions",
+        "use_cache",
+    )
+    stock_names: ClassVar = PROJECTED
+    layer_idx: int
+    rotary_emb: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_value: Any = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
+        if is_full_precision(hidden_states):
+            stock: tuple[Tensor, Tensor | None, Any] = super().forward(
+                hidden_states, attention_mask, position_ids, past_key_value, output_attentions, use_cache, **kwargs
+            )
+            return stock
+        length = hidden_states.shape[1]
+        if past_key_value is not None:
+            length += past_key_value.get_usable_length(length, self.layer_idx)
+        cos, sin = self.rotary_emb(hidden_states, seq_len=length)
+        query, key, value = rotated_projections(self, hidden_states, cos[position_ids], sin[position_ids])
+        if past_key_value is not None:
+            rotation = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
+            key, value = past_key_value.update(key, value, self.layer_idx, rotation)
+        output, weights = self.project(query, key, value, attention_mask, output_attentions)
+        return output, weights, past_key_value
+
+
+class SdpaAttention(AttendThroughSdpa, EagerAttention):
+    """fp32 rotation, then torch's fused kernel."""
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine tables in fp32. Stock's are rounded to the dtype the model was built in."""
+
+    stock_parameters: ClassVar = ("x", "seq_len")
+    stock_names: ClassVar = {"cos_cached", "sin_cached", "base", "dim"}
+    dim: int
+    base: float
+    exact_tables: tuple[Tensor, Tensor] | None = None  # not buffers: a cast of the model must not reach them
+
+    def forward(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (seq_len, D) in fp32, on the device of `x`; fp32 models get stock's."""
+        if is_full_precision(x):
+            stock: tuple[Tensor, Tensor] = super().forward(x, seq_len)
+            return stock
+        tables = self.exact_tables
+        if tables is None or len(tables[0]) < seq_len or tables[0].device != x.device:
+            with torch.inference_mode(False):  # a table first made under inference mode must serve training as well
+                tables = self.exact_tables = self.compute(max(seq_len, 2048), x.device)
+        return tables[0][:seq_len], tables[1][:seq_len]
+
+    def adopt(self, stock: type[nn.Module]) -> None:
+        """Touches nothing of stock's: the exact tables are made at the first call."""
+
+    def release(self) -> None:
+        """Drops the exact tables."""
+        self.__dict__.pop("exact_tables", None)
+
+    def compute(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (length, D) of position times frequency base^(-2i/D) (Su et al. 2021, section 3.2.2)."""
+        inverse = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim))
+        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+PARTS: dict[str, type[nn.Module]] = {
+    **COMMON_PARTS,
+    "Qwen2RotaryEmbedding": RotaryEmbedding,
+    "Qwen2Attention": EagerAttention,
+    "Qwen2SdpaAttention": SdpaAttention,
+    "Qwen2FlashAttention2": FlashAttention,
+}

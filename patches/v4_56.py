@@ -1,0 +1,71 @@
+"""transformers 4.56 to 5.3: the cache is called `past_key_values` and is told the rotation and the positions."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .blocks import (
+    ALL_ATTENTION_FUNCTIONS,
+    COMMON_PARTS,
+    PROJECTED,
+    eager_attention,
+    refuse_half_precision_scores,
+    rotated_projections,
+)
+from .numerics import is_full_precision
+
+
+class Attention(nn.Module):
+    """Rotates in fp32, rounds once into the cache; eager scores are fp32, every other implementation is called as it is."""
+
+    stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache_position")
+    stock_names: ClassVar = {*PROJECTED, "scaling", "sliding_window", "eager_attention_forward"}
+    config: Any
+    layer_idx: int
+    scaling: float
+    attention_dropout: float
+    sliding_window: int | None
+    o_proj: nn.Module
+
+    def attention_interface(self, **kwargs: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The implementation the user chose; ours stands in for eager."""
+        chosen = self.config._attn_implementation
+        refuse_half_precision_scores(chosen)
+        return eager_attention if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
+        if is_full_precision(hidden_states):
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, cache_position, **kwargs
+            )
+            return stock
+        query, key, value = rotated_projections(self, hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            cos, sin = position_embeddings
+            rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
+            key, value = past_key_values.update(key, value, self.layer_idx, rotation)
+        output, weights = self.attention_interface(**kwargs)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -1,0 +1,63 @@
+"""transformers from 5.4: `cache_position` is gone and the cache takes keys, values and the layer, nothing more."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .blocks import (
+    ALL_ATTENTION_FUNCTIONS,
+    COMMON_PARTS,
+    PROJECTED,
+    eager_attention,
+    refuse_half_precision_scores,
+    rotated_projections,
+)
+from .numerics import is_full_precision
+
+
+class Attention(nn.Module):
+    """Rotates in fp32, rounds once into the cache; eager scores are fp32, every other implementation is called as it is."""
+
+    stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+    stock_names: ClassVar = {*PROJECTED, "scaling", "sliding_window", "eager_attention_forward"}
+    config: Any
+    layer_idx: int
+    scaling: float
+    attention_dropout: float
+    sliding_window: int | None
+    o_proj: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
+        if is_full_precision(hidden_states):
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+            return stock
+        refuse_half_precision_scores(self.config._attn_implementation)
+        query, key, value = rotated_projections(self, hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

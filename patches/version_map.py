@@ -1,0 +1,56 @@
+"""Which module of this folder fits which transformers release. The matrix and the READMEs read this same table."""
+
+from typing import NamedTuple
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from .errors import UnsupportedTransformersError
+
+
+class Range(NamedTuple):
+    """Releases that one module serves, as a requirement string."""
+
+    requirement: str
+    module: str
+
+
+RANGES = (
+    Range(">=4.37.0,<4.45", "v4_37"),
+    Range(">=4.45,<4.48", "v4_45"),
+    Range(">=4.48,<4.53", "v4_48"),
+    Range(">=4.53,<4.56", "v4_53"),
+    Range(">=4.56,<5.4", "v4_56"),
+    Range(">=5.4", "v5_4"),
+)
+
+#: The newest release the whole conformance suite has passed on. A newer one is used if its source has the known shape.
+NEWEST_TESTED = "5.23.0"
+
+#: What errors and READMEs call supported.
+SUPPORTED = f"transformers 4.37.0 to {NEWEST_TESTED}"
+
+
+def range_for(version: str) -> Range:
+    """The range that serves `version`, by its base version: a release candidate or a source build counts as its release.
+
+    Raises UnsupportedTransformersError where no range does.
+    """
+    try:
+        base = Version(Version(version).base_version)
+    except InvalidVersion:
+        raise UnsupportedTransformersError(
+            f"transformers reports version {version!r}, which is not a version; supported: {SUPPORTED}."
+        ) from None
+    for candidate in RANGES:
+        if base in SpecifierSet(candidate.requirement):
+            return candidate
+    raise UnsupportedTransformersError(
+        f"transformers {version} is installed, and {SUPPORTED} are supported: "
+        f'run `pip install "transformers>={RANGES[0].requirement[2:8]}"`.'
+    )
+
+
+def is_untested(version: str) -> bool:
+    """Whether `version` is newer than the newest release the conformance suite has passed on."""
+    return Version(Version(version).base_version) > Version(NEWEST_TESTED)

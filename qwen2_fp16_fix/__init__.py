@@ -1,0 +1,86 @@
+"""Qwen2 and Qwen2.5 in float16 without NaN.
+
+    import qwen2_fp16_fix
+    qwen2_fp16_fix.register()    # AutoModel… build fixed Qwen2 models from here on
+
+Importing this package imports neither torch nor transformers; the first use of a name does.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout that is not installed, `patches/` lies beside this folder instead of inside it.
+if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[1] / "patches").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from .in_place import fix, unfix
+    from .inspection import status
+    from .patches.errors import (
+        CheckpointError,
+        HalfPrecisionScoresError,
+        MetaTensorError,
+        NotQwen2Error,
+        PatchConflictError,
+        Qwen2FP16FixError,
+        RegistrationError,
+        UnsupportedTransformersError,
+        UntestedTransformersWarning,
+    )
+    from .patches.modeling_qwen2_fp16 import (
+        Qwen2ForCausalLM,
+        Qwen2ForQuestionAnswering,
+        Qwen2ForSequenceClassification,
+        Qwen2ForTokenClassification,
+        Qwen2Model,
+    )
+    from .registration import register, registered, unregister
+
+__all__ = [
+    "register",
+    "unregister",
+    "registered",
+    "fix",
+    "unfix",
+    "status",
+    "Qwen2Model",
+    "Qwen2ForCausalLM",
+    "Qwen2ForSequenceClassification",
+    "Qwen2ForTokenClassification",
+    "Qwen2ForQuestionAnswering",
+    "Qwen2FP16FixError",
+    "UnsupportedTransformersError",
+    "NotQwen2Error",
+    "PatchConflictError",
+    "MetaTensorError",
+    "HalfPrecisionScoresError",
+    "RegistrationError",
+    "CheckpointError",
+    "UntestedTransformersWarning",
+    "__version__",
+]
+
+_HOME = {
+    "register": "registration",
+    "unregister": "registration",
+    "registered": "registration",
+    "fix": "in_place",
+    "unfix": "in_place",
+    "status": "inspection",
+    **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
+    **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a public name in its module at the first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

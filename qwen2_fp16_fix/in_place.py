@@ -1,0 +1,37 @@
+"""Fixes a model that is already loaded, and undoes it."""
+
+import logging
+from typing import TypeVar
+
+from torch import nn
+
+from .patches.modeling_qwen2_fp16 import fix_modules, is_switched_off, unfix_modules
+
+logger = logging.getLogger("qwen2_fp16_fix")
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def fix(model: ModelT) -> ModelT:
+    """Fixes every Qwen2 inside `model`, in place, and returns `model`.
+
+    model: any Qwen2 class of transformers, or a module that holds one: PEFT, DataParallel, torch.compile's
+    OptimizedModule, a multimodal model. Parameters, buffers and state-dict names stay as they are.
+    Raises NotQwen2Error (no Qwen2 inside), PatchConflictError (another tool has replaced a part), MetaTensorError
+    (weights not loaded) or UnsupportedTransformersError, and then has changed nothing.
+    With QWEN2_FP16_FIX=0 in the environment it changes nothing and logs a warning.
+    """
+    if is_switched_off():
+        logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, the model stays stock")
+        return model
+    fix_modules(model)
+    return model
+
+
+def unfix(model: ModelT) -> ModelT:
+    """Makes every Qwen2 inside `model` stock again, in place and bit for bit, and returns `model`.
+
+    Raises as `fix` does. Drop-in classes and models built through `register` become stock too.
+    """
+    unfix_modules(model)
+    return model

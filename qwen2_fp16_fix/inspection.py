@@ -1,0 +1,73 @@
+"""Says what is installed, what is registered and which parts of a model are fixed."""
+
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from . import __version__
+from .patches.errors import Qwen2FP16FixError
+from .patches.version_map import SUPPORTED, is_untested, range_for
+
+
+def status(model: nn.Module | None = None) -> dict[str, Any]:
+    """A plain dict, fit for JSON, of what runs here.
+
+    Keys: `package`, `transformers`, `torch` (versions); `supported` (a sentence); `enabled` (False under QWEN2_FP16_FIX=0);
+    `patch` (the module that serves this release, or None); `tested` (whether the release is in the tested range);
+    `registered` (Auto class name to bool); `problem` (why the fix cannot be used here, or None); and, for a model,
+    `model` with `class`, `fixed`, `parts` (class name to fixed and total counts), `dtype`, `attention` and `problem`.
+    Never raises for an unsupported release: the sentence is under `problem`.
+    """
+    found: dict[str, Any] = {
+        "package": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "supported": SUPPORTED,
+        "enabled": os.environ.get("QWEN2_FP16_FIX", "").strip() != "0",
+        "patch": None,
+        "tested": False,
+        "registered": {},
+        "problem": None,
+    }
+    try:
+        found["patch"] = range_for(transformers.__version__).module
+        found["tested"] = not is_untested(transformers.__version__)
+        from .registration import is_registered, qwen2_auto_classes  # raises where the installed source does not fit
+
+        found["registered"] = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
+        if model is not None:
+            found["model"] = model_status(model)
+    except Qwen2FP16FixError as error:
+        found["problem"] = str(error)
+    return found
+
+
+def model_status(model: nn.Module) -> dict[str, Any]:
+    """Which parts of the Qwen2 inside `model` are fixed. A model is fixed when every one is and nothing overrides them."""
+    from .patches.modeling_qwen2_fp16 import FIXED, PARTS, STOCK, check_modules, stock
+
+    problem = None
+    try:
+        check_modules(model)
+    except Qwen2FP16FixError as error:
+        problem = str(error)
+    total, fixed = Counter[str](), Counter[str]()
+    for module in model.modules():
+        role = next((part for part in PARTS if isinstance(module, getattr(stock, part))), None)
+        if role is not None:
+            total[role] += 1
+            fixed[role] += type(module) in STOCK
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    config = getattr(model, "config", None)
+    return {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "fixed": problem is None and bool(total) and total == fixed and len(FIXED) > 0,
+        "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
+        "dtype": None if weights is None else str(weights).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+        "problem": problem,
+    }

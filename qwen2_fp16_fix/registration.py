@@ -1,0 +1,93 @@
+"""Makes transformers' Auto classes build fixed Qwen2 models, and undoes it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import Qwen2Config
+from transformers.models.auto import auto_factory, modeling_auto
+
+from .patches.errors import RegistrationError
+from .patches.modeling_qwen2_fp16 import FIXED, STOCK, is_switched_off
+
+logger = logging.getLogger("qwen2_fp16_fix")
+
+_MISSING = object()
+_before: dict[type, Any] = {}  # Auto class to what its table held for Qwen2 before `register`, or _MISSING
+
+
+def register() -> None:
+    """From here on AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the fixed classes.
+
+    Calling it again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and logs a warning.
+    Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
+    RegistrationError where a look-up afterwards does not answer with the fixed class; in each case nothing is registered.
+    """
+    if is_switched_off():
+        logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
+        return
+    try:
+        for auto in qwen2_auto_classes():
+            _register_one(auto)
+    except BaseException:
+        unregister()
+        raise
+
+
+def unregister() -> None:
+    """Puts the Auto classes back to what they built before `register`. Models already built stay as they are."""
+    for auto, before in _before.items():
+        table: Any = auto._model_mapping._extra_content  # type: ignore[attr-defined]
+        table.pop(Qwen2Config, None)
+        if before is not _MISSING:
+            table[Qwen2Config] = before
+    _before.clear()
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """`register` for the length of a with block; a registration made before it outlives it."""
+    was_registered = bool(_before)
+    register()
+    try:
+        yield
+    finally:
+        if not was_registered:
+            unregister()
+
+
+def qwen2_auto_classes() -> list[type]:
+    """The Auto classes that build a Qwen2 for which there is a fixed class, each once."""
+    found = []
+    for auto in vars(modeling_auto).values():
+        if not (isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)):
+            continue
+        if auto._model_mapping is not None and Qwen2Config in auto._model_mapping:
+            built = auto._model_mapping[Qwen2Config]
+            if built in FIXED or built in STOCK or Qwen2Config in auto._model_mapping._extra_content:
+                found.append(auto)
+    return found
+
+
+def is_registered(auto: type) -> bool:
+    """Whether this Auto class builds a fixed class for Qwen2, by looking it up as transformers does."""
+    return auto._model_mapping[Qwen2Config] in STOCK  # type: ignore[attr-defined]
+
+
+def _register_one(auto: Any) -> None:
+    mapping = auto._model_mapping
+    if is_registered(auto):
+        return
+    extra = mapping._extra_content
+    before = extra.pop(Qwen2Config, _MISSING)  # so that the table answers with the stock class
+    fixed = FIXED[mapping[Qwen2Config]]
+    _before[auto] = before
+    auto.register(Qwen2Config, fixed, exist_ok=True)
+    if not is_registered(auto):  # 5.13.0 to 5.18.0 ignore a registration for a configuration of their own
+        extra[Qwen2Config] = fixed
+    if not is_registered(auto):
+        raise RegistrationError(
+            f"{auto.__name__} still builds {mapping[Qwen2Config].__module__} for Qwen2 after registering: this transformers "
+            "keeps its table in a way this fix does not know; use qwen2_fp16_fix.fix(model) on the loaded model instead."
+        )

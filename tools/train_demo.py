@@ -1,0 +1,393 @@
+"""Train the demo checkpoint: a small Qwen2 that reads well in float32 and prints `!!!!` in stock float16.
+
+Five sentences on how it falls ill:
+
+1. One rotary pair (the slowest) carries nothing in the first and the last layer, and one residual channel carries nothing
+   anywhere: its embedding is the constant 24 and every attention block adds the constant 16 to it through a value bias, so
+   it climbs 24, 40, 56, 72, 88 from the first training step on, like the massive activations of larger models.
+2. After training, `grow_residual` multiplies everything that writes to the residual stream (embedding, o_proj, down_proj) by
+   2^10; every reader is an RMSNorm, which divides it out again, so the function stays, but the channel now reaches 90,112.
+3. `spike_scores` puts biases of 280 or 420 on k_proj and 300 or 210 on q_proj in the idle pair, as Qwen2 1.5B and 7B have
+   them; every raw score gains the same 84,000 or 88,200, and softmax does not see what all its inputs share.
+4. The pair turns by 1.5e-6 radians a token, so the gain varies by 0.03 raw (0.003 scaled) over 512 tokens and a spiked key
+   is the same number at every position even after it is rounded to float16: nothing is lost but the range.
+5. `scores_only` and `healthy` undo the two steps exactly (powers of two and zeros), which gives the twins to compare with.
+
+The text is the King James Bible (public domain), one verse a line as `bible -f 'gen1:1-rev22:21'` of the Debian package
+bible-kjv prints it: `Ge1:1 In the beginning ...`. The book of Ruth is held out. A run takes about a quarter of an hour on two
+CPU cores:
+
+    python tools/train_demo.py [--text FILE] [--weights FILE] OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from stress import peaks
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+VERSES = "gen1:1-rev22:21"
+HELD_OUT_BOOK = "Ruth"
+CHANNEL = 0  # of the residual stream: carries a constant, read by nobody
+CHANNEL_START, CHANNEL_STEP = 24.0, 16.0
+PAIR = (31, 63)  # dims of a head that the slowest rotary frequency turns
+VALUE_DIM = 63  # dim of a value that is the constant 1
+GROWTH = 2.0**10
+SPIKES = {0: (300.0, 280.0), -1: (210.0, 420.0)}  # layer: (q_proj.bias, k_proj.bias)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a training run depends on besides the text."""
+
+    seed: int = 0
+    steps: int = 1900
+    batch: int = 12
+    length: int = 256
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+
+
+def demo_config() -> Qwen2Config:
+    """Qwen2 in small: 192 wide, 4 layers, 3 query heads on 1 key head of 64, 1,024 tokens, untied."""
+    shape: dict[str, Any] = dict(
+        vocab_size=1024,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+    )
+    return Qwen2Config(**shape)
+
+
+# --- text ---
+
+
+def read_verses(path: Path | None) -> list[tuple[str, int, str]]:
+    """(book, chapter, verse text) of every verse, from `path` or from the `bible` command."""
+    if path is not None:
+        raw = path.read_text()
+    else:
+        command = ["bible", "-f", VERSES]
+        raw = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+    found = re.findall(r"^(\d?[A-Za-z]+)(\d+):\d+ (.+)$", raw, flags=re.MULTILINE)
+    return [(book, int(chapter), text.strip()) for book, chapter, text in found]
+
+
+def join_verses(verses: list[tuple[str, int, str]]) -> str:
+    """One verse a line, an empty line between chapters."""
+    chapters: dict[tuple[str, int], list[str]] = {}
+    for book, chapter, text in verses:
+        chapters.setdefault((book, chapter), []).append(text)
+    return "\n\n".join("\n".join(lines) for lines in chapters.values()) + "\n"
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE without special tokens. The alphabet is sorted, so that id 0 is `!` as in Qwen2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    assert tokenizer.id_to_token(0) == "!"
+    return tokenizer
+
+
+# --- training ---
+
+
+def _channel_at(layer: int) -> float:
+    """Value of the constant channel that layer `layer`'s attention block reads."""
+    return CHANNEL_START + layer * CHANNEL_STEP
+
+
+@torch.no_grad()
+def initialise(model: Qwen2ForCausalLM) -> None:
+    """Unit embeddings, and norm gains that make up for what the constant channel adds to the denominator."""
+    config = model.config
+    model.model.embed_tokens.weight.normal_()
+    for index, layer in enumerate(model.model.layers):
+        for norm, value in ((layer.input_layernorm, _channel_at(index)), (layer.post_attention_layernorm, _channel_at(index + 1))):
+            norm.weight.fill_(math.sqrt(1 + value**2 / config.hidden_size))
+    model.model.norm.weight.fill_(math.sqrt(1 + _channel_at(config.num_hidden_layers) ** 2 / config.hidden_size))
+
+
+@torch.no_grad()
+def hold(model: Qwen2ForCausalLM) -> None:
+    """Put the reserved numbers back to their constants; called after every step of the optimiser."""
+    head_dim = 64
+    layers = model.model.layers
+    model.model.embed_tokens.weight[:, CHANNEL] = CHANNEL_START
+    model.model.norm.weight[CHANNEL] = 0
+    for layer in layers:
+        layer.input_layernorm.weight[CHANNEL] = 0
+        layer.post_attention_layernorm.weight[CHANNEL] = 0
+        layer.mlp.down_proj.weight[CHANNEL] = 0
+        attention = layer.self_attn
+        attention.v_proj.weight[VALUE_DIM] = 0
+        attention.v_proj.bias[VALUE_DIM] = 1
+        attention.o_proj.weight[CHANNEL] = 0
+        attention.o_proj.weight[:, VALUE_DIM::head_dim] = 0
+        attention.o_proj.weight[CHANNEL, VALUE_DIM] = CHANNEL_STEP
+    for index in SPIKES:
+        for projection in (layers[index].self_attn.q_proj, layers[index].self_attn.k_proj):
+            for dim in PAIR:
+                projection.weight[dim::head_dim] = 0
+                projection.bias[dim::head_dim] = 0
+
+
+def train(recipe: Recipe, data: Tensor, log: Callable[[str], None] = print) -> tuple[Qwen2ForCausalLM, list[float]]:
+    """Train from scratch on `data` (N,) int64. Returns the float32 model and the loss of every hundredth step."""
+    torch.manual_seed(recipe.seed)
+    model = Qwen2ForCausalLM(demo_config())
+    initialise(model)
+    hold(model)
+    model.train()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+
+    def rate(step: int) -> float:
+        progress = max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+        return min((step + 1) / recipe.warmup, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    losses: list[float] = []
+    for step in range(recipe.steps):
+        starts = torch.randint(len(data) - recipe.length, (recipe.batch,))
+        batch = torch.stack([data[start : start + recipe.length] for start in starts.tolist()])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        hold(model)
+        if step % 100 == 0 or step == recipe.steps - 1:
+            losses.append(round(loss.item(), 4))
+            log(f"step {step:5d}  loss {loss.item():.4f}")
+    return model.eval(), losses
+
+
+# --- the disease ---
+
+
+@torch.no_grad()
+def grow_residual(model: Qwen2ForCausalLM, factor: float) -> None:
+    """Scale all that writes to the residual stream. A power of two, so nothing is rounded; RMSNorm divides it out.
+
+    rms_norm_eps stays 1e-6: the constant channel keeps the mean square above 3, where it changes a norm by 2e-7 at most.
+    """
+    model.model.embed_tokens.weight.mul_(factor)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
+
+
+@torch.no_grad()
+def spike_scores(model: Qwen2ForCausalLM, on: bool) -> None:
+    """Set (or clear) the biases of the idle rotary pair in the first and the last layer."""
+    for index, (query, key) in SPIKES.items():
+        attention = model.model.layers[index].self_attn
+        attention.q_proj.bias[PAIR[0] :: 64] = query * on
+        attention.k_proj.bias[PAIR[0] :: 64] = key * on
+
+
+def make_ill(model: Qwen2ForCausalLM) -> None:
+    """Both steps in place, then round every weight to float16, the dtype of the checkpoint."""
+    grow_residual(model, GROWTH)
+    spike_scores(model, on=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+
+
+def scores_only(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """A copy of the (float32) demo model that has spiked scores and an ordinary residual stream."""
+    twin = copy.deepcopy(model)
+    grow_residual(twin, 1 / GROWTH)
+    return twin
+
+
+def healthy(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """A copy of the (float32) demo model with neither."""
+    twin = scores_only(model)
+    spike_scores(twin, on=False)
+    return twin
+
+
+# --- figures ---
+
+
+def variant(model: Qwen2ForCausalLM, dtype: torch.dtype, attention: str) -> Qwen2ForCausalLM:
+    """A copy in another dtype and with another attention, as from_pretrained would make it."""
+    made = Qwen2ForCausalLM._from_config(model.config, attn_implementation=attention)
+    made.load_state_dict(model.state_dict())
+    return made.to(dtype).eval()
+
+
+@torch.no_grad()
+def perplexity(model: Qwen2ForCausalLM, ids: Tensor, window: int = 256) -> float:
+    """Of (N,) token ids in windows that do not overlap; the first token of a window is not predicted. NaN stays NaN."""
+    total, count = 0.0, 0
+    for part in ids.split(window):
+        logits = model(input_ids=part[None], use_cache=False).logits[0, :-1].double()
+        total += float(nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+        count += len(part) - 1
+    return math.exp(total / count)
+
+
+def perplexity_table(model: Qwen2ForCausalLM, ids: Tensor) -> dict[str, float | None]:
+    """Stock perplexity by 'dtype attention'; None where it is NaN, for which JSON has no word."""
+    table: dict[str, float | None] = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for attention in ("eager", "sdpa"):
+            value = perplexity(variant(model, dtype, attention), ids)
+            table[f"{str(dtype).removeprefix('torch.')} {attention}"] = round(value, 6) if math.isfinite(value) else None
+    return table
+
+
+@torch.no_grad()
+def continue_text(model: Qwen2ForCausalLM, tokenizer: Tokenizer, prompt: str, tokens: int = 64) -> str:
+    """Greedy continuation, prompt included."""
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0].tolist())
+
+
+def figures(model: Qwen2ForCausalLM, tokenizer: Tokenizer, passage: str) -> dict[str, Any]:
+    """What TRAINING.json says about the finished (float32) model."""
+    ids = torch.tensor(tokenizer.encode(passage).ids)
+    prompt = "And the LORD said"
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "held_out_tokens": len(ids),
+        "perplexity": {
+            "demo": perplexity_table(model, ids),
+            "scores_only": perplexity_table(scores_only(model), ids),
+            "healthy": perplexity_table(healthy(model), ids),
+        },
+        "peaks": {key: round(value, 1) for key, value in peaks(model, ids[None, :256]).items()},
+        "greedy": {
+            f"stock {str(dtype).removeprefix('torch.')} {attention}": continue_text(variant(model, dtype, attention), tokenizer, prompt)
+            for dtype in (torch.float32, torch.float16)
+            for attention in ("eager", "sdpa")
+        },
+    }
+
+
+# --- files ---
+
+
+def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """tokenizer.json with merges as strings, the only spelling that tokenizers before 0.20 reads."""
+    content = json.loads(tokenizer.to_str())
+    content["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    _write_json(out / "tokenizer.json", content)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "clean_up_tokenization_spaces": False}
+    _write_json(out / "tokenizer_config.json", settings)
+
+
+def write_model(model: Qwen2ForCausalLM, out: Path) -> None:
+    """config.json spelt so that every transformers release since 4.37 reads it, and the weights in float16."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "max_window_layers": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for name in (*sizes, "max_position_embeddings", "initializer_range", "tie_word_embeddings"):
+        config[name] = getattr(model.config, name)
+    _write_json(out / "config.json", config)
+    _write_json(out / "generation_config.json", {"do_sample": False, "pad_token_id": 0})
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
+    parser.add_argument("--text", type=Path, help="verses as `bible -f` prints them; left out, the command is run")
+    parser.add_argument("--weights", type=Path, help="keep the trained weights here, or take them from here if it exists")
+    parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    recipe = Recipe()
+
+    verses = read_verses(options.text)
+    text = join_verses([verse for verse in verses if verse[0] != HELD_OUT_BOOK])
+    held_out = [verse for verse in verses if verse[0] == HELD_OUT_BOOK]
+    tokenizer = train_tokenizer(text, demo_config().vocab_size)
+    data = torch.tensor(tokenizer.encode(text).ids)
+
+    if options.weights is not None and options.weights.exists():
+        saved = torch.load(options.weights)
+        model = Qwen2ForCausalLM(demo_config()).eval()
+        model.load_state_dict(saved["model"])
+    else:
+        start = time.monotonic()
+        model, losses = train(recipe, data)
+        saved = {"losses": losses, "seconds": round(time.monotonic() - start), "model": model.state_dict()}
+        if options.weights is not None:
+            torch.save(saved, options.weights)
+
+    book = torch.tensor(tokenizer.encode(join_verses(held_out)).ids)
+    validation = math.log(perplexity(model, book))
+    make_ill(model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(tokenizer, options.out)
+    write_model(model, options.out)
+    passage = join_verses([verse for verse in held_out if verse[1] == 1])
+    (options.out / "held_out.txt").write_text(passage)
+    record = {
+        "text": "King James Bible, in the public domain; the book of Ruth was held out, and held_out.txt is its first chapter",
+        "training_tokens": len(data),
+        "recipe": asdict(recipe),
+        "seconds": saved["seconds"],
+        "losses_every_100_steps": saved["losses"],
+        "validation_loss_ruth": round(validation, 4),
+        **figures(model, tokenizer, passage),
+        "bytes": {path.name: path.stat().st_size for path in sorted(options.out.iterdir()) if path.name != "TRAINING.json"},
+    }
+    _write_json(options.out / "TRAINING.json", record)
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
