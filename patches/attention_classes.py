@@ -46,7 +46,7 @@ def sdpa_attention(
 ) -> Tensor:
     """torch's fused attention. query (B, H, Q, D), key and value (B, G, K, D); returns (B, Q, H, D) in their dtype.
 
-    A missing mask means causal, unless there is a single query; these releases hand over either none or an additive one.
+    No mask means causal, unless there is a single query; these releases hand over none or an additive one.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -85,4 +85,4 @@ class FlashAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class."""
-        return with_exact_rotation(super().forward.__func__)(self, *args, **kwargs)
+        return with_exact_rotation(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]

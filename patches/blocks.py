@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's: what the next matmul takes.
+        """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's, as the next matmul needs.
 
         The second parameter also keeps engines that replace norms by pattern (one tensor in, one out) from
         swapping in one of their own, which would hand the fp32 residual on unrounded.
@@ -39,13 +39,13 @@ class RMSNorm(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Carries the residual stream in fp32: the input is promoted once and every residual add follows by type promotion."""
+    """Carries the residual stream in fp32: the input is promoted once and every residual add follows."""
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids")
     stock_names: ClassVar = {"residual", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """hidden_states (B, S, hidden). Positional arguments keep their order: checkpointing up to 4.51 passes them so."""
+        """hidden_states (B, S, hidden). Arguments keep their order: checkpointing up to 4.51 passes them as such."""
         return super().forward(promote_residual(hidden_states), *args, **kwargs)
 
 
@@ -62,9 +62,9 @@ class RotaryEmbedding(nn.Module):
         return cos, sin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
-        """Follows `.to(device)` but not a cast: `model.half()` would round the frequencies and turn far positions wrong."""
+        """Follows `.to(device)` but not a cast: `.half()` would round the frequencies and turn far positions wrong."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, exact in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != exact.dtype:
@@ -75,27 +75,29 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def adopt(self, stock: type[nn.Module]) -> None:
-        """Takes over from the class `stock`: frequencies that a cast has already rounded are computed anew and those kept aside."""
+        """Takes over from the class `stock`: frequencies a cast has rounded are computed anew, the old kept aside."""
         self.rounded: dict[str, Tensor] = {
             name: buffer
             for name, buffer in self._buffers.items()
             if buffer is not None and buffer.dtype != torch.float32 and buffer.device.type != "meta"
         }
         if self.rounded:
-            exact = stock(config=self.config)
+            exact = dict(stock(config=self.config).named_buffers())
             for name, buffer in self.rounded.items():
-                self._buffers[name] = exact._buffers[name].float().to(buffer.device)
+                self._buffers[name] = exact[name].float().to(buffer.device)
 
     def release(self) -> None:
         """Leaves the buffers as stock would have them by now."""
-        self._buffers.update(self.__dict__.pop("rounded"))
+        self._buffers.update(self.__dict__.pop("rounded", {}))
 
 
 #: Names that stock's attention uses if `rotated_projections` and what follows it can stand in for its own.
 PROJECTED = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
 
 
-def rotated_projections(attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rotated_projections(
+    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, S, D), key and value (B, G, S, D) of `hidden_states` (B, S, hidden); query and key rotated in fp32.
 
     Each is in the dtype its projection returns, rounded once after the rotation, as it goes into the cache.
@@ -129,8 +131,8 @@ def refuse_half_precision_scores(implementation: str | None) -> None:
     """Raises HalfPrecisionScoresError for transformers' own paged eager attention, whose scores stay in float16."""
     if implementation in ("paged|eager", "eager_paged"):
         raise HalfPrecisionScoresError(
-            f"attention implementation {implementation!r} keeps its scores in float16, where they overflow and this fix "
-            "cannot reach them: use 'paged|sdpa' or a flash implementation for continuous batching."
+            f"attention implementation {implementation!r} keeps its scores in float16, where they overflow and this "
+            "fix cannot reach them: use 'paged|sdpa' or a flash implementation for continuous batching."
         )
 
 

@@ -6,6 +6,7 @@ The names stay stock so that saved checkpoints, loss look-up and device maps do 
 """
 
 import os
+import types
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.models.qwen2 import modeling_qwen2 as stock
 
-# Every sibling is imported here directly: as remote code from a local folder, transformers before 5.10 copies only these.
+# Every sibling is imported here: as remote code from a local folder, transformers before 5.10 copies only these.
 from .attention_classes import FlashAttention  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .errors import UntestedTransformersWarning
@@ -38,11 +39,14 @@ PARTS: dict[str, type[nn.Module]] = {
     "v4_56": PARTS_4_56,
     "v5_4": PARTS_5_4,
 }[RANGE.module]
-check_structure(stock, PARTS, transformers.__version__)
+
+#: The stock classes as they were when this was imported: their names in transformers may be taken over later.
+ORIGINAL = types.SimpleNamespace(**vars(stock))
+check_structure(ORIGINAL, PARTS, transformers.__version__)
 if is_untested(transformers.__version__):
     warnings.warn(
-        f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest release this fix was tested on; "
-        "its Qwen2 has the known shape, so the fix is applied, untested.",
+        f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest release tested with this "
+        "fix; its Qwen2 has the known shape, so the fix is applied, untested.",
         UntestedTransformersWarning,
         stacklevel=2,
     )
@@ -57,9 +61,11 @@ class FixedOnConstruction:
     """Builds the stock model and then exchanges the classes of its parts, so every way of building one is fixed."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        """As the stock class."""
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not is_switched_off():
-            exchange_all(self, stock, FIXED, built_here=True)  # type: ignore[arg-type]
+            check_structure(ORIGINAL, PARTS, transformers.__version__)
+            exchange_all(self, ORIGINAL, FIXED, built_here=True)  # type: ignore[arg-type]
 
 
 class Qwen2Model(FixedOnConstruction, stock.Qwen2Model):
@@ -107,14 +113,16 @@ STOCK: dict[type, type] = {fixed: original for original, fixed in FIXED.items()}
 
 def fix_modules(root: nn.Module) -> None:
     """Fixes every Qwen2 inside `root` in place. Raises, and changes nothing, where one cannot be fixed whole."""
-    exchange_all(root, stock, FIXED)
+    check_structure(ORIGINAL, PARTS, transformers.__version__)
+    exchange_all(root, ORIGINAL, FIXED)
 
 
 def unfix_modules(root: nn.Module) -> None:
     """Makes every Qwen2 inside `root` stock again, bit for bit."""
-    exchange_all(root, stock, STOCK)
+    exchange_all(root, ORIGINAL, STOCK)
 
 
 def check_modules(root: nn.Module) -> None:
-    """Raises where `fix_modules` would."""
-    check_model(root, stock, {*FIXED, *STOCK})
+    """Raises where `fix_modules` would, but for weights that are not there."""
+    check_structure(ORIGINAL, PARTS, transformers.__version__)
+    check_model(root, ORIGINAL, {*FIXED, *STOCK})

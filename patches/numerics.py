@@ -56,8 +56,9 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
     """An additive fp32 mask of exactly `key_length` columns.
 
     mask (B or 1, heads or 1, Q, at least K): boolean, True where attention is allowed, or additive in any float dtype.
-    Masked means the dtype's minimum (or -inf). float16's minimum, -65504, hides nothing among scores of 1e5, so it becomes fp32's;
-    not -inf, which turns a row with every key masked into NaN. Releases 4.42 to 4.52 hand over one column too many.
+    Masked means the dtype's minimum (or -inf). float16's minimum, -65504, hides nothing among scores of 1e5, so it
+    becomes fp32's; not -inf, which turns a row with every key masked into NaN. Releases 4.42 to 4.52 hand over one
+    column too many.
     """
     mask = mask[..., :key_length]
     lowest = torch.finfo(torch.float32).min
@@ -69,11 +70,11 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention with fp32 scores, one matmul per key head for all query heads that share it (Ainslie et al. 2023).
+    """Softmax attention with fp32 scores; query heads that share a key head (Ainslie et al. 2023) share its matmul.
 
     query (B, H, Q, D), key and value (B, G, K, D), of one dtype; mask as in `widen_mask`, or None to mask nothing.
     Returns the output (B, H, Q, D) and the weights (B, H, Q, K), both in the dtype of `value`.
-    The product, the scale, the mask and the softmax are fp32, autocast or not; the weights are rounded for the product with `value`.
+    Product, scale, mask and softmax are fp32, autocast or not; the weights are rounded for the product with `value`.
     """
     batch, heads, queries, head_dim = query.shape
     key_heads, keys = key.shape[1], key.shape[2]

@@ -6,21 +6,22 @@ compiled functions, so it works without source files and does not mind comments,
 
 import inspect
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from .errors import PatchConflictError, UnsupportedTransformersError
 from .version_map import SUPPORTED
 
 
-def check_structure(stock: ModuleType, parts: Mapping[str, type], version: str) -> None:
+def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None:
     """Checks every stock class that `parts` lays something over.
 
-    stock: transformers' modeling_qwen2. Each part says what it relies on: `stock_parameters`, the first parameters of
-    stock's forward by name, and `stock_names`, names its forward or constructor must use.
+    stock: transformers' Qwen2 classes, by name, as attributes. Each part says what it relies on: `stock_parameters`,
+    the first parameters of stock's forward, and `stock_names`, names its forward or constructor must use.
     Raises PatchConflictError where another tool has replaced a class or its forward, and
     UnsupportedTransformersError where the class is stock but has another shape.
     """
+    for name in ("Qwen2MLP", "Qwen2Model", "Qwen2ForCausalLM"):  # not changed, but they must be what they were
+        _check_origin(stock, name, getattr(stock, name))
     for name, part in parts.items():
         found = getattr(stock, name, None)
         if not isinstance(found, type):
@@ -35,15 +36,15 @@ def check_structure(stock: ModuleType, parts: Mapping[str, type], version: str) 
             raise _unknown_shape(version, f"{name} without {', '.join(sorted(missing))}", "it to use them")
 
 
-def _check_origin(stock: ModuleType, name: str, found: type) -> None:
+def _check_origin(stock: Any, name: str, found: type) -> None:
     """Raises PatchConflictError unless the class and its forward were written by transformers."""
     forward = inspect.unwrap(found.forward)  # type: ignore[attr-defined]
     for thing in (found, forward):
         origin = thing.__module__
         if not origin.startswith("transformers."):
             raise PatchConflictError(
-                f"{stock.__name__}.{name} has been replaced by {thing.__qualname__} of {origin}: the fix needs the stock "
-                "class, so switch the other tool off for Qwen2, or apply this one first."
+                f"{stock.__name__}.{name} has been replaced by {thing.__qualname__} of {origin}: the fix needs the "
+                "stock class, so switch the other tool off for Qwen2, or apply this first."
             )
 
 

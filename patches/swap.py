@@ -6,20 +6,19 @@ becomes a subclass of the stock one. So state dicts, checkpointing, recording an
 
 import types
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
 
-def exchange_all(
-    root: nn.Module, stock: ModuleType, classes: Mapping[type, type], built_here: bool = False
-) -> None:
+
+def exchange_all(root: nn.Module, stock: Any, classes: Mapping[type, type], built_here: bool = False) -> None:
     """Gives every module in `root` whose class is a key of `classes` the class it maps to.
 
-    stock: transformers' modeling_qwen2. built_here: `root` is being constructed, so its weights may still be on the meta
-    device. Everything is checked before the first module changes. Raises NotQwen2Error, PatchConflictError or MetaTensorError, and then leaves `root` as it was.
+    stock: the stock classes, by name, as attributes. built_here: `root` is being constructed, so its weights may
+    still be on the meta device. Everything is checked before the first module changes.
+    Raises NotQwen2Error, PatchConflictError or MetaTensorError, and then leaves `root` as it was.
     """
     check_model(root, stock, {*classes, *classes.values()})
     if not built_here:
@@ -37,13 +36,16 @@ def exchange_all(
         raise
 
 
-def check_model(root: Any, stock: ModuleType, known: set[type]) -> None:
-    """Raises NotQwen2Error or PatchConflictError unless `root` holds a Qwen2 and each of its parts is stock or already fixed."""
+def check_model(root: Any, stock: Any, known: set[type]) -> None:
+    """Checks that `root` holds a Qwen2 and that each part of it is stock or already fixed.
+
+    known: every stock and every fixed class. Raises NotQwen2Error or PatchConflictError.
+    """
     bases = list(base_models(root, stock)) if isinstance(root, nn.Module) else []
     if not bases:
         raise NotQwen2Error(
-            f"found no Qwen2 in this {type(root).__module__}.{type(root).__qualname__}: pass a Qwen2 model of transformers, "
-            "or a module that holds one."
+            f"found no Qwen2 in this {type(root).__module__}.{type(root).__qualname__}: pass a Qwen2 model of "
+            "transformers, or a module that holds one."
         )
     for base in bases:
         for name, module, expected in parts_of(base, stock):
@@ -55,17 +57,17 @@ def check_weights(root: nn.Module) -> None:
     for name, parameter in root.named_parameters():
         if parameter.device.type == "meta" and not _is_offloaded(root, name):
             raise MetaTensorError(
-                f"{name} is on the meta device, without weights: load the model first (from_pretrained, or to_empty and "
-                "load_state_dict), then fix it."
+                f"{name} is on the meta device, without weights: load the model first (from_pretrained, or to_empty "
+                "and load_state_dict), then fix it."
             )
 
 
-def base_models(root: nn.Module, stock: ModuleType) -> Iterator[nn.Module]:
+def base_models(root: nn.Module, stock: Any) -> Iterator[nn.Module]:
     """Every Qwen2Model inside `root`, `root` included, however it is wrapped."""
     return (module for module in root.modules() if isinstance(module, stock.Qwen2Model))
 
 
-def parts_of(base: nn.Module, stock: ModuleType) -> Iterator[tuple[str, Any, type]]:
+def parts_of(base: nn.Module, stock: Any) -> Iterator[tuple[str, Any, type]]:
     """Name, module and stock class of each part that decides the numerics of a Qwen2Model."""
     yield "norm", base.norm, stock.Qwen2RMSNorm
     if hasattr(base, "rotary_emb"):
@@ -87,14 +89,14 @@ def _check_part(name: str, module: Any, expected: type, known: set[type]) -> Non
     is_known = found in known or (found is expected)
     if not is_known or not issubclass(found, expected):
         raise PatchConflictError(
-            f"{name} is a {found.__module__}.{found.__qualname__}, not transformers' {expected.__name__}: another tool has "
-            "replaced it; switch that off for Qwen2, or fix the model before it."
+            f"{name} is a {found.__module__}.{found.__qualname__}, not transformers' {expected.__name__}: another tool "
+            "has replaced it; switch that off for Qwen2, or fix the model before it."
         )
     override = module.__dict__.get("forward")
     if override is not None and not _is_hooked(module):
         raise PatchConflictError(
-            f"{name} has a forward of its own, {getattr(override, '__qualname__', override)!r}, set by another tool: switch "
-            "that off for Qwen2, or fix the model before it."
+            f"{name} has a forward of its own, {getattr(override, '__qualname__', override)!r}, set by another tool: "
+            "switch that off for Qwen2, or fix the model before it."
         )
 
 

@@ -1,4 +1,4 @@
-"""transformers 4.37 to 4.44: a class for each backend; each layer holds its own rotation tables and picks rows by position."""
+"""transformers 4.37 to 4.44: a class for each backend; each layer holds its rotation tables and picks rows."""
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""transformers 4.48 to 4.52: as 4.53, but sdpa hands over to eager for weights, and a layer works out its own window."""
+"""transformers 4.48 to 4.52: as 4.53, but sdpa hands over to eager for weights, a layer works out its window."""
 
 from collections.abc import Callable
 from typing import Any

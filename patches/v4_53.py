@@ -19,7 +19,7 @@ class Attention(AttentionFrom4_56):
         "cache_position",
     )
 
-    def forward(
+    def forward(  # type: ignore[override]  # the name is the difference
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],

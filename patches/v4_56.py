@@ -17,9 +17,15 @@ from .numerics import is_full_precision
 
 
 class Attention(nn.Module):
-    """Rotates in fp32, rounds once into the cache; eager scores are fp32, every other implementation is called as it is."""
+    """Rotates in fp32, rounds once into the cache; eager scores are fp32, any other implementation is called."""
 
-    stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache_position")
+    stock_parameters: ClassVar = (
+        "hidden_states",
+        "position_embeddings",
+        "attention_mask",
+        "past_key_values",
+        "cache_position",
+    )
     stock_names: ClassVar = {*PROJECTED, "scaling", "sliding_window", "eager_attention_forward"}
     config: Any
     layer_idx: int

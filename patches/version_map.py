@@ -32,7 +32,7 @@ SUPPORTED = f"transformers 4.37.0 to {NEWEST_TESTED}"
 
 
 def range_for(version: str) -> Range:
-    """The range that serves `version`, by its base version: a release candidate or a source build counts as its release.
+    """The range that serves `version`, by its base version: a release candidate counts as its release.
 
     Raises UnsupportedTransformersError where no range does.
     """
@@ -40,7 +40,7 @@ def range_for(version: str) -> Range:
         base = Version(Version(version).base_version)
     except InvalidVersion:
         raise UnsupportedTransformersError(
-            f"transformers reports version {version!r}, which is not a version; supported: {SUPPORTED}."
+            f"transformers reports {version!r}, which is not a version; {SUPPORTED} are supported."
         ) from None
     for candidate in RANGES:
         if base in SpecifierSet(candidate.requirement):

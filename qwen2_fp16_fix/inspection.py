@@ -16,7 +16,7 @@ from .patches.version_map import SUPPORTED, is_untested, range_for
 def status(model: nn.Module | None = None) -> dict[str, Any]:
     """A plain dict, fit for JSON, of what runs here.
 
-    Keys: `package`, `transformers`, `torch` (versions); `supported` (a sentence); `enabled` (False under QWEN2_FP16_FIX=0);
+    Keys: `package`, `transformers`, `torch` (versions); `supported`; `enabled` (False under QWEN2_FP16_FIX=0);
     `patch` (the module that serves this release, or None); `tested` (whether the release is in the tested range);
     `registered` (Auto class name to bool); `problem` (why the fix cannot be used here, or None); and, for a model,
     `model` with `class`, `fixed`, `parts` (class name to fixed and total counts), `dtype`, `attention` and `problem`.
@@ -47,8 +47,8 @@ def status(model: nn.Module | None = None) -> dict[str, Any]:
 
 
 def model_status(model: nn.Module) -> dict[str, Any]:
-    """Which parts of the Qwen2 inside `model` are fixed. A model is fixed when every one is and nothing overrides them."""
-    from .patches.modeling_qwen2_fp16 import FIXED, PARTS, STOCK, check_modules, stock
+    """Which parts of the Qwen2 inside `model` are fixed; the model is when all are and nothing overrides them."""
+    from .patches.modeling_qwen2_fp16 import ORIGINAL, PARTS, STOCK, check_modules
 
     problem = None
     try:
@@ -57,7 +57,7 @@ def model_status(model: nn.Module) -> dict[str, Any]:
         problem = str(error)
     total, fixed = Counter[str](), Counter[str]()
     for module in model.modules():
-        role = next((part for part in PARTS if isinstance(module, getattr(stock, part))), None)
+        role = next((part for part in PARTS if isinstance(module, getattr(ORIGINAL, part))), None)
         if role is not None:
             total[role] += 1
             fixed[role] += type(module) in STOCK
@@ -65,7 +65,7 @@ def model_status(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "fixed": problem is None and bool(total) and total == fixed and len(FIXED) > 0,
+        "fixed": problem is None and bool(total) and total == fixed,
         "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
         "dtype": None if weights is None else str(weights).removeprefix("torch."),
         "attention": getattr(config, "_attn_implementation", None),

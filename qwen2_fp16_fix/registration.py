@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
 from transformers import Qwen2Config
 from transformers.models.auto import auto_factory, modeling_auto
 
@@ -14,7 +16,7 @@ from .patches.modeling_qwen2_fp16 import FIXED, STOCK, is_switched_off
 logger = logging.getLogger("qwen2_fp16_fix")
 
 _MISSING = object()
-_before: dict[type, Any] = {}  # Auto class to what its table held for Qwen2 before `register`, or _MISSING
+_before: dict[Any, Any] = {}  # Auto class to what its table held for Qwen2 before `register`, or _MISSING
 
 
 def register() -> None:
@@ -22,7 +24,7 @@ def register() -> None:
 
     Calling it again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and logs a warning.
     Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
-    RegistrationError where a look-up afterwards does not answer with the fixed class; in each case nothing is registered.
+    RegistrationError where a look-up afterwards does not answer with the fixed class; then nothing is registered.
     """
     if is_switched_off():
         logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
@@ -38,7 +40,7 @@ def register() -> None:
 def unregister() -> None:
     """Puts the Auto classes back to what they built before `register`. Models already built stay as they are."""
     for auto, before in _before.items():
-        table: Any = auto._model_mapping._extra_content  # type: ignore[attr-defined]
+        table: Any = auto._model_mapping._extra_content
         table.pop(Qwen2Config, None)
         if before is not _MISSING:
             table[Qwen2Config] = before
@@ -57,22 +59,22 @@ def registered() -> Iterator[None]:
             unregister()
 
 
-def qwen2_auto_classes() -> list[type]:
+def qwen2_auto_classes() -> list[Any]:
     """The Auto classes that build a Qwen2 for which there is a fixed class, each once."""
-    found = []
+    found: list[Any] = []
     for auto in vars(modeling_auto).values():
-        if not (isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)):
+        is_auto = isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)
+        mapping: Any = getattr(auto, "_model_mapping", None) if is_auto else None
+        if mapping is None or Qwen2Config not in mapping:
             continue
-        if auto._model_mapping is not None and Qwen2Config in auto._model_mapping:
-            built = auto._model_mapping[Qwen2Config]
-            if built in FIXED or built in STOCK or Qwen2Config in auto._model_mapping._extra_content:
-                found.append(auto)
+        if mapping[Qwen2Config] in {*FIXED, *STOCK} or Qwen2Config in mapping._extra_content:
+            found.append(auto)
     return found
 
 
-def is_registered(auto: type) -> bool:
+def is_registered(auto: Any) -> bool:
     """Whether this Auto class builds a fixed class for Qwen2, by looking it up as transformers does."""
-    return auto._model_mapping[Qwen2Config] in STOCK  # type: ignore[attr-defined]
+    return bool(auto._model_mapping[Qwen2Config] in STOCK)
 
 
 def _register_one(auto: Any) -> None:
@@ -88,6 +90,19 @@ def _register_one(auto: Any) -> None:
         extra[Qwen2Config] = fixed
     if not is_registered(auto):
         raise RegistrationError(
-            f"{auto.__name__} still builds {mapping[Qwen2Config].__module__} for Qwen2 after registering: this transformers "
-            "keeps its table in a way this fix does not know; use qwen2_fp16_fix.fix(model) on the loaded model instead."
+            f"{auto.__name__} still builds a class of {mapping[Qwen2Config].__module__} after registering: this "
+            "transformers keeps its table in an unknown way; use qwen2_fp16_fix.fix(model) on the loaded model instead."
         )
+
+
+def replace_stock_names() -> None:
+    """Lets `transformers.Qwen2ForCausalLM` and the other model names mean the fixed classes.
+
+    For `qwen2-fp16-fix run`, whose program cannot be asked which way it loads; there is no way back within a process.
+    """
+    if is_switched_off():
+        return
+    for original, fixed in FIXED.items():
+        if issubclass(original, transformers.PreTrainedModel):
+            setattr(sys.modules[original.__module__], original.__name__, fixed)
+            setattr(transformers, original.__name__, fixed)

@@ -1,0 +1,83 @@
+"""The command line. Exit codes: 0 good, 1 a finding, 2 wrong usage, 3 unsupported."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .launch import UsageError
+from .launch import run as run_program
+from .patches.errors import CheckpointError, MetaTensorError, NotQwen2Error, Qwen2FP16FixError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Qwen2 and Qwen2.5 in float16 without NaN."""
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """Show stock float16 printing !!!!!!!! and the fix printing the fp32 text, on a checkpoint inside this package."""
+    from . import demo as room
+
+    findings = room.measure(progress=Console(stderr=True))
+    print(json.dumps(findings, indent=2)) if as_json else room.render(findings, Console())
+    raise typer.Exit(0 if findings["as_promised"] else 1)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(context: typer.Context) -> None:
+    """Run an unchanged program with the fix registered, child processes included: run -- python eval.py …"""
+    raise typer.Exit(run_program(context.args))
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Say what is installed, whether this release is supported, and whether the fix is switched on."""
+    from .inspection import status as found_status
+
+    found = found_status()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            if name != "registered":  # a process of its own has nothing registered
+                print(f"{name:>12}  {'' if value is None else value}")
+    raise typer.Exit(3 if found["problem"] else 0)
+
+
+def main() -> None:
+    """Runs the command line; an error this project raises becomes one sentence on stderr and its exit code."""
+    try:
+        app()
+    except UsageError as error:
+        _fail(error, 2)
+    except (CheckpointError, NotQwen2Error, MetaTensorError) as error:
+        _fail(error, 2)
+    except Qwen2FP16FixError as error:
+        _fail(error, 3)
+
+
+def _fail(error: Exception, code: int) -> None:
+    stderr.print(f"qwen2-fp16-fix: {error}", markup=False)
+    sys.exit(code)

@@ -1,0 +1,56 @@
+"""Runs an unchanged program with the fix registered, in its child processes as well."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STARTUP = Path(__file__).parent / "startup"
+
+
+class UsageError(Exception):
+    """The command line cannot be run as given."""
+
+
+def command_for(arguments: Sequence[str]) -> list[str]:
+    """The command to start. `-m module` and `script.py` run under this interpreter, anything else as it stands.
+
+    Raises UsageError for an empty or unknown command, and for interpreter switches that would keep the fix out.
+    """
+    if not arguments:
+        raise UsageError("nothing to run: write the program after `--`, as in `qwen2-fp16-fix run -- python eval.py`.")
+    first = arguments[0]
+    command = [sys.executable, *arguments] if first == "-m" or first.endswith(".py") else list(arguments)
+    program = shutil.which(command[0])
+    if program is None:
+        raise UsageError(f"cannot find the program {command[0]!r}.")
+    if re.fullmatch(r"python[\d.]*(\.exe)?", Path(command[0]).name):
+        _refuse_isolation(command[1:])
+    return [program, *command[1:]]
+
+
+def _refuse_isolation(switches: Sequence[str]) -> None:
+    """Raises UsageError for -E, -I and -S, with which Python reads neither PYTHONPATH nor sitecustomize."""
+    for switch in switches:
+        if not switch.startswith("-") or switch in ("-", "-c", "-m"):
+            return
+        if not switch.startswith("--") and set("EIS") & set(switch):
+            raise UsageError(f"python {switch} keeps the fix out of the process: leave -E, -I and -S away.")
+
+
+def environment_for(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` with the folder that registers the fix first on PYTHONPATH, which child processes inherit."""
+    path = os.pathsep.join(filter(None, (str(STARTUP), environment.get("PYTHONPATH"))))
+    return {**environment, "PYTHONPATH": path}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the program and returns its exit code; on POSIX it takes this process's place and does not return."""
+    command, environment = command_for(arguments), environment_for(os.environ)
+    if os.name == "posix":
+        sys.stdout.flush()
+        os.execve(command[0], command, environment)
+    return subprocess.run(command, env=environment, check=False).returncode
