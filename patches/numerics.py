@@ -37,7 +37,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     """
     hidden_states = hidden_states.float()
     mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-    return (weight.float() * (hidden_states * torch.rsqrt(mean_square + eps))).to(out_dtype)
+    return (weight * (hidden_states * torch.rsqrt(mean_square + eps))).to(out_dtype)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     states (B, heads, S, D); cos and sin (B or 1, S, D) in fp32. Returns the shape and dtype of `states`.
     """
-    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     exact = states.float()
     first, second = exact.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)

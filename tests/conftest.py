@@ -1,0 +1,46 @@
+"""What several test files share: tiny stress models, and a process that starts clean and leaves nothing registered."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("QWEN2_FP16_FIX", None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered() -> Iterator[None]:
+    """Every test starts and ends with transformers' own Auto classes, so that their order does not matter."""
+    yield
+    if "qwen2_fp16_fix.registration" in sys.modules:
+        sys.modules["qwen2_fp16_fix.registration"].unregister()
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a Python of its own, with the checkout importable, for what must not touch this process."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        return subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+        )
+
+    return run
+
+
+def kl_to(oracle: torch.Tensor, logits: torch.Tensor) -> float:
+    """Mean over tokens of KL(oracle || logits), in nats, over logits (..., vocabulary)."""
+    p, q = torch.log_softmax(oracle.double(), -1), torch.log_softmax(logits.double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -1,0 +1,138 @@
+"""The arithmetic of patches/numerics.py against fp64, one upcast at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen2_fp16_fix.patches import numerics
+
+HALF = torch.float16
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = HALF) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def test_promote_residual_widens_float16_alone() -> None:
+    """A residual left in float16 passes 65504; one of another dtype must not change."""
+    assert numerics.promote_residual(random(2)).dtype == torch.float32
+    assert numerics.promote_residual(random(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert numerics.promote_residual(random(2, dtype=torch.float32)).dtype == torch.float32
+
+
+def test_rms_norm_rounds_once() -> None:
+    """Stock rounds after normalising and again after the gain: one float16 in four then differs from the nearest."""
+    hidden, gain = random(64, 256), random(256, seed=1)
+    exact = gain.double() * hidden.double() * torch.rsqrt(hidden.double().pow(2).mean(-1, keepdim=True) + 1e-6)
+    got = numerics.rms_norm(hidden, gain, 1e-6, HALF)
+    wrong = (got != exact.to(HALF)).double().mean()
+    assert wrong < 1e-3  # fp32 arithmetic lands on the other side of a tie about once in 2^13; rounding twice, once in 4
+
+
+def test_rms_norm_takes_what_float16_cannot_square() -> None:
+    """The mean square of 300 is 90,000, past float16: a norm without its upcast returns zeros."""
+    got = numerics.rms_norm(torch.full((1, 8), 300.0, dtype=HALF), torch.ones(8, dtype=HALF), 1e-6, HALF)
+    assert torch.equal(got, torch.ones(1, 8, dtype=HALF))
+
+
+def test_rotate_rounds_once() -> None:
+    """A key of 160 has a float16 step of 0.125: every further rounding in between costs as much again."""
+    states = random(1, 2, 32, 16, scale=100.0)
+    angle = torch.arange(32.0)[:, None] * torch.logspace(0, -3, 8)
+    cos, sin = (f(torch.cat((angle, angle), -1))[None] for f in (torch.cos, torch.sin))
+    first, second = states.double().chunk(2, -1)
+    exact = states.double() * cos.double() + torch.cat((-second, first), -1) * sin.double()
+    wrong = (numerics.rotate(states, cos, sin) != exact.to(HALF)).double().mean()
+    assert wrong < 1e-3  # ties decided by fp32, as above
+
+
+def test_rotate_computes_in_fp32_with_half_tables() -> None:
+    """A caller that hands down float16 tables still gets an fp32 rotation, rounded once."""
+    states = random(1, 2, 32, 16, scale=100.0)
+    cos, sin = random(1, 32, 16, seed=1), random(1, 32, 16, seed=2)
+    exact = numerics.rotate(states.double(), cos.double(), sin.double())  # float() inside: fp32 is exact enough here
+    assert torch.equal(numerics.rotate(states, cos, sin), exact.to(HALF))
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention in fp64 with keys repeated, masked with -inf."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
+    scores = query.double() @ key.transpose(2, 3) * scaling
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    weights = scores.softmax(-1)
+    return weights @ value, weights
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int) -> None:
+    """Grouping query heads by key head must not mix them up."""
+    query, key, value = (random(2, h, n, 16, seed=i) for i, (h, n) in enumerate([(heads[0], queries), (heads[1], 7), (heads[1], 7)]))
+    allowed = torch.ones(queries, 7, dtype=torch.bool).tril(7 - queries)[None, None]
+    output, weights = numerics.grouped_attention(query, key, value, allowed, 0.25)
+    expected, expected_weights = reference(query, key, value, allowed, 0.25)
+    assert output.dtype == weights.dtype == HALF
+    torch.testing.assert_close(weights.double(), expected_weights, atol=5e-4, rtol=0)  # half a float16 step below 1
+    torch.testing.assert_close(output.double(), expected, atol=4e-3, rtol=0)  # float16 weights times values up to 4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_of_300_times_300_are_exact(autocast: bool) -> None:
+    """300 · 300 = 90,000 is inf in float16; autocast would cast the fp32 operands of the product back."""
+    query, key, value = (torch.zeros(1, 2, 3, 8, dtype=HALF) for _ in range(3))
+    query[..., 0] = key[..., 0] = 300.0
+    key[..., 1], query[..., 1] = torch.arange(3.0).half(), 1.0
+    value[..., 0] = torch.arange(3.0).half()
+    with torch.autocast("cpu", dtype=HALF, enabled=autocast):
+        output, weights = numerics.grouped_attention(query, key, value, None, 1.0)
+    expected = torch.tensor([90000.0, 90001.0, 90002.0]).softmax(0)
+    assert torch.isfinite(output).all()
+    torch.testing.assert_close(weights[0, 0, 0].float(), expected, atol=5e-4, rtol=0)  # half a float16 step below 1
+
+
+def test_masked_keys_weigh_exactly_nothing_among_large_scores() -> None:
+    """float16's minimum, -65504, added to a score of 90,000 leaves 24,496: more than any unmasked score near zero."""
+    query, key, value = (torch.zeros(1, 1, n, 8, dtype=HALF) for n in (1, 2, 2))
+    query[..., 0], key[0, 0, 1, 0] = 300.0, 300.0
+    mask = torch.tensor([[[[0.0, torch.finfo(HALF).min]]]], dtype=HALF)
+    _, weights = numerics.grouped_attention(query, key, value, mask, 1.0)
+    assert weights.flatten().tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(HALF).min, -torch.inf])
+def test_a_row_with_every_key_masked_is_finite(lowest: float) -> None:
+    """A left-padded query sees no key: with -inf its softmax is NaN, and 0 · NaN spreads to the rows beside it."""
+    query, key, value = (random(1, 1, n, 8, seed=n) for n in (2, 3, 3))
+    mask = torch.tensor([[[[lowest] * 3, [0.0, 0.0, lowest]]]], dtype=HALF)
+    output, weights = numerics.grouped_attention(query, key, value, mask, 1.0)
+    assert torch.isfinite(output).all()
+    assert weights[0, 0, 1, 2] == 0
+
+
+def test_additive_masks_keep_what_is_not_a_minimum() -> None:
+    """A bias of a user's own (a penalty, ALiBi) is a number to add, not a mask."""
+    mask = torch.tensor([[[[0.0, -2.5, -60000.0]]]], dtype=HALF)
+    assert torch.equal(numerics.widen_mask(mask, 3), mask.float())
+
+
+def test_a_boolean_mask_means_allowed() -> None:
+    """sdpa's convention from 4.53: True takes part."""
+    mask = numerics.widen_mask(torch.tensor([[[[True, False]]]]), 2)
+    assert mask.tolist() == [[[[0.0, torch.finfo(torch.float32).min]]]]
+
+
+def test_a_mask_one_column_too_wide_is_cut() -> None:
+    """Releases 4.42 to 4.52 hand one over when the caller gives no mask."""
+    assert numerics.widen_mask(torch.zeros(1, 1, 2, 4, dtype=HALF), 3).shape == (1, 1, 2, 3)
+
+
+def test_full_precision_means_fp32_without_autocast() -> None:
+    """Trainer(fp16=True) keeps fp32 weights and casts each matmul: such a model overflows and must not take stock's path."""
+    x = torch.zeros(1)
+    assert numerics.is_full_precision(x)
+    assert not numerics.is_full_precision(x.half())
+    assert not numerics.is_full_precision(x.bfloat16())
+    with torch.autocast("cpu", dtype=HALF):
+        assert not numerics.is_full_precision(x)
