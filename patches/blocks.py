@@ -84,7 +84,7 @@ class RotaryEmbedding(nn.Module):
         if self.rounded:
             exact = dict(stock(config=self.config).named_buffers())
             for name, buffer in self.rounded.items():
-                self._buffers[name] = exact[name].float().to(buffer.device)
+                self._buffers[name] = exact[name].to(buffer.device)
 
     def release(self) -> None:
         """Leaves the buffers as stock would have them by now."""

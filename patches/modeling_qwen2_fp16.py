@@ -12,8 +12,6 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import GenerationMixin
-from transformers.models.qwen2 import modeling_qwen2 as stock
 
 # Every sibling is imported here: as remote code from a local folder, transformers before 5.10 copies only these.
 from .attention_classes import FlashAttention  # noqa: F401
@@ -30,7 +28,11 @@ from .v4_56 import PARTS as PARTS_4_56
 from .v5_4 import PARTS as PARTS_5_4
 from .version_map import NEWEST_TESTED, is_untested, range_for
 
-RANGE = range_for(transformers.__version__)
+RANGE = range_for(transformers.__version__)  # before the imports below, which releases without Qwen2 cannot serve
+
+from transformers import GenerationMixin  # noqa: E402
+from transformers.models.qwen2 import modeling_qwen2 as stock  # noqa: E402
+
 PARTS: dict[str, type[nn.Module]] = {
     "v4_37": PARTS_4_37,
     "v4_45": PARTS_4_45,

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
-from transformers import Qwen2Config
 from transformers.models.auto import auto_factory, modeling_auto
 
 from .patches.errors import RegistrationError
-from .patches.modeling_qwen2_fp16 import FIXED, STOCK, is_switched_off
+from .patches.modeling_qwen2_fp16 import FIXED, ORIGINAL, STOCK, is_switched_off
 
 logger = logging.getLogger("qwen2_fp16_fix")
+
+Qwen2Config: Any = ORIGINAL.Qwen2Config
 
 _MISSING = object()
 _before: dict[Any, Any] = {}  # Auto class to what its table held for Qwen2 before `register`, or _MISSING
@@ -105,4 +106,3 @@ def replace_stock_names() -> None:
     for original, fixed in FIXED.items():
         if issubclass(original, transformers.PreTrainedModel):
             setattr(sys.modules[original.__module__], original.__name__, fixed)
-            setattr(transformers, original.__name__, fixed)

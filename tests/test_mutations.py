@@ -1,0 +1,251 @@
+"""Takes each upcast, cast and mask widening out of the patches, one at a time, and sees a named test turn red.
+
+The last test holds the list against the source: an upcast that nothing here removes is one that nothing guards.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """`old`, found exactly once in `file`, becomes `new`, and `red` must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    red: str
+
+
+NUMERICS, BLOCKS, SWAP = "patches/numerics.py", "patches/blocks.py", "patches/swap.py"
+MUTATIONS = (
+    Mutation(
+        "residual stays float16",
+        NUMERICS,
+        "return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states",
+        "return hidden_states",
+        "tests/test_ways_in.py::test_fix",
+    ),
+    Mutation(
+        "norm squares in float16",
+        NUMERICS,
+        "    hidden_states = hidden_states.float()\n",
+        "",
+        "tests/test_numerics.py::test_rms_norm_takes_what_float16_cannot_square",
+    ),
+    Mutation(
+        "norm rounds before the gain too",
+        NUMERICS,
+        "(weight * (hidden_states * torch.rsqrt(mean_square + eps))).to(out_dtype)",
+        "(weight * (hidden_states * torch.rsqrt(mean_square + eps)).to(out_dtype)).to(out_dtype)",
+        "tests/test_numerics.py::test_rms_norm_rounds_once",
+    ),
+    Mutation(
+        "norm hands the fp32 residual on",
+        NUMERICS,
+        "torch.rsqrt(mean_square + eps))).to(out_dtype)",
+        "torch.rsqrt(mean_square + eps)))",
+        "tests/test_blocks.py::test_the_norm_rounds_an_fp32_residual_to_the_weights_dtype",
+    ),
+    Mutation(
+        "norm ignores the dtype asked for",
+        BLOCKS,
+        "return stock if out_dtype is None else stock.to(out_dtype)",
+        "return stock",
+        "tests/test_blocks.py::test_the_norm_takes_an_output_dtype",
+    ),
+    Mutation(
+        "norm is stock's",
+        BLOCKS,
+        "if self.weight.dtype != torch.float16:",
+        "if True:",
+        "tests/test_ways_in.py::test_fix",
+    ),
+    Mutation(
+        "rotation in float16",
+        NUMERICS,
+        "exact = states.float()",
+        "exact = states",
+        "tests/test_numerics.py::test_rotate_computes_in_fp32_with_half_tables",
+    ),
+    Mutation(
+        "rotation is not rounded for the cache",
+        NUMERICS,
+        "return (exact * cos + turned * sin).to(states.dtype)",
+        "return exact * cos + turned * sin",
+        "tests/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
+    ),
+    Mutation(
+        "rotation tables in float16",
+        BLOCKS,
+        "super().forward(x.float(), position_ids)",
+        "super().forward(x, position_ids)",
+        "tests/test_blocks.py::test_rotation_tables_are_fp32",
+    ),
+    Mutation(
+        "a cast rounds the frequencies",
+        BLOCKS,
+        "after.dtype != exact.dtype",
+        "False",
+        "tests/test_blocks.py::test_a_cast_after_the_fix_does_not_reach_the_tables",
+    ),
+    Mutation(
+        "frequencies rounded before the fix stay so",
+        BLOCKS,
+        "buffer.dtype != torch.float32 and buffer.device.type",
+        "False and buffer.device.type",
+        "tests/test_blocks.py::test_a_cast_before_the_fix_does_not_reach_the_tables",
+    ),
+    Mutation(
+        "tables of 4.37 follow the default dtype",
+        "patches/v4_37.py",
+        "torch.arange(0, self.dim, 2, device=device).float() / self.dim",
+        "torch.arange(0, self.dim, 2, device=device) / self.dim",
+        "tests/test_blocks.py::test_rotation_tables_of_old_releases_are_fp32_whatever_the_default_dtype",
+    ),
+    Mutation(
+        "positions of 4.37 in float16",
+        "patches/v4_37.py",
+        "torch.arange(length, device=device, dtype=torch.float32)",
+        "torch.arange(length, device=device, dtype=torch.float16)",
+        "tests/test_blocks.py::test_rotation_tables_of_old_releases_are_fp32_whatever_the_default_dtype",
+    ),
+    Mutation(
+        "scores in float16",
+        NUMERICS,
+        "(query.float() * scaling).reshape(*grouped, head_dim) @ key.float().transpose(2, 3)",
+        "((query * scaling).reshape(*grouped, head_dim) @ key.transpose(2, 3)).float()",
+        "tests/test_numerics.py::test_scores_of_300_times_300_are_exact",
+    ),
+    Mutation(
+        "query in float16",
+        NUMERICS,
+        "(query.float() * scaling)",
+        "(query * scaling)",
+        "tests/test_ways_in.py::test_fix",
+    ),
+    Mutation(
+        "autocast reaches the scores",
+        NUMERICS,
+        'else "cpu", enabled=False)',
+        'else "cpu", enabled=torch.is_autocast_enabled("cpu"))',
+        "tests/test_numerics.py::test_scores_of_300_times_300_are_exact",
+    ),
+    Mutation(
+        "fp32 weights under autocast take stock's path",
+        NUMERICS,
+        " and not autocast_is_on(hidden_states.device.type)",
+        "",
+        "tests/test_numerics.py::test_full_precision_means_fp32_without_autocast",
+    ),
+    Mutation(
+        "weights stay fp32",
+        NUMERICS,
+        "torch.softmax(scores, dim=-1).to(value.dtype)",
+        "torch.softmax(scores, dim=-1)",
+        "tests/test_numerics.py::test_grouped_attention_is_attention",
+    ),
+    Mutation(
+        "masks keep float16's minimum",
+        NUMERICS,
+        "return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, lowest)",
+        "return mask.float()",
+        "tests/test_numerics.py::test_masked_keys_weigh_exactly_nothing_among_large_scores",
+    ),
+    Mutation(
+        "masks are widened in float16",
+        NUMERICS,
+        "return mask.float().masked_fill",
+        "return mask.masked_fill",
+        "tests/test_numerics.py::test_masked_keys_weigh_exactly_nothing_among_large_scores",
+    ),
+    Mutation(
+        "masks are widened to -inf",
+        NUMERICS,
+        "lowest = torch.finfo(torch.float32).min",
+        "lowest = -torch.inf",
+        "tests/test_numerics.py::test_a_row_with_every_key_masked_is_finite",
+    ),
+    Mutation(
+        "boolean masks in float16",
+        NUMERICS,
+        "torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, lowest)",
+        "torch.zeros_like(mask, dtype=torch.float16)",
+        "tests/test_numerics.py::test_a_boolean_mask_means_allowed",
+    ),
+    Mutation(
+        "masks one column too wide",
+        NUMERICS,
+        "mask = mask[..., :key_length]",
+        "mask = mask",
+        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut",
+    ),
+    Mutation(
+        "accelerate's hook keeps stock's forward",
+        SWAP,
+        "    if hooked:\n",
+        "    if False:\n",
+        "tests/test_ways_in.py::test_device_map[fixed after loading]",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a mutated run needs."""
+    copy = tmp_path_factory.mktemp("sources")
+    for folder in ("patches", "qwen2_fp16_fix", "tools"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "tests").mkdir()
+    for name in ("conftest.py", "test_numerics.py", "test_blocks.py", "test_ways_in.py"):
+        shutil.copy(ROOT / "tests" / name, copy / "tests")
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_turns_red(mutation: Mutation, sources: Path) -> None:
+    """The named test fails on the mutated source, and for an assertion or an error of the run, not of the copy."""
+    path = sources / mutation.file
+    original = path.read_text()
+    assert original.count(mutation.old) == 1, f"{mutation.old!r} is not found exactly once in {mutation.file}"
+    path.write_text(original.replace(mutation.old, mutation.new))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.red],
+            cwd=sources,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")},
+        )
+    finally:
+        path.write_text(original)
+    assert done.returncode == 1, done.stdout + done.stderr  # 1: a test failed; 2 to 5: pytest could not run it
+    assert "1 failed" in done.stdout
+
+
+GUARDED = re.compile(r"\.float\(\)|\.to\((?!\w+\.device)|masked_fill|enabled=False|dtype=torch\.float32")
+
+
+def test_every_upcast_has_a_mutation() -> None:
+    """A cast that no mutation touches could be lost in a refactoring, as Phi-2's and GPT-2's were."""
+    unguarded = []
+    for path in sorted((ROOT / "patches").glob("*.py")):
+        name, text = f"patches/{path.name}", path.read_text()
+        spans = [(text.index(m.old), text.index(m.old) + len(m.old)) for m in MUTATIONS if m.file == name]
+        for found in GUARDED.finditer(text):
+            line = text[text.rfind("\n", 0, found.start()) + 1 : text.find("\n", found.start())]
+            in_prose = line.count("`") or line.lstrip().startswith(("#", '"""'))
+            if not in_prose and not any(start <= found.start() < end for start, end in spans):
+                unguarded.append(f"{name}: {line.strip()}")
+    assert not unguarded
