@@ -101,16 +101,16 @@ def _fixed_part(name: str) -> type[nn.Module]:
     return part
 
 
-#: Stock class to fixed class, for the parts and for the models.
-FIXED: dict[type, type] = {
-    **{getattr(stock, name): _fixed_part(name) for name in PARTS},
-    **{
-        getattr(stock, name): model
-        for name, model in list(globals().items())
-        if isinstance(model, type) and issubclass(model, FixedOnConstruction) and hasattr(stock, name)
-    },
-}
+#: Stock class to fixed class, for the parts. Models keep their class: transformers 5 looks up by it what to record.
+FIXED: dict[type, type] = {getattr(stock, name): _fixed_part(name) for name in PARTS}
 STOCK: dict[type, type] = {fixed: original for original, fixed in FIXED.items()}
+
+#: Stock model class to drop-in class, for the models this release has.
+MODELS: dict[type, type] = {
+    getattr(stock, name): model
+    for name, model in list(globals().items())
+    if isinstance(model, type) and issubclass(model, FixedOnConstruction) and hasattr(stock, name)
+}
 
 
 def fix_modules(root: nn.Module) -> None:

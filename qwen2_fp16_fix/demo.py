@@ -100,7 +100,7 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
 def perplexity_of(model: nn.Module, tokens: Tensor) -> float:
     """exp of the mean negative log likelihood of tokens (1, S), in windows that do not overlap; NaN stays NaN."""
     total, count = 0.0, 0
-    for window in tokens.split(WINDOW, dim=1):
+    for window in torch.split(tokens, WINDOW, dim=1):
         if window.shape[1] > 1:
             logits = forward(model, window)[0, :-1].double()
             total += float(nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))

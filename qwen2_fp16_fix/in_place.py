@@ -31,7 +31,7 @@ def fix(model: ModelT) -> ModelT:
 def unfix(model: ModelT) -> ModelT:
     """Makes every Qwen2 inside `model` stock again, in place and bit for bit, and returns `model`.
 
-    Raises as `fix` does. Drop-in classes and models built through `register` become stock too.
+    Raises as `fix` does. A drop-in class, as `register` builds it, keeps its class; that alone does nothing.
     """
     unfix_modules(model)
     return model

@@ -29,16 +29,16 @@ class Magnitudes(TorchFunctionMode):
 
     def __enter__(self) -> "Magnitudes":
         """Places the hooks."""
-        for index, layer in enumerate(self.layers):  # type: ignore[arg-type, var-annotated]
+        for index, layer in enumerate(self.layers):  # type: ignore[arg-type]
             self._watch(layer, f"layer {index}")
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Takes the hooks off."""
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         while self.hooks:
             self.hooks.pop().remove()
 

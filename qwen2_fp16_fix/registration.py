@@ -6,11 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import transformers
 from transformers.models.auto import auto_factory, modeling_auto
 
 from .patches.errors import RegistrationError
-from .patches.modeling_qwen2_fp16 import FIXED, ORIGINAL, STOCK, is_switched_off
+from .patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, is_switched_off
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
@@ -68,14 +67,14 @@ def qwen2_auto_classes() -> list[Any]:
         mapping: Any = getattr(auto, "_model_mapping", None) if is_auto else None
         if mapping is None or Qwen2Config not in mapping:
             continue
-        if mapping[Qwen2Config] in {*FIXED, *STOCK} or Qwen2Config in mapping._extra_content:
+        if mapping[Qwen2Config] in {*MODELS, *MODELS.values()} or Qwen2Config in mapping._extra_content:
             found.append(auto)
     return found
 
 
 def is_registered(auto: Any) -> bool:
     """Whether this Auto class builds a fixed class for Qwen2, by looking it up as transformers does."""
-    return bool(auto._model_mapping[Qwen2Config] in STOCK)
+    return auto._model_mapping[Qwen2Config] in MODELS.values()
 
 
 def _register_one(auto: Any) -> None:
@@ -84,7 +83,7 @@ def _register_one(auto: Any) -> None:
         return
     extra = mapping._extra_content
     before = extra.pop(Qwen2Config, _MISSING)  # so that the table answers with the stock class
-    fixed = FIXED[mapping[Qwen2Config]]
+    fixed = MODELS[mapping[Qwen2Config]]
     _before[auto] = before
     auto.register(Qwen2Config, fixed, exist_ok=True)
     if not is_registered(auto):  # 5.13.0 to 5.18.0 ignore a registration for a configuration of their own
@@ -103,6 +102,5 @@ def replace_stock_names() -> None:
     """
     if is_switched_off():
         return
-    for original, fixed in FIXED.items():
-        if issubclass(original, transformers.PreTrainedModel):
-            setattr(sys.modules[original.__module__], original.__name__, fixed)
+    for original, fixed in MODELS.items():
+        setattr(sys.modules[original.__module__], original.__name__, fixed)

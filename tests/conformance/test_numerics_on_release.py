@@ -1,0 +1,140 @@
+"""Finite, accurate, causal: the promises about what a fixed model computes."""
+
+from typing import Any
+
+import pytest
+import torch
+from stress import TINY, random_prompt
+
+import qwen2_fp16_fix
+
+from .conftest import ATTENTIONS, CLOSE, PROMPT, STRESSES, fixed_half, kl, logits, padded, stress
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kinds", [(), *STRESSES], ids="+".join)
+def test_fp32_is_bit_identical_to_stock(kinds: tuple[str, ...], attention: str) -> None:
+    """An fp32 model has nothing to repair: a user may leave the fix on."""
+    tokens, mask = padded()
+    inputs: dict[str, Any] = {"attention_mask": mask, "output_hidden_states": True}
+    with torch.no_grad():
+        stock = stress(kinds, attention)(input_ids=tokens, **inputs)
+        fixed = qwen2_fp16_fix.fix(stress(kinds, attention))(input_ids=tokens, **inputs)
+    assert torch.equal(stock.logits, fixed.logits)
+    assert all(torch.equal(a, b) for a, b in zip(stock.hidden_states, fixed.hidden_states, strict=True))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kinds", STRESSES, ids="+".join)
+def test_float16_is_finite_and_close_where_stock_is_neither(kinds: tuple[str, ...], attention: str) -> None:
+    """The mission in one test. sdpa keeps its scores in fp32, so scores alone break stock in eager only."""
+    oracle = logits(stress(kinds, attention))
+    stock_breaks = attention == "eager" or "residual" in kinds
+    assert torch.isfinite(logits(stress(kinds, attention).half())).all() != stock_breaks
+    assert kl(oracle, logits(fixed_half(kinds, attention))) < CLOSE
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_ordinary_model_comes_closer_than_stock(attention: str) -> None:
+    """The norms round once instead of twice: the fix must not cost precision where nothing overflows."""
+    oracle = logits(stress((), attention))
+    assert kl(oracle, logits(fixed_half((), attention))) < kl(oracle, logits(stress((), attention).half()))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kinds", [(), ("scores", "residual")], ids="+".join)
+def test_left_padding_changes_nothing(kinds: tuple[str, ...], attention: str) -> None:
+    """Generation pads on the left: those rows see no key, and what they hold must not reach the others."""
+    tokens, mask = padded()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    together = logits(fixed_half(kinds, attention), tokens, attention_mask=mask, position_ids=positions)
+    assert torch.isfinite(together).all()
+    alone = logits(stress(kinds, attention), tokens[:1, 5:])
+    assert kl(alone, together[:1, 5:]) < CLOSE
+    assert kl(logits(stress(kinds, attention), tokens[1:]), together[1:]) < CLOSE
+
+
+def test_pad_tokens_weigh_exactly_nothing() -> None:
+    """float16's minimum is no mask among scores of 85,000."""
+    tokens, mask = padded()
+    with torch.no_grad():
+        weights = fixed_half(("scores",))(input_ids=tokens, attention_mask=mask, output_attentions=True).attentions
+    for layer in weights:
+        assert (layer[0, :, 5:, :5] == 0).all()
+        assert (layer.triu(1) == 0)[:, :, 5:].all()  # rows of real tokens; a fully masked row may spread evenly
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_row_with_every_key_masked_is_finite(attention: str) -> None:
+    tokens, mask = padded()
+    assert torch.isfinite(logits(fixed_half(("scores", "residual"), attention), tokens, attention_mask=mask)).all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kinds", [(), ("scores", "residual")], ids="+".join)
+def test_a_later_token_changes_no_earlier_logit(kinds: tuple[str, ...], attention: str) -> None:
+    """inf-to-zero and clamping by a tensor's maximum leak the future into the past; bit for bit, we do not."""
+    model = fixed_half(kinds, attention)
+    changed = PROMPT.clone()
+    changed[:, 16:] = random_prompt(TINY, batch=2, length=24, seed=1)[:, 16:]
+    before, after = logits(model), logits(model, changed)
+    assert not torch.equal(before[:, 16:], after[:, 16:])
+    assert torch.equal(before[:, :16], after[:, :16])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_cached_steps_agree_with_one_pass(attention: str) -> None:
+    """Keys are rounded into the cache once, and read back as they are."""
+    model = fixed_half(("scores", "residual"), attention)
+    whole = logits(model)
+    with torch.no_grad():
+        step = model(input_ids=PROMPT[:, :12], use_cache=True)
+        rows = [step.logits]
+        for index in range(12, PROMPT.shape[1]):
+            step = model(input_ids=PROMPT[:, index : index + 1], past_key_values=step.past_key_values, use_cache=True)
+            rows.append(step.logits)
+    assert kl(whole, torch.cat(rows, 1).float()) < CLOSE  # other matmul shapes, other rounding
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_keys_in_the_cache_have_the_models_dtype(attention: str) -> None:
+    """An fp32 key would double the cache, and a static cache would refuse it."""
+    with torch.no_grad():
+        cache = fixed_half(("scores",), attention)(input_ids=PROMPT, use_cache=True).past_key_values
+    tensors = _tensors(cache)
+    assert len(tensors) == 2 * TINY.layers
+    assert {t.dtype for t in tensors} == {torch.float16}
+
+
+def _tensors(cache: Any) -> list[torch.Tensor]:
+    """Every key and value in a cache: tuples up to 4.44, lists in the cache up to 4.53, layers after."""
+    if isinstance(cache, tuple):
+        return [tensor for layer in cache for tensor in layer]
+    if hasattr(cache, "layers"):
+        return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [*cache.key_cache, *cache.value_cache]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_bfloat16_comes_as_close_as_sdpa(attention: str) -> None:
+    """Stock bf16 eager rounds raw scores of 85,000 to steps of 512: published perplexity 7.9967 against 7.1330."""
+    oracle = logits(stress(("scores",)))
+    fixed = qwen2_fp16_fix.fix(stress(("scores",), attention).bfloat16())
+    sdpa = kl(oracle, logits(stress(("scores",), "sdpa").bfloat16()))
+    assert kl(oracle, logits(stress(("scores",)).bfloat16())) > 2 * sdpa  # stock eager is visibly worse
+    assert kl(oracle, logits(fixed)) < 1.5 * sdpa  # the rest is bf16's own rounding of weights' products
+
+
+@pytest.mark.parametrize("kinds", [("scores",), ("scores", "residual")], ids="+".join)
+def test_float16_autocast_over_fp32_weights(kinds: tuple[str, ...]) -> None:
+    """As Trainer(fp16=True) runs a model: autocast casts the operands of q·kᵀ back to float16."""
+    oracle = logits(stress(kinds))
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not torch.isfinite(logits(stress(kinds))).all()
+        assert kl(oracle, logits(qwen2_fp16_fix.fix(stress(kinds)))) < CLOSE
+
+
+def test_casting_after_the_fix_equals_fixing_after_the_cast() -> None:
+    """The way to float16 must not matter: `model.half()` rounds RoPE frequencies in stock."""
+    cast_after = qwen2_fp16_fix.fix(stress(("scores", "residual"))).half()
+    assert torch.equal(logits(cast_after), logits(fixed_half(("scores", "residual"))))

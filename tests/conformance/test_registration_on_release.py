@@ -1,0 +1,137 @@
+"""Registering, loading and saving, on whichever release is installed."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from stress import TINY, config
+
+import qwen2_fp16_fix
+from qwen2_fp16_fix.patches import version_map
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, RANGE
+
+from .conftest import DTYPE, PROMPT, expected_release, fixed_half, logits, stress
+
+HEADS = {
+    "AutoModel": "Qwen2Model",
+    "AutoModelForCausalLM": "Qwen2ForCausalLM",
+    "AutoModelForSequenceClassification": "Qwen2ForSequenceClassification",
+    **{
+        f"AutoModelFor{head}": f"Qwen2For{head}"
+        for head in ("TokenClassification", "QuestionAnswering")
+        if hasattr(ORIGINAL, f"Qwen2For{head}")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float16 checkpoint of a model that breaks stock."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    stress(("scores", "residual")).half().save_pretrained(path)
+    return path
+
+
+def load(name: str, folder: Path) -> Any:
+    loader = getattr(transformers, name)
+    return loader.from_pretrained(folder, attn_implementation="eager", **{DTYPE: torch.float16}).eval()
+
+
+def test_this_is_the_release_that_was_meant() -> None:
+    """A dependency that replaces transformers would test one release under the name of another."""
+    assert expected_release() in (None, transformers.__version__)
+    assert version_map.range_for(transformers.__version__) == RANGE
+
+
+def test_the_release_is_taken_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", qwen2_fp16_fix.UntestedTransformersWarning)
+        qwen2_fp16_fix.register()
+    assert qwen2_fp16_fix.status()["problem"] is None
+    assert qwen2_fp16_fix.status()["tested"]
+
+
+def test_every_auto_class_of_the_release_is_registered() -> None:
+    qwen2_fp16_fix.register()
+    assert set(HEADS) <= set(qwen2_fp16_fix.status()["registered"])
+    assert all(qwen2_fp16_fix.status()["registered"].values())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -> None:
+    """`register(exist_ok=True)` silently does nothing in 5.13.0 to 5.18.0."""
+    ours = MODELS[getattr(ORIGINAL, HEADS[name])]
+    qwen2_fp16_fix.register()
+    qwen2_fp16_fix.register()
+    loaded = load(name, folder)
+    assert type(loaded) is ours
+    assert type(getattr(transformers, name).from_config(config(TINY))) is ours
+    assert qwen2_fp16_fix.status(loaded)["model"]["fixed"]
+    with torch.no_grad():
+        output = loaded(input_ids=PROMPT[:1])
+    assert all(torch.isfinite(value).all() for value in output.values() if isinstance(value, torch.Tensor))
+    qwen2_fp16_fix.unregister()
+    assert type(load(name, folder)) is getattr(ORIGINAL, HEADS[name])
+
+
+def test_unregistering_leaves_no_trace() -> None:
+    def tables() -> list[dict[Any, Any]]:
+        return [dict(getattr(transformers, name)._model_mapping._extra_content) for name in HEADS]
+
+    before = tables()
+    with qwen2_fp16_fix.registered():
+        assert tables() != before
+    assert tables() == before
+
+
+def test_a_registration_of_the_users_own_comes_back() -> None:
+    class Mine(ORIGINAL.Qwen2ForCausalLM):  # type: ignore[misc, name-defined]
+        pass
+
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    mapping._extra_content[transformers.Qwen2Config] = Mine
+    try:
+        with qwen2_fp16_fix.registered():
+            assert mapping[transformers.Qwen2Config] in MODELS.values()
+        assert mapping[transformers.Qwen2Config] is Mine
+    finally:
+        del mapping._extra_content[transformers.Qwen2Config]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_fix_takes_every_class(name: str, folder: Path) -> None:
+    model = load(name, folder)
+    assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert qwen2_fp16_fix.fix(model) is model
+    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert type(qwen2_fp16_fix.unfix(model)) is getattr(ORIGINAL, HEADS[name])
+    assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
+
+
+def test_loading_registered_equals_fixing_after_loading(folder: Path) -> None:
+    with qwen2_fp16_fix.registered():
+        registered = load("AutoModelForCausalLM", folder)
+    assert torch.equal(logits(registered), logits(qwen2_fp16_fix.fix(load("AutoModelForCausalLM", folder))))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_a_fixed_model_saves_is_a_stock_checkpoint(name: str, tmp_path: Path) -> None:
+    """Other engines read `architectures`; a name of ours would make them reject or misread the checkpoint."""
+    stock_class = getattr(ORIGINAL, HEADS[name])
+    model = MODELS[stock_class](config(TINY)).half()
+    model.save_pretrained(tmp_path)
+    loaded = load(name, tmp_path)
+    assert type(loaded) is stock_class
+    assert loaded.config.architectures == [HEADS[name]]
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert list(expected) == list(found)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_the_fix_touches_no_weight() -> None:
+    stock, fixed = stress(("scores",)).half().state_dict(), fixed_half(("scores",)).state_dict()
+    assert list(stock) == list(fixed)
+    assert all(torch.equal(stock[key], fixed[key]) for key in stock)
