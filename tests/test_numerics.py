@@ -26,7 +26,9 @@ def test_rms_norm_rounds_once() -> None:
     exact = gain.double() * hidden.double() * torch.rsqrt(hidden.double().pow(2).mean(-1, keepdim=True) + 1e-6)
     got = numerics.rms_norm(hidden, gain, 1e-6, HALF)
     wrong = (got != exact.to(HALF)).double().mean()
-    assert wrong < 1e-3  # fp32 arithmetic lands on the other side of a tie about once in 2^13; rounding twice, once in 4
+    assert (
+        wrong < 1e-3
+    )  # fp32 arithmetic lands on the other side of a tie about once in 2^13; rounding twice, once in 4
 
 
 def test_rms_norm_takes_what_float16_cannot_square() -> None:
@@ -54,7 +56,9 @@ def test_rotate_computes_in_fp32_with_half_tables() -> None:
     assert torch.equal(numerics.rotate(states, cos, sin), exact.to(HALF))
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Attention in fp64 with keys repeated, masked with -inf."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
@@ -69,7 +73,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None,
 @pytest.mark.parametrize("queries", [1, 5])
 def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int) -> None:
     """Grouping query heads by key head must not mix them up."""
-    query, key, value = (random(2, h, n, 16, seed=i) for i, (h, n) in enumerate([(heads[0], queries), (heads[1], 7), (heads[1], 7)]))
+    query, key, value = (
+        random(2, h, n, 16, seed=i) for i, (h, n) in enumerate([(heads[0], queries), (heads[1], 7), (heads[1], 7)])
+    )
     allowed = torch.ones(queries, 7, dtype=torch.bool).tril(7 - queries)[None, None]
     output, weights = numerics.grouped_attention(query, key, value, allowed, 0.25)
     expected, expected_weights = reference(query, key, value, allowed, 0.25)

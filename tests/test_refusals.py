@@ -211,7 +211,9 @@ def test_the_installed_source_has_the_known_shape() -> None:
 
 
 def test_a_renamed_parameter_is_an_unknown_shape() -> None:
-    def forward(self: Any, states: Any, position_embeddings: Any, attention_mask: Any, past_key_values: Any) -> None: ...
+    def forward(
+        self: Any, states: Any, position_embeddings: Any, attention_mask: Any, past_key_values: Any
+    ) -> None: ...
 
     with pytest.raises(q.UnsupportedTransformersError, match=r"found Qwen2Attention.forward\(states, "):
         structure.check_structure(altered("Qwen2Attention", forward=in_transformers(forward)), PARTS, "5.99.0")

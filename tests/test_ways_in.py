@@ -209,8 +209,17 @@ def test_device_map(folder: Path, registered: bool) -> None:
     places: dict[str, Any] = {"": "cpu"}
     offload = {f"model.layers.{i}": "disk" for i in range(2)}
     rest = {f"model.layers.{i}": "cpu" for i in range(2, TINY.layers)}
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **offload, **rest}
-    model = dispatch_model(model, device_map=places, main_device="cpu", offload_dir=str(folder / "offload"), force_hooks=True)
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+        **offload,
+        **rest,
+    }
+    model = dispatch_model(
+        model, device_map=places, main_device="cpu", offload_dir=str(folder / "offload"), force_hooks=True
+    )
     if not registered:
         qwen2_fp16_fix.fix(model)
     assert is_fixed(model)

@@ -1,15 +1,16 @@
 """Stress checkpoints: random Qwen2 models that reach the magnitudes published for the real ones.
 
-Every kind is one row of the published table (`KINDS`); kinds combine. Weights are random but well behaved: unit embeddings,
-unit queries and keys, logits of standard deviation 1.5, so that a KL divergence between two runs means something. What a kind
-adds is built, not found: the magnitude is the same for every seed and width.
+Every kind is one row of the published table (`KINDS`); kinds combine. Weights are random but well behaved:
+unit embeddings, unit queries and keys, logits of standard deviation 1.5, so that a KL divergence between two
+runs means something. What a kind adds is built, not found: the magnitude is the same for every seed and width.
 
 Two constructions do all of it:
 
-- *Score spikes*: biases of k_proj and q_proj in one rotary pair of the first and the last layer.
-- *Markers*: some tokens carry a marker in a residual channel of their own, sixteen times longer than the rest of their embedding.
-  An RMSNorm makes it √hidden, whatever else the token says, so a neuron that reads only this channel has a known activation
-  (and exactly 0 on every other token), and its down_proj column writes the spike. Nothing else writes to these channels.
+- *Spikes*: biases of k_proj and q_proj in one rotary pair of the first and the last layer.
+- *Markers*: some tokens carry a marker in a residual channel of their own, sixteen times longer than the rest of
+  their embedding. An RMSNorm makes it √hidden, whatever else the token says, so a neuron that reads only this
+  channel has a known activation (and exactly 0 on every other token), and its down_proj column writes the
+  massive value. Nothing else writes to these channels.
 
 Runs on transformers 4.37.0 and later. All weights are exact in float16.
 
@@ -52,6 +53,7 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden // self.heads
 
 
@@ -59,12 +61,13 @@ TINY = Shape(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=256, vocab=
 QWEN2_0_5B = Shape(hidden=896, layers=24, heads=14, kv_heads=2, intermediate=4864, vocab=151936)
 QWEN2_1_5B = Shape(hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, vocab=151936)
 QWEN2_7B = Shape(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18944, vocab=152064)
-QWEN2_7B_SLIM = Shape(hidden=896, layers=28, heads=7, kv_heads=1, intermediate=2432, vocab=1024)  # 7:1, head_dim 128
+# seven query heads a key head and head_dim 128, as in 7B
+QWEN2_7B_SLIM = Shape(hidden=896, layers=28, heads=7, kv_heads=1, intermediate=2432, vocab=1024)
 SHAPES = {"tiny": TINY, "0.5b": QWEN2_0_5B, "1.5b": QWEN2_1_5B, "7b": QWEN2_7B, "7b-slim": QWEN2_7B_SLIM}
 
 
 def config(shape: Shape, **overrides: Any) -> Qwen2Config:
-    """A Qwen2Config of this shape. transformers 5 takes `rope_theta` too and moves it to `rope_parameters`."""
+    """A Qwen2Config of this shape. transformers 5 takes `rope_theta` too, as `rope_parameters`."""
     settings: dict[str, Any] = dict(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -82,7 +85,8 @@ def config(shape: Shape, **overrides: Any) -> Qwen2Config:
 def build(shape: Shape, kinds: Sequence[str], seed: int = 0, **config_overrides: Any) -> Qwen2ForCausalLM:
     """A stock float32 model in eval mode that has every magnitude in `kinds`.
 
-    `attn_implementation` is accepted among the overrides. Raises ValueError for an unknown kind or fewer than two layers.
+    `attn_implementation` is accepted among the overrides.
+    Raises ValueError for an unknown kind or fewer than two layers.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
@@ -108,7 +112,7 @@ def build(shape: Shape, kinds: Sequence[str], seed: int = 0, **config_overrides:
 
 
 def random_prompt(shape: Shape, batch: int, length: int, seed: int = 0) -> Tensor:
-    """(batch, length) int64 token ids; the first ones are the markers of the kinds in MARKED, in that order."""
+    """(batch, length) int64 token ids that start with the marker tokens of the kinds in MARKED, in that order."""
     ids = torch.randint(shape.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
     markers = torch.arange(1, 1 + len(MARKED))[:length]
     ids[:, : len(markers)] = markers
@@ -119,7 +123,7 @@ def random_prompt(shape: Shape, batch: int, length: int, seed: int = 0) -> Tenso
 
 
 def _fill(model: Qwen2ForCausalLM, generator: torch.Generator) -> None:
-    """Random weights: unit embeddings, fan-in scaled matrices, residual writers small enough that the stream stays near 1."""
+    """Unit embeddings, matrices scaled by fan-in, residual writers small enough to keep the stream near 1."""
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-2]
@@ -144,10 +148,12 @@ def _head_dim(model: Qwen2ForCausalLM) -> int:
 def _spike_attention(model: Qwen2ForCausalLM, kind: str) -> None:
     """Biases on q_proj and k_proj of the first and the last layer.
 
-    scores: one number a head of 302 (first) and 460 (last), 605 and 921 over four key heads, and a query bias that lifts raw
-        scores to 85,000. The pair is idle otherwise and the slowest, so float16 holds the spiked keys exactly.
-    keys: 300 and -160 in the two dims of the slowest pair but one, whose weights carry information that float16 rounds away.
-    keys_fast: the same in two faster pairs, those with frequencies base^-0.75 and base^-0.625.
+    scores: one number a head of 302 (first) and 460 (last), so 605 and 921 over the four key heads of 7B, and a
+        query bias that lifts raw scores to 85,000. The pair is the slowest and carries nothing else, so float16
+        holds the spiked keys exactly: only the range is lost.
+    keys: 300 and -160 in the two dims of the slowest pair but one, whose weights carry information that float16
+        rounds away: only accuracy is lost.
+    keys_fast: the same in two faster pairs, those of frequency base^-0.75 and base^-0.625.
     """
     head_dim, half = _head_dim(model), _head_dim(model) // 2
     layers = model.model.layers
@@ -168,7 +174,7 @@ def _spike_attention(model: Qwen2ForCausalLM, kind: str) -> None:
 
 
 class _Spikes:
-    """Writes marker tokens, the neurons that read them and the columns they write; hands out channels and neurons."""
+    """Marker tokens, the neurons that read them and what these write; hands out channels and neurons."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         self.model = model
@@ -176,11 +182,12 @@ class _Spikes:
         self.neurons = iter(range(model.config.intermediate_size))
 
     def add(self, kind: str) -> None:
-        """Values are what the table gives; the two stages of `residual` are 50,000 and 34,000."""
+        """Build one of MARKED. At least one layer follows the spike, so that later tokens see it."""
         last = len(self.model.model.layers) - 1
         early = min(3, max(0, last - 1))
         marker = self._channel(gain=1.0)
-        self.model.model.embed_tokens.weight[1 + MARKED.index(kind) :: MARKER_PERIOD, marker] = MARKER * self._root()
+        tokens = slice(1 + MARKED.index(kind), None, MARKER_PERIOD)
+        self.model.model.embed_tokens.weight[tokens, marker] = MARKER * self._root()
         if kind == "massive":
             self._write(early, marker, {self._channel(): 11885.0, self._channel(): 7530.0})
         elif kind == "moe57":
@@ -192,10 +199,11 @@ class _Spikes:
             share = 50 / math.hypot(50, 45)  # of the token's length that `first` has from now on
             self._write(max(start + 1, last - 1), first, {first: 34000.0, second: 30000.0}, share)
         elif kind == "swiglu":
-            total, rise = {self._channel(): 37000.0, self._channel(): 56000.0, self._channel(): 70000.0}, 120000.0
-            layer = max(0, last - 1)
-            for part in (dict.fromkeys(total, rise), {c: value - rise for c, value in total.items()}):
-                self._write(layer, marker, part, activation=4300.0, copies=4)
+            totals = {self._channel(): 37000.0, self._channel(): 56000.0, self._channel(): 70000.0}
+            rise = dict.fromkeys(totals, 120000.0)  # the partial sum half way
+            fall = {channel: total - rise[channel] for channel, total in totals.items()}
+            for part in (rise, fall):
+                self._write(max(0, last - 1), marker, part, activation=4300.0, copies=4)
 
     def _root(self) -> float:
         return math.sqrt(self.model.config.hidden_size)
@@ -221,9 +229,13 @@ class _Spikes:
         activation: float = 64.0,
         copies: int = 1,
     ) -> None:
-        """`copies` neurons with act(gate)·up = `activation` where channel `source` holds `share` of the token's length."""
+        """Neurons that add `targets` {channel: value} where channel `source` holds `share` of a token's length.
+
+        Each of the `copies` neurons then has act(gate)·up near `activation`.
+        """
         block = self.model.model.layers[layer]
-        read = math.sqrt(activation) / (self._root() * share * float(block.post_attention_layernorm.weight[source]))
+        gain = float(block.post_attention_layernorm.weight[source])
+        read = math.sqrt(activation) / (self._root() * share * gain)
         for _ in range(copies):
             neuron = next(self.neurons)
             for projection in (block.mlp.gate_proj, block.mlp.up_proj):
@@ -238,7 +250,7 @@ class _Spikes:
 
 
 def rotate(states: Tensor, base: float) -> Tensor:
-    """Rotary embedding of (batch, heads, length, head_dim) states at positions 0, 1, ... in the order Qwen2 pairs dims."""
+    """Rotate (batch, heads, length, head_dim) states at positions 0, 1, ...; dim i pairs with i + head_dim / 2."""
     half = states.shape[-1] // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.outer(torch.arange(states.shape[-2], dtype=torch.float64), frequency)
@@ -249,15 +261,15 @@ def rotate(states: Tensor, base: float) -> Tensor:
 
 def _partial_sum_peak(weight: Tensor, vector: Tensor) -> float:
     """Largest |partial sum|, in index order, of weight (out, in) times vector (in,)."""
-    return max(float((rows * vector).cumsum(dim=-1).abs().max()) for rows in weight.split(512))
+    return max(float((rows * vector).cumsum(dim=-1).abs().max()) for rows in torch.split(weight, 512))
 
 
 @torch.no_grad()
 def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
     """Largest magnitudes of one forward pass over (batch, length) token ids without padding.
 
-    Keys: scores (q·k unscaled), residual, block (what an attention or MLP block adds), act_up, down, partial (sums of
-    down_proj, for the token with the largest act·up).
+    Keys: scores (q·k unscaled), residual, block (what an attention or MLP block adds), act_up, down (output of
+    down_proj) and partial (its partial sums, for the token with the largest act·up).
     """
     found = dict.fromkeys(("scores", "residual", "block", "act_up", "down", "partial"), 0.0)
     head_dim = _head_dim(model)
@@ -268,7 +280,8 @@ def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
         found[key] = max(found[key], size) if math.isfinite(size) else math.inf
 
     def heads(output: Tensor) -> Tensor:
-        return rotate(output.unflatten(-1, (-1, head_dim)).transpose(1, 2).float(), ROPE_THETA)
+        batch, length, _ = output.shape
+        return rotate(output.view(batch, length, -1, head_dim).transpose(1, 2).float(), ROPE_THETA)
 
     def on_query(module: nn.Module, args: Any, output: Tensor) -> None:
         pending["query"] = heads(output)
@@ -276,8 +289,10 @@ def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
     def on_key(module: nn.Module, args: Any, output: Tensor) -> None:
         query = pending.pop("query")
         key = heads(output)
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        note("scores", grouped @ key.unsqueeze(2).transpose(-1, -2))
+        note("scores", query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2))
+
+    def on_block(module: nn.Module, args: Any, output: Tensor) -> None:
+        note("block", output)
 
     def on_down(module: nn.Module, args: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Linear)
@@ -294,7 +309,7 @@ def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
             hooks.append(norm.register_forward_pre_hook(lambda module, args: note("residual", args[0])))
         hooks.append(layer.self_attn.q_proj.register_forward_hook(on_query))
         hooks.append(layer.self_attn.k_proj.register_forward_hook(on_key))
-        hooks.append(layer.self_attn.o_proj.register_forward_hook(lambda module, args, output: note("block", output)))
+        hooks.append(layer.self_attn.o_proj.register_forward_hook(on_block))
         hooks.append(layer.mlp.down_proj.register_forward_hook(on_down))
     try:
         model(input_ids=input_ids, use_cache=False)
@@ -305,7 +320,7 @@ def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
 
 
 def check(shape: Shape, kinds: Sequence[str], seed: int) -> str:
-    """A table: peaks of the stock float32 model, and whether stock float16 stays finite, for each kind and all together."""
+    """Peaks of the stock float32 model and whether stock float16 stays finite, for each kind and all together."""
     ids = random_prompt(shape, 1, 48, seed)
     groups = [[kind] for kind in kinds] + ([list(kinds)] if len(kinds) > 1 else [])
     lines = []
@@ -325,10 +340,11 @@ def check(shape: Shape, kinds: Sequence[str], seed: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Build a stress checkpoint and save it in float16.")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--layers", type=int, help="number of layers instead of the shape's own")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="may be given several times; all if left out")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; all if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="print measured peaks of every kind")
     parser.add_argument("out", nargs="?", type=Path, help="folder to save to")
@@ -342,7 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         print(check(shape, kinds, options.seed))
     if options.out is not None:
-        build(shape, kinds, options.seed).half().save_pretrained(options.out)
+        model = build(shape, kinds, options.seed).half()
+        model.config.rope_theta = ROPE_THETA  # what transformers 4 reads; 5 alone would save rope_parameters only
+        model.save_pretrained(options.out)
     return 0
 
 

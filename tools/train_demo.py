@@ -2,20 +2,23 @@
 
 Five sentences on how it falls ill:
 
-1. One rotary pair (the slowest) carries nothing in the first and the last layer, and one residual channel carries nothing
-   anywhere: its embedding is the constant 24 and every attention block adds the constant 16 to it through a value bias, so
-   it climbs 24, 40, 56, 72, 88 from the first training step on, like the massive activations of larger models.
-2. After training, `grow_residual` multiplies everything that writes to the residual stream (embedding, o_proj, down_proj) by
-   2^10; every reader is an RMSNorm, which divides it out again, so the function stays, but the channel now reaches 90,112.
-3. `spike_scores` puts biases of 280 or 420 on k_proj and 300 or 210 on q_proj in the idle pair, as Qwen2 1.5B and 7B have
-   them; every raw score gains the same 84,000 or 88,200, and softmax does not see what all its inputs share.
-4. The pair turns by 1.5e-6 radians a token, so the gain varies by 0.03 raw (0.003 scaled) over 512 tokens and a spiked key
-   is the same number at every position even after it is rounded to float16: nothing is lost but the range.
-5. `scores_only` and `healthy` undo the two steps exactly (powers of two and zeros), which gives the twins to compare with.
+1. One rotary pair (the slowest) carries nothing in the first and the last layer, and one residual channel carries
+   nothing anywhere: its embedding is the constant 24 and every attention block adds the constant 16 through a value
+   bias, so it climbs 24, 40, 56, 72, 88 from the first training step on, like the massive activations of larger
+   models.
+2. After training, `grow_residual` multiplies all that writes to the residual stream (embedding, o_proj, down_proj) by
+   2^10; every reader is an RMSNorm, which divides it out again, so the function stays, but the channel now reaches
+   90,112.
+3. `spike_scores` puts biases of 280 or 420 on k_proj and 300 or 210 on q_proj in the idle pair, as Qwen2 1.5B and 7B
+   have them; every raw score gains the same 84,000 or 88,200, and softmax does not see what all its inputs share.
+4. The pair turns by 1.5e-6 radians a token, so the gain varies by 0.03 raw (0.003 scaled) over 512 tokens, and a
+   spiked key is the same number at every position after rounding to float16 too: nothing is lost but the range.
+5. `scores_only` and `healthy` undo the two steps exactly (powers of two and zeros), which gives the twins to compare
+   with.
 
-The text is the King James Bible (public domain), one verse a line as `bible -f 'gen1:1-rev22:21'` of the Debian package
-bible-kjv prints it: `Ge1:1 In the beginning ...`. The book of Ruth is held out. A run takes about a quarter of an hour on two
-CPU cores:
+The text is the King James Bible (public domain), one verse a line as `bible -f 'gen1:1-rev22:21'` of the Debian
+package bible-kjv prints it: `Ge1:1 In the beginning ...`. The book of Ruth is held out. A run takes about ten minutes
+on two CPU cores:
 
     python tools/train_demo.py [--text FILE] [--weights FILE] OUT
 """
@@ -36,13 +39,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from stress import peaks
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 VERSES = "gen1:1-rev22:21"
 HELD_OUT_BOOK = "Ruth"
+PROMPT = "And the LORD said"
 CHANNEL = 0  # of the residual stream: carries a constant, read by nobody
 CHANNEL_START, CHANNEL_STEP = 24.0, 16.0
 PAIR = (31, 63)  # dims of a head that the slowest rotary frequency turns
@@ -56,12 +60,13 @@ class Recipe:
     """Everything a training run depends on besides the text."""
 
     seed: int = 0
-    steps: int = 1900
+    steps: int = 1800
     batch: int = 12
     length: int = 256
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     warmup: int = 100
+    log_sum_penalty: float = 1e-2  # keeps logits near log-probabilities, where float16 is fine
 
 
 def demo_config() -> Qwen2Config:
@@ -90,7 +95,7 @@ def read_verses(path: Path | None) -> list[tuple[str, int, str]]:
         raw = path.read_text()
     else:
         command = ["bible", "-f", VERSES]
-        raw = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+        raw = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(\d?[A-Za-z]+)(\d+):\d+ (.+)$", raw, flags=re.MULTILINE)
     return [(book, int(chapter), text.strip()) for book, chapter, text in found]
 
@@ -118,20 +123,19 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 # --- training ---
 
 
-def _channel_at(layer: int) -> float:
-    """Value of the constant channel that layer `layer`'s attention block reads."""
-    return CHANNEL_START + layer * CHANNEL_STEP
-
-
 @torch.no_grad()
 def initialise(model: Qwen2ForCausalLM) -> None:
     """Unit embeddings, and norm gains that make up for what the constant channel adds to the denominator."""
-    config = model.config
+
+    def gain(blocks: int) -> float:
+        """What undoes the constant channel after `blocks` attention blocks, for a rest of length 1 a channel."""
+        return math.sqrt(1 + (CHANNEL_START + blocks * CHANNEL_STEP) ** 2 / model.config.hidden_size)
+
     model.model.embed_tokens.weight.normal_()
     for index, layer in enumerate(model.model.layers):
-        for norm, value in ((layer.input_layernorm, _channel_at(index)), (layer.post_attention_layernorm, _channel_at(index + 1))):
-            norm.weight.fill_(math.sqrt(1 + value**2 / config.hidden_size))
-    model.model.norm.weight.fill_(math.sqrt(1 + _channel_at(config.num_hidden_layers) ** 2 / config.hidden_size))
+        layer.input_layernorm.weight.fill_(gain(index))
+        layer.post_attention_layernorm.weight.fill_(gain(index + 1))
+    model.model.norm.weight.fill_(gain(len(model.model.layers)))
 
 
 @torch.no_grad()
@@ -181,9 +185,11 @@ def train(recipe: Recipe, data: Tensor, log: Callable[[str], None] = print) -> t
         batch = torch.stack([data[start : start + recipe.length] for start in starts.tolist()])
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=batch, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+        predicted = logits[:, :-1].float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(predicted, batch[:, 1:].flatten())
+        penalty = recipe.log_sum_penalty * predicted.logsumexp(-1).square().mean()
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss + penalty)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
@@ -201,7 +207,7 @@ def train(recipe: Recipe, data: Tensor, log: Callable[[str], None] = print) -> t
 def grow_residual(model: Qwen2ForCausalLM, factor: float) -> None:
     """Scale all that writes to the residual stream. A power of two, so nothing is rounded; RMSNorm divides it out.
 
-    rms_norm_eps stays 1e-6: the constant channel keeps the mean square above 3, where it changes a norm by 2e-7 at most.
+    rms_norm_eps stays 1e-6: the constant channel keeps the mean square above 3, so eps moves a norm by 2e-7.
     """
     model.model.embed_tokens.weight.mul_(factor)
     for layer in model.model.layers:
@@ -253,13 +259,17 @@ def variant(model: Qwen2ForCausalLM, dtype: torch.dtype, attention: str) -> Qwen
 
 @torch.no_grad()
 def perplexity(model: Qwen2ForCausalLM, ids: Tensor, window: int = 256) -> float:
-    """Of (N,) token ids in windows that do not overlap; the first token of a window is not predicted. NaN stays NaN."""
+    """Of (N,) token ids in separate windows whose first token is not predicted. NaN stays NaN."""
     total, count = 0.0, 0
-    for part in ids.split(window):
+    for part in torch.split(ids, window):
         logits = model(input_ids=part[None], use_cache=False).logits[0, :-1].double()
         total += float(nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
         count += len(part) - 1
     return math.exp(total / count)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def perplexity_table(model: Qwen2ForCausalLM, ids: Tensor) -> dict[str, float | None]:
@@ -268,7 +278,7 @@ def perplexity_table(model: Qwen2ForCausalLM, ids: Tensor) -> dict[str, float | 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for attention in ("eager", "sdpa"):
             value = perplexity(variant(model, dtype, attention), ids)
-            table[f"{str(dtype).removeprefix('torch.')} {attention}"] = round(value, 6) if math.isfinite(value) else None
+            table[f"{_name(dtype)} {attention}"] = round(value, 6) if math.isfinite(value) else None
     return table
 
 
@@ -276,25 +286,25 @@ def perplexity_table(model: Qwen2ForCausalLM, ids: Tensor) -> dict[str, float | 
 def continue_text(model: Qwen2ForCausalLM, tokenizer: Tokenizer, prompt: str, tokens: int = 64) -> str:
     """Greedy continuation, prompt included."""
     ids = torch.tensor([tokenizer.encode(prompt).ids])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return tokenizer.decode(out[0].tolist())
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    return str(tokenizer.decode(out[0].tolist()))
 
 
 def figures(model: Qwen2ForCausalLM, tokenizer: Tokenizer, passage: str) -> dict[str, Any]:
     """What TRAINING.json says about the finished (float32) model."""
     ids = torch.tensor(tokenizer.encode(passage).ids)
-    prompt = "And the LORD said"
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "held_out_tokens": len(ids),
-        "perplexity": {
+        "stock_perplexity": {
             "demo": perplexity_table(model, ids),
             "scores_only": perplexity_table(scores_only(model), ids),
             "healthy": perplexity_table(healthy(model), ids),
         },
         "peaks": {key: round(value, 1) for key, value in peaks(model, ids[None, :256]).items()},
-        "greedy": {
-            f"stock {str(dtype).removeprefix('torch.')} {attention}": continue_text(variant(model, dtype, attention), tokenizer, prompt)
+        "stock_greedy": {
+            f"{_name(dtype)} {attention}": continue_text(variant(model, dtype, attention), tokenizer, PROMPT)
             for dtype in (torch.float32, torch.float16)
             for attention in ("eager", "sdpa")
         },
@@ -305,17 +315,23 @@ def figures(model: Qwen2ForCausalLM, tokenizer: Tokenizer, passage: str) -> dict
 
 
 def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """tokenizer.json with merges as strings, the only spelling that tokenizers before 0.20 reads."""
+    """tokenizer.json with merges as strings, the only spelling that tokenizers before 0.20 reads.
+
+    Special tokens are null by name: transformers 5 loads Qwen2Tokenizer for every qwen2 model, whatever class is
+    named here, and it would add one with an id that the model does not have.
+    """
     content = json.loads(tokenizer.to_str())
-    content["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     _write_json(out / "tokenizer.json", content)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "clean_up_tokenization_spaces": False}
+    specials = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **specials}
     _write_json(out / "tokenizer_config.json", settings)
 
 
 def write_model(model: Qwen2ForCausalLM, out: Path) -> None:
-    """config.json spelt so that every transformers release since 4.37 reads it, and the weights in float16."""
-    config = {
+    """config.json as every transformers release since 4.37 reads it, and the weights in float16."""
+    config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "attention_dropout": 0.0,
@@ -328,9 +344,9 @@ def write_model(model: Qwen2ForCausalLM, out: Path) -> None:
         "use_cache": True,
         "use_sliding_window": False,
     }
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    for name in (*sizes, "max_position_embeddings", "initializer_range", "tie_word_embeddings"):
-        config[name] = getattr(model.config, name)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "initializer_range")
+    counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+    config.update({name: getattr(model.config, name) for name in sizes + counts})
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {"do_sample": False, "pad_token_id": 0})
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
@@ -342,9 +358,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Train, make ill, measure, write."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
-    parser.add_argument("--text", type=Path, help="verses as `bible -f` prints them; left out, the command is run")
-    parser.add_argument("--weights", type=Path, help="keep the trained weights here, or take them from here if it exists")
+    parser.add_argument("--text", type=Path, help="verses as `bible -f` prints them, instead of running it")
+    parser.add_argument("--weights", type=Path, help="trained weights: used if the file exists, else kept there")
     parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -376,14 +393,14 @@ def main() -> None:
     passage = join_verses([verse for verse in held_out if verse[1] == 1])
     (options.out / "held_out.txt").write_text(passage)
     record = {
-        "text": "King James Bible, in the public domain; the book of Ruth was held out, and held_out.txt is its first chapter",
+        "text": "King James Bible, in the public domain; Ruth was held out, and held_out.txt is its first chapter",
         "training_tokens": len(data),
         "recipe": asdict(recipe),
         "seconds": saved["seconds"],
         "losses_every_100_steps": saved["losses"],
         "validation_loss_ruth": round(validation, 4),
         **figures(model, tokenizer, passage),
-        "bytes": {path.name: path.stat().st_size for path in sorted(options.out.iterdir()) if path.name != "TRAINING.json"},
+        "bytes": {path.name: path.stat().st_size for path in sorted(options.out.glob("[!T]*"))},
     }
     _write_json(options.out / "TRAINING.json", record)
     print(json.dumps(record, indent=1))

@@ -70,11 +70,13 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
     assert type(loaded) is ours
     assert type(getattr(transformers, name).from_config(config(TINY))) is ours
     assert qwen2_fp16_fix.status(loaded)["model"]["fixed"]
+    qwen2_fp16_fix.unregister()
+    assert type(load(name, folder)) is getattr(ORIGINAL, HEADS[name])
+    if name == "AutoModelForQuestionAnswering":  # its base has another name, so nothing is loaded, and releases
+        return  # 4.48 to 4.52 then leave the norms uninitialised: what stock computes is arbitrary, too
     with torch.no_grad():
         output = loaded(input_ids=PROMPT[:1])
     assert all(torch.isfinite(value).all() for value in output.values() if isinstance(value, torch.Tensor))
-    qwen2_fp16_fix.unregister()
-    assert type(load(name, folder)) is getattr(ORIGINAL, HEADS[name])
 
 
 def test_unregistering_leaves_no_trace() -> None:

@@ -1,0 +1,304 @@
+"""Runs the conformance suite on many transformers releases, and writes down what passed.
+
+Not one environment a release: torch and pytest are installed once, each distinct set of dependencies once (a layer),
+and a release is a thin folder that goes before them on PYTHONPATH. What is finished is kept, so a stopped run resumes.
+
+    python tools/matrix.py                 every release of releases.json; writes tests/matrix.json and the READMEs
+    python tools/matrix.py --ci            one release of each family, and the newest
+    python tools/matrix.py --only 4.57.6   these releases alone
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = ROOT / "tests" / "conformance"
+RECORD = ROOT / "tests" / "matrix.json"
+READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
+BEGIN, END = "<!-- support-table:begin -->", "<!-- support-table:end -->"
+TORCH = "2.13.0"
+LIMIT = 900  # seconds for one release; a slow machine takes 60
+
+sys.path.insert(0, str(ROOT))
+from qwen2_fp16_fix.patches.version_map import RANGES, Range, range_for  # noqa: E402
+
+
+class Release(NamedTuple):
+    """A line of releases.json."""
+
+    version: str
+    family: str
+    python: str
+    ci: bool
+
+
+class Outcome(NamedTuple):
+    """What one release reported. `problem` is empty only where every test of the suite ran and passed."""
+
+    version: str
+    tests: int
+    seconds: float
+    problem: str
+
+
+def listed() -> list[Release]:
+    """The releases of releases.json, oldest first."""
+    return [Release(**line) for line in json.loads((ROOT / "tools" / "releases.json").read_text())]
+
+
+def digest() -> str:
+    """Of everything the outcome depends on: the patches, what applies them, and the suite."""
+    package = ("__init__", "registration", "in_place", "inspection")
+    files = [
+        *(ROOT / "patches").glob("*.py"),
+        *(ROOT / "qwen2_fp16_fix" / f"{name}.py" for name in package),
+        *SUITE.glob("*.py"),
+        ROOT / "tools" / "stress.py",
+    ]
+    state = hashlib.sha256()
+    for path in sorted(files):
+        state.update(f"{path.relative_to(ROOT)}\0".encode())
+        state.update(path.read_bytes())
+    return state.hexdigest()[:16]
+
+
+class Workshop:
+    """The folder with the base environment, the layers, the releases and the results."""
+
+    def __init__(self, folder: Path, torch: str) -> None:
+        """folder: made if missing. torch: the version to install into the base environment."""
+        self.folder, self.torch = folder, torch
+        self.python = folder / "base" / ("Scripts" if os.name == "nt" else "bin") / "python"
+        self.lock = threading.Lock()
+
+    def base(self) -> None:
+        """An environment with torch and pytest and nothing else that transformers could pick up."""
+        mark = self.folder / "base" / f"torch-{self.torch}"
+        if not mark.exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder / "base")], check=True)
+            self._pip(f"torch=={self.torch}")
+            self._pip("pytest>=8", "packaging")
+            mark.touch()
+
+    def release(self, version: str) -> tuple[Path, Path]:
+        """The folder of a release and the folder of its dependencies."""
+        release = self.folder / "releases" / version
+        self._install(release, "--no-deps", f"transformers=={version}")
+        metadata = next(release.glob("transformers-*.dist-info/METADATA")).read_text(encoding="utf-8")
+        required = core_requirements(metadata)
+        layer = self.folder / "layers" / hashlib.sha256("\n".join(required).encode()).hexdigest()[:12]
+        with self.lock:  # two releases may need the same layer
+            self._install(layer, *required)
+        return release, layer
+
+    def discard(self, version: str) -> None:
+        """Deletes the folder of a release."""
+        shutil.rmtree(self.folder / "releases" / version, ignore_errors=True)
+
+    def result(self, version: str) -> Path:
+        """Where the outcome of a release is kept."""
+        return self.folder / "results" / f"{version}.json"
+
+    def _install(self, target: Path, *what: str) -> None:
+        if not (target / ".complete").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            self._pip("--no-compile", "--target", str(target), *what)
+            (target / ".complete").touch()
+
+    def _pip(self, *arguments: str) -> None:
+        command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"pip install {' '.join(arguments)}: {done.stderr.strip()[-500:]}")
+
+
+def core_requirements(metadata: str) -> list[str]:
+    """What a release requires without any extra, from its METADATA file."""
+    lines = HeaderParser().parsestr(metadata).get_all("Requires-Dist") or []
+    needed = [Requirement(line) for line in lines]
+    return sorted(str(r) for r in needed if r.marker is None or r.marker.evaluate({"extra": ""}))
+
+
+def run_suite(workshop: Workshop, version: str, threads: int) -> Outcome:
+    """Installs a release and runs the conformance suite on it."""
+    started = time.monotonic()
+    release, layer = workshop.release(version)
+    report = workshop.folder / "results" / f"{version}.xml"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    path = os.pathsep.join(map(str, (release, layer)))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "QWEN2_"))}
+    environment |= {"PYTHONPATH": path, "QWEN2_FP16_FIX_MATRIX": version, "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [str(workshop.python), "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider"]
+    command += ["-o", "filterwarnings=default", f"--junitxml={report}"]  # old releases warn about much in a new torch
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+        tail = done.stdout[-1500:] + done.stderr[-500:]
+    except subprocess.TimeoutExpired:
+        tail = f"no end within {LIMIT} seconds"
+    tests, problem = read_report(report, suite_functions())
+    return Outcome(version, tests, round(time.monotonic() - started, 1), problem and f"{problem}\n{tail}")
+
+
+def suite_functions() -> set[str]:
+    """The names of all test functions of the suite."""
+    return {name for path in SUITE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+
+
+def read_report(report: Path, expected: set[str]) -> tuple[int, str]:
+    """Number of tests in a JUnit file, and what is wrong with it: nothing only if all of `expected` ran and passed."""
+    if not report.exists():
+        return 0, "no report"
+    cases = list(ET.parse(report).getroot().iter("testcase"))
+    bad = [
+        f"{c.get('name')} {kind}" for c in cases for kind in ("failure", "error", "skipped") if c.find(kind) is not None
+    ]
+    absent = expected - {re.sub(r"\[.*", "", c.get("name", "")) for c in cases}
+    problems = bad + [f"{name} did not run" for name in sorted(absent)]
+    return len(cases), ", ".join(problems)
+
+
+def kept(workshop: Workshop, version: str, state: str) -> Outcome | None:
+    """The outcome of an earlier run on the same sources, if it passed."""
+    path = workshop.result(version)
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    outcome = Outcome(**found["outcome"])
+    return outcome if found["state"] == state and not outcome.problem else None
+
+
+def run_all(
+    wanted: Sequence[Release],
+    run: Callable[[str], Outcome],
+    jobs: int,
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """An outcome for each of `wanted`, in its order; one that fails to run at all is an outcome too."""
+    found: dict[str, Outcome] = {}
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, release.version): release.version for release in wanted}
+        for future in as_completed(futures):
+            version = futures[future]
+            error = future.exception()
+            found[version] = future.result() if error is None else Outcome(version, 0, 0.0, f"did not run: {error}")
+            left = (time.monotonic() - started) / len(found) * (len(wanted) - len(found))
+            outcome = found[version]
+            verdict = outcome.problem or "passed"
+            say(
+                f"{version:>8}  {outcome.tests:3} tests  {outcome.seconds:6.1f} s  {left / 60:5.1f} min left  {verdict}"
+            )
+    return [found.get(r.version, Outcome(r.version, 0, 0.0, "did not report")) for r in wanted]
+
+
+def tested_in(each: Range, passed: Iterable[str]) -> list[str]:
+    """Those of the releases that a range serves."""
+    return [version for version in passed if range_for(version) == each]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The support table, a row for each range of the version map."""
+    rows = ["| transformers | patch | releases tested | result |", "| --- | --- | --- | --- |"]
+    outcomes: dict[str, Any] = record["releases"]
+    for each in RANGES:
+        versions = tested_in(each, outcomes)
+        failed = [version for version in versions if outcomes[version]["problem"]]
+        verdict = f"failed: {', '.join(failed)}" if failed else f"{len(versions)} of {len(versions)} passed"
+        rows.append(f"| `{each.requirement}` | `{each.module}` | {', '.join(versions)} | {verdict} |")
+    return "\n".join(rows)
+
+
+def write_tables(record: dict[str, Any]) -> None:
+    """Puts the support table between its marks in every README."""
+    for readme in READMES:
+        if readme.exists():
+            before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+            after = rest.partition(END)[2]
+            readme.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every release that was asked for reported and passed, 1 if not, 2 for a release that is not listed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ci", action="store_true", help="one release of each family, and the newest")
+    parser.add_argument("--only", nargs="+", metavar="VERSION", help="these releases alone")
+    parser.add_argument("--jobs", type=int, default=2, help="releases at a time (default 2)")
+    parser.add_argument("--torch", default=TORCH, help=f"torch version for the base environment (default {TORCH})")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="where to work (default .matrix)")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of the releases")
+    parser.add_argument("--table", action="store_true", help="print the support table of the last full run and stop")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table(json.loads(RECORD.read_text())))
+        return 0
+    releases = listed()
+    unknown = set(options.only or ()) - {r.version for r in releases}
+    if unknown:
+        print(f"not in releases.json: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    asked = (
+        [r for r in releases if r.version in options.only]
+        if options.only
+        else [r for r in releases if r.ci or not options.ci]
+    )
+    wanted = [r for r in asked if Version(platform.python_version()) in SpecifierSet(r.python)]
+    for r in asked:
+        if r not in wanted:
+            print(f"{r.version:>8}  left out: needs Python {r.python}, this is {platform.python_version()}")
+    workshop = Workshop(options.folder.resolve(), options.torch)
+    workshop.base()
+    state = f"{digest()} torch {options.torch} python {platform.python_version()}"
+
+    def run(version: str) -> Outcome:
+        outcome = kept(workshop, version, state)
+        if outcome is None:
+            outcome = run_suite(workshop, version, max(1, (os.cpu_count() or 1) // options.jobs))
+            found = {"state": state, "outcome": outcome._asdict()}
+            workshop.result(version).write_text(json.dumps(found, indent=2))
+            if not options.keep:
+                workshop.discard(version)
+        return outcome
+
+    outcomes = run_all(wanted, run, options.jobs)
+    if not options.ci and not options.only and wanted == releases:
+        record = {
+            "digest": digest(),
+            "torch": options.torch,
+            "python": platform.python_version(),
+            "releases": {o.version: {"tests": o.tests, "problem": o.problem.partition("\n")[0]} for o in outcomes},
+        }
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_tables(record)
+    failed = [o.version for o in outcomes if o.problem]
+    print(
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} releases passed"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    return 1 if failed or not outcomes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
