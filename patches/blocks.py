@@ -23,6 +23,7 @@ class RMSNorm(nn.Module):
 
     stock_parameters: ClassVar = ("hidden_states",)
     stock_names: ClassVar = {"weight", "variance_epsilon", "rsqrt"}
+    kernel_layer_name: ClassVar = "Qwen2Fp16RMSNorm"  # by stock's, use_kernels=True would swap in another norm
     weight: Tensor
     variance_epsilon: float
 

@@ -93,17 +93,18 @@ def _check_part(name: str, module: Any, expected: type, known: set[type]) -> Non
             "has replaced it; switch that off for Qwen2, or fix the model before it."
         )
     override = module.__dict__.get("forward")
-    if override is not None and not _is_hooked(module):
+    if override is not None and not _kept_forwards(module):
         raise PatchConflictError(
             f"{name} has a forward of its own, {getattr(override, '__qualname__', override)!r}, set by another tool: "
             "switch that off for Qwen2, or fix the model before it."
         )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether accelerate has hooked the module: it keeps the class's forward aside and calls it in between."""
-    inner = module.__dict__.get("_old_forward")
-    return getattr(inner, "__func__", None) is type(module).forward
+def _kept_forwards(module: nn.Module) -> list[str]:
+    """Attributes that hold the module's own class's forward: accelerate keeps one under its hook, and transformers
+    4.54 to 5.1 leave one behind where they have recorded outputs."""
+    own = type(module).forward
+    return [name for name in ("forward", "_old_forward") if getattr(module.__dict__.get(name), "__func__", None) is own]
 
 
 def _is_offloaded(root: nn.Module, parameter: str) -> bool:
@@ -113,13 +114,13 @@ def _is_offloaded(root: nn.Module, parameter: str) -> bool:
 
 
 def _exchange(module: nn.Module, new: type) -> None:
-    """Changes the class of one module, with what hangs on it: frequencies a cast has rounded, and accelerate's hook."""
-    hooked = _is_hooked(module)
+    """Changes the class of one module, with what hangs on it: frequencies a cast has rounded, and kept forwards."""
+    kept = _kept_forwards(module)
     old = type(module)
     if hasattr(old, "release"):
         module.release()  # type: ignore[operator]
     module.__class__ = new
     if hasattr(new, "adopt"):
         module.adopt(old)  # type: ignore[operator]
-    if hooked:
-        module.__dict__["_old_forward"] = types.MethodType(new.forward, module)  # type: ignore[attr-defined]
+    for name in kept:
+        module.__dict__[name] = types.MethodType(new.forward, module)  # type: ignore[attr-defined]

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from qwen2_fp16_fix.patches import attention_classes, numerics, v4_37
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches import attention_classes, numerics, v4_37
 
 PROMPT = random_prompt(TINY, batch=1, length=16)
 POSITIONS = torch.tensor([[0, 1, 1000, 4000]])
@@ -73,6 +73,11 @@ def test_the_norm_rounds_an_fp32_residual_to_the_weights_dtype() -> None:
     assert norm(torch.randn(2, TINY.hidden) * 1e5).dtype == torch.float16
 
 
+def test_the_norm_does_not_carry_stocks_kernel_mark() -> None:
+    """use_kernels=True replaces the forward of every module whose class carries it, subclasses included."""
+    assert type(qwen2_fp16_fix.fix(build(TINY, ())).model.norm).kernel_layer_name != "RMSNorm"
+
+
 def test_rotation_tables_of_old_releases_are_fp32_whatever_the_default_dtype() -> None:
     """from_pretrained builds a float16 model with float16 as torch's default: 4.37 to 4.44 make their tables then."""
     rotary = v4_37.RotaryEmbedding()
@@ -88,7 +93,7 @@ def test_rotation_tables_of_old_releases_are_fp32_whatever_the_default_dtype() -
 
 
 def test_a_fused_kernel_is_called_with_keys_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash, flex and whatever a user registers: called as chosen, with our keys, their window and their own arguments."""
+    """flash, flex and what a user registers: called as chosen, with our keys, their window and their arguments."""
     seen: dict[str, Any] = {}
 
     def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:

@@ -192,8 +192,8 @@ MUTATIONS = (
     Mutation(
         "accelerate's hook keeps stock's forward",
         SWAP,
-        "    if hooked:\n",
-        "    if False:\n",
+        "    for name in kept:\n",
+        "    for name in ():\n",
         "tests/test_ways_in.py::test_device_map[fixed after loading]",
     ),
 )

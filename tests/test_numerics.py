@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from qwen2_fp16_fix.patches import numerics
+from torch import Tensor
 
 HALF = torch.float16
 
@@ -135,7 +134,7 @@ def test_a_mask_one_column_too_wide_is_cut() -> None:
 
 
 def test_full_precision_means_fp32_without_autocast() -> None:
-    """Trainer(fp16=True) keeps fp32 weights and casts each matmul: such a model overflows and must not take stock's path."""
+    """Trainer(fp16=True) keeps fp32 weights and casts each matmul: such a model overflows: not for stock's path."""
     x = torch.zeros(1)
     assert numerics.is_full_precision(x)
     assert not numerics.is_full_precision(x.half())

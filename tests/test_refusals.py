@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from qwen2_fp16_fix.patches import structure, version_map
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL, PARTS
 from stress import TINY, build, config
 from torch import nn
 
 import qwen2_fp16_fix as q
-from qwen2_fp16_fix.patches import structure, version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL, PARTS
 
 
 def classes_of(model: nn.Module) -> list[type]:
@@ -172,7 +172,8 @@ with warnings.catch_warnings(record=True) as caught:
     qwen2_fp16_fix.register()
     qwen2_fp16_fix.register()
 ours = [w for w in caught if issubclass(w.category, qwen2_fp16_fix.UntestedTransformersWarning)]
-print(len(ours), "5.99.0" in str(ours[0].message), qwen2_fp16_fix.status()["tested"], all(qwen2_fp16_fix.status()["registered"].values()))
+found = qwen2_fp16_fix.status()
+print(len(ours), "5.99.0" in str(ours[0].message), found["tested"], all(found["registered"].values()))
 """
     done = python("-c", program)
     assert done.stdout.split() == ["1", "True", "False", "True"], done.stderr

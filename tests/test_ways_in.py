@@ -1,21 +1,21 @@
-"""Every way a program can come by a Qwen2 ends with a fixed model that stays finite. Refusals are in test_refusals.py."""
+"""Every way a program can come by a Qwen2 ends with a fixed model that stays finite; refusals are in test_refusals."""
 
 import copy
 import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
 from stress import TINY, build, random_prompt
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 
@@ -113,12 +113,13 @@ def test_a_pipeline_is_fixed(folder: Path) -> None:
     )
     assert is_fixed(pipe.model)
     text = pipe("w5 w7 w9", max_new_tokens=4, do_sample=False, pad_token_id=0)[0]["generated_text"]
-    assert text.startswith("w5 w7 w9") and "w0" not in text  # id 0, which NaN logits would choose
+    assert text.startswith("w5 w7 w9")
+    assert "w0" not in text  # id 0, which NaN logits would choose
 
 
 class TwoTowerConfig(PretrainedConfig):
     model_type = "two_tower"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs: ClassVar = {"text_config": AutoConfig}
 
     def __init__(self, text_config: Any = None, **kwargs: Any) -> None:
         self.text_config = transformers.Qwen2Config(**text_config) if isinstance(text_config, dict) else text_config
@@ -167,6 +168,32 @@ def test_peft(before: bool) -> None:
         assert qwen2_fp16_fix.fix(wrapped) is wrapped
     assert is_fixed(wrapped)
     assert is_fixed(wrapped.merge_and_unload())
+
+
+class Int8Linear(nn.Module):
+    """Stands for a quantised linear: integer weights, a scale for each row, float16 in and out, no float `weight`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.float().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.float() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, (self.weight.float() * self.scale).to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["fixed first", "quantised first"])
+def test_quantised_projections(before: bool) -> None:
+    """bitsandbytes, GPTQ and AWQ replace linears; the attention and the norms around them stay."""
+    model = qwen2_fp16_fix.fix(stress()) if before else stress()
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+    assert is_fixed(qwen2_fp16_fix.fix(model))
 
 
 def test_data_parallel() -> None:

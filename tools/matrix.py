@@ -270,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{r.version:>8}  left out: needs Python {r.python}, this is {platform.python_version()}")
     workshop = Workshop(options.folder.resolve(), options.torch)
     workshop.base()
-    state = f"{digest()} torch {options.torch} python {platform.python_version()}"
+    sources = digest()
+    state = f"{sources} torch {options.torch} python {platform.python_version()}"
 
     def run(version: str) -> Outcome:
         outcome = kept(workshop, version, state)
@@ -283,9 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return outcome
 
     outcomes = run_all(wanted, run, options.jobs)
+    if digest() != sources:
+        print("the patches or the suite have changed during the run: run it again", file=sys.stderr)
+        return 1
     if not options.ci and not options.only and wanted == releases:
         record = {
-            "digest": digest(),
+            "digest": sources,
             "torch": options.torch,
             "python": platform.python_version(),
             "releases": {o.version: {"tests": o.tests, "problem": o.problem.partition("\n")[0]} for o in outcomes},

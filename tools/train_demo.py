@@ -17,8 +17,8 @@ Five sentences on how it falls ill:
    with.
 
 The text is the King James Bible (public domain), one verse a line as `bible -f 'gen1:1-rev22:21'` of the Debian
-package bible-kjv prints it: `Ge1:1 In the beginning ...`. The book of Ruth is held out. A run takes about ten minutes
-on two CPU cores:
+package bible-kjv prints it: `Ge1:1 In the beginning ...`. The book of Ruth is held out. A run takes ten to twenty
+minutes on two CPU cores:
 
     python tools/train_demo.py [--text FILE] [--weights FILE] OUT
 """
@@ -60,11 +60,11 @@ class Recipe:
     """Everything a training run depends on besides the text."""
 
     seed: int = 0
-    steps: int = 1800
+    steps: int = 2500
     batch: int = 12
     length: int = 256
     learning_rate: float = 3e-3
-    weight_decay: float = 0.3
+    weight_decay: float = 0.1
     warmup: int = 100
     log_sum_penalty: float = 1e-2  # keeps logits near log-probabilities, where float16 is fine
 

@@ -1,7 +1,7 @@
 """The conformance suite: what a fixed Qwen2 promises, checked on whichever transformers release is installed.
 
-`make matrix` runs this folder once on every listed release, so it needs nothing but torch, transformers and pytest, and no
-test in it may skip: what a release does not have is left out of the parametrisation.
+`make matrix` runs this folder once on every listed release, so it needs nothing but torch, transformers and pytest, and
+no test in it may skip: what a release does not have is left out of the parametrisation.
 """
 
 import os
@@ -17,14 +17,14 @@ from stress import TINY, build, random_prompt
 import qwen2_fp16_fix
 
 RELEASE = Version(Version(transformers.__version__).base_version)
-DTYPE = "dtype" if RELEASE >= Version("4.56") else "torch_dtype"  # what from_pretrained calls it
+DTYPE = "dtype" if Version("4.56") <= RELEASE else "torch_dtype"  # what from_pretrained calls it
 ATTENTIONS = ("eager", "sdpa")
 STRESSES = (("scores",), ("residual",), ("scores", "residual"))
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 
 #: KL to fp32, nats, mean over tokens. An ordinary model in fixed float16 is at 1e-6 here: 11 bits of mantissa in every
-#: activation. A stressed one keeps that, since fp32 holds what float16 could not. Masking or position errors cost over 1e-2.
+#: activation. A stressed one keeps that, since fp32 holds what float16 could not. Mask or position errors cost 1e-2.
 CLOSE = 2e-5
 
 

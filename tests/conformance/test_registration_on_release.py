@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from qwen2_fp16_fix.patches import version_map
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, RANGE
 from stress import TINY, config
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches import version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, RANGE
 
 from .conftest import DTYPE, PROMPT, expected_release, fixed_half, logits, stress
 
@@ -72,11 +72,11 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
     assert qwen2_fp16_fix.status(loaded)["model"]["fixed"]
     qwen2_fp16_fix.unregister()
     assert type(load(name, folder)) is getattr(ORIGINAL, HEADS[name])
-    if name == "AutoModelForQuestionAnswering":  # its base has another name, so nothing is loaded, and releases
-        return  # 4.48 to 4.52 then leave the norms uninitialised: what stock computes is arbitrary, too
-    with torch.no_grad():
-        output = loaded(input_ids=PROMPT[:1])
-    assert all(torch.isfinite(value).all() for value in output.values() if isinstance(value, torch.Tensor))
+    # A head that the checkpoint lacks is left uninitialised by 5.8, and the base of question answering, whose name
+    # differs, by 4.48 to 4.52, in stock as well: what can be held against the fix is a base that was loaded.
+    if name != "AutoModelForQuestionAnswering":
+        with torch.no_grad():
+            assert torch.isfinite(loaded.base_model(input_ids=PROMPT[:1]).last_hidden_state).all()
 
 
 def test_unregistering_leaves_no_trace() -> None:

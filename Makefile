@@ -1,0 +1,44 @@
+# make demo, make test: on a fresh clone with nothing but Python. `make help` lists the rest.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-torch-$(TORCH)
+
+.PHONY: help demo test lint matrix matrix-ci clean
+
+help:
+	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
+	@echo "make test       lint, types and all tests, on the newest supported transformers"
+	@echo "make matrix     the conformance suite on every listed transformers release (about 15 minutes)"
+	@echo "make matrix-ci  the same on one release of each family"
+	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
+
+demo: $(INSTALLED)
+	$(BIN)/qwen2-fp16-fix demo
+
+test: lint
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types
+	cp -r qwen2_fp16_fix build/types/ && cp -r patches build/types/qwen2_fp16_fix/patches
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+matrix: $(INSTALLED)
+	$(BIN)/python tools/matrix.py --torch $(TORCH)
+
+matrix-ci: $(INSTALLED)
+	$(BIN)/python tools/matrix.py --torch $(TORCH) --ci
+
+# torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "torch==$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .matrix build dist *.egg-info

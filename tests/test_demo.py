@@ -1,0 +1,93 @@
+"""The demonstration shows what it says, and would say so if it did not."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import kl_to
+
+from qwen2_fp16_fix import demo
+
+pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, Any]:
+    return demo.measure()
+
+
+def test_the_demo_is_as_promised(findings: dict[str, Any]) -> None:
+    assert findings["as_promised"]
+    oracle, *others = findings["rows"]
+    for row in others[:2]:
+        assert row["text"] == "!" * demo.NEW_TOKENS
+        assert row["perplexity"] is None
+    for row in others[2:]:
+        assert row["text"] == oracle["text"]
+        # the noise of float16 rounding on 1,098 tokens: 1.7e-3 a token over the square root of their number, thrice
+        assert row["perplexity"] == pytest.approx(oracle["perplexity"], rel=1.5e-4)
+    assert re.search(r"[a-z]{3,} [a-z]{3,} [a-z]{3,}", oracle["text"])
+    json.dumps(findings)
+
+
+def test_the_demo_says_what_was_wrong_where(findings: dict[str, Any]) -> None:
+    stock_eager, stock_sdpa = findings["rows"][1:3]
+    assert stock_eager["first_overflow"] == "layer 0, raw scores q·k"
+    assert stock_sdpa["first_overflow"].startswith("layer 2, ")  # where the residual stream passes 65504
+    sites = {peak["site"]: peak["magnitude"] for peak in findings["peaks"]}
+    for site in ("layer 0, raw scores q·k", "layer 3, raw scores q·k", "layer 3, residual stream"):
+        assert sites[site] > demo.FLOAT16_MAX
+    assert all(row["first_overflow"] is None for row in findings["rows"] if row["finite"])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_fixed_logits_are_close_on_the_held_out_chapter(attention: str) -> None:
+    _, passage = demo._load_text(demo.CHECKPOINT)
+    tokens = passage[:, :512]
+    oracle = demo.forward(demo.load(demo.CHECKPOINT, False, torch.float32, attention), tokens)
+    fixed = demo.forward(demo.load(demo.CHECKPOINT, True, torch.float16, attention), tokens)
+    assert torch.isfinite(fixed).all()
+    assert kl_to(oracle, fixed) < 1e-5  # measured 1.4e-6; stock float16 on the healthy twin is at 3e-5
+
+
+def test_a_demo_that_does_not_show_it_exits_1(python: Callable[..., Any]) -> None:
+    """Switched off, the fixed rows print `!!!!` as well: exit code 0 would be a lie."""
+    done = python("-m", "qwen2_fp16_fix", "demo", "--json", QWEN2_FP16_FIX="0")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["as_promised"]
+    assert not found["versions"]["enabled"]
+
+
+def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
+    done = python("-m", "qwen2_fp16_fix", "demo")
+    assert done.returncode == 0, done.stderr
+    assert "!!!!!!!!" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.splitlines()) < 50
+
+
+def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(demo.CheckpointError, match="found no demo checkpoint in"):
+        demo.measure(tmp_path)
+
+
+def test_the_checkpoint_is_a_qwen2_of_its_own() -> None:
+    """`!` is id 0, as in the real tokenizer, and the wheel stays small."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.CHECKPOINT)
+    assert tokenizer.decode([0]) == "!"
+    assert tokenizer.decode(tokenizer.encode("And it came to pass, café.")) == "And it came to pass, café."
+    config = transformers.AutoConfig.from_pretrained(demo.CHECKPOINT)
+    assert config.model_type == "qwen2"
+    assert config.num_attention_heads > config.num_key_value_heads
+    assert config.hidden_size // config.num_attention_heads == 64
+    assert len(tokenizer) <= config.vocab_size
+    assert sum(path.stat().st_size for path in demo.CHECKPOINT.iterdir()) < 6e6
+    bias = demo.load(demo.CHECKPOINT, False, torch.float32, "sdpa").state_dict()
+    for layer in (0, config.num_hidden_layers - 1):
+        assert bias[f"model.layers.{layer}.self_attn.k_proj.bias"].abs().max() >= 280
