@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 
+def autocast_device(device_type: str) -> str:
+    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise."""
+    return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
+
+
 def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is active for tensors on `device_type`, on any torch from 2.1."""
-    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4 and newer take the device
-        return torch.is_autocast_enabled(device_type)
-    return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+    """Whether autocast is active for tensors on `device_type`."""
+    return torch.is_autocast_enabled(autocast_device(device_type))
 
 
 def is_full_precision(hidden_states: Tensor) -> bool:
@@ -79,7 +82,7 @@ def grouped_attention(
     batch, heads, queries, head_dim = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     grouped = (batch, key_heads, heads // key_heads * queries)
-    with torch.autocast(device_type=query.device.type if query.device.type != "mps" else "cpu", enabled=False):
+    with torch.autocast(device_type=autocast_device(query.device.type), enabled=False):
         scores = (query.float() * scaling).reshape(*grouped, head_dim) @ key.float().transpose(2, 3)
         scores = scores.view(batch, heads, queries, keys)
         if mask is not None:

@@ -136,8 +136,8 @@ MUTATIONS = (
     Mutation(
         "autocast reaches the scores",
         NUMERICS,
-        'else "cpu", enabled=False)',
-        'else "cpu", enabled=torch.is_autocast_enabled("cpu"))',
+        "query.device.type), enabled=False)",
+        'query.device.type), enabled=torch.is_autocast_enabled("cpu"))',
         "tests/test_numerics.py::test_scores_of_300_times_300_are_exact",
     ),
     Mutation(

@@ -85,6 +85,19 @@ def test_fix() -> None:
     assert is_fixed(model)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_fused_backends_stay_chosen_and_finite(attention: str) -> None:
+    model = qwen2_fp16_fix.fix(stress(attention))
+    assert is_fixed(model)
+    assert qwen2_fp16_fix.status(model)["model"]["attention"] == attention
+
+
+def test_shapes_can_be_asked_of_a_model_without_weights() -> None:
+    """Memory estimators and graph tools run a model on the meta device, which autocast does not know."""
+    model = qwen2_fp16_fix.fix(stress()).to("meta")
+    assert model(input_ids=PROMPT.to("meta")).logits.shape == (*PROMPT.shape, TINY.vocab)
+
+
 def test_drop_in_classes(folder: Path) -> None:
     assert is_fixed(load(qwen2_fp16_fix.Qwen2ForCausalLM, folder))
     assert is_fixed(load(qwen2_fp16_fix.Qwen2Model, folder))

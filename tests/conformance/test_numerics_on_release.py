@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from stress import TINY, random_prompt
 
 import qwen2_fp16_fix
 
-from .conftest import ATTENTIONS, CLOSE, PROMPT, STRESSES, fixed_half, kl, logits, padded, stress
+from .conftest import ATTENTIONS, CLOSE, PROMPT, RELEASE, STRESSES, fixed_half, kl, logits, padded, stress
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -32,6 +33,26 @@ def test_float16_is_finite_and_close_where_stock_is_neither(kinds: tuple[str, ..
     stock_breaks = attention == "eager" or "residual" in kinds
     assert torch.isfinite(logits(stress(kinds, attention).half())).all() != stock_breaks
     assert kl(oracle, logits(fixed_half(kinds, attention))) < CLOSE
+
+
+def scaled_rope(kind: str) -> dict[str, Any]:
+    """Settings for a long-context RoPE that begins to matter beyond 8 positions."""
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 8}
+    if Version("5.0") <= RELEASE:
+        return {"rope_parameters": {**scaling, "rope_theta": 1e6}, "max_position_embeddings": 8}
+    return {"rope_scaling": scaling, "rope_theta": 1e6, "max_position_embeddings": 8}
+
+
+if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
+
+    @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"] if Version("4.45") <= RELEASE else [])
+    def test_scaled_rope(kind: str) -> None:
+        """Qwen2.5 reaches 128k tokens by yarn: its tables come from stock's code, in fp32."""
+        settings = scaled_rope(kind)
+        oracle = logits(stress(("scores",), **settings))
+        assert torch.equal(oracle, logits(qwen2_fp16_fix.fix(stress(("scores",), **settings))))
+        assert not torch.equal(oracle, logits(stress(("scores",))))
+        assert kl(oracle, logits(fixed_half(("scores",), **settings))) < CLOSE
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
