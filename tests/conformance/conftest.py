@@ -17,7 +17,7 @@ from stress import TINY, build, random_prompt
 import qwen2_fp16_fix
 
 RELEASE = Version(Version(transformers.__version__).base_version)
-DTYPE = "dtype" if Version("4.56") <= RELEASE else "torch_dtype"  # what from_pretrained calls it
+DTYPE = "dtype" if RELEASE >= Version("4.56") else "torch_dtype"  # what from_pretrained calls it
 ATTENTIONS = ("eager", "sdpa")
 STRESSES = (("scores",), ("residual",), ("scores", "residual"))
 
