@@ -85,6 +85,8 @@ def test_fix() -> None:
     assert is_fixed(model)
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it, torch dislikes it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own, on importing flex
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 def test_fused_backends_stay_chosen_and_finite(attention: str) -> None:
     model = qwen2_fp16_fix.fix(stress(attention))
