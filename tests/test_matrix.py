@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import matrix
@@ -79,6 +80,21 @@ def test_a_test_that_did_not_pass_is_a_problem(tmp_path: Path, kind: str) -> Non
 def test_a_test_that_did_not_run_is_a_problem(tmp_path: Path) -> None:
     assert "test_gone did not run" in matrix.read_report(report(tmp_path, PASSED), {"test_gone"})[1]
     assert matrix.read_report(tmp_path / "absent.xml", set()) == (0, "no report")
+
+
+def test_a_whole_report_does_not_excuse_a_dead_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash after the report is written, on the way out of the interpreter, is a finding too."""
+    workshop = matrix.Workshop(tmp_path, "2.13.0")
+    monkeypatch.setattr(workshop, "release", lambda version: (tmp_path, tmp_path))
+    monkeypatch.setattr(matrix, "suite_functions", lambda: {"test_a", "test_b"})
+    for status, problem in ((0, ""), (-11, "pytest ended with -11")):
+
+        def pytest_run(command: list[str], status: int = status, **_: object) -> subprocess.CompletedProcess[str]:
+            Path(command[-1].partition("=")[2]).write_text(f"<testsuite>{PASSED}</testsuite>")
+            return subprocess.CompletedProcess(command, status, "", "")
+
+        monkeypatch.setattr(subprocess, "run", pytest_run)
+        assert matrix.run_suite(workshop, "4.37.0", threads=1).problem.partition("\n")[0] == problem
 
 
 def test_a_release_that_does_not_report_fails_the_run() -> None:

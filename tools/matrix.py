@@ -72,6 +72,7 @@ def digest() -> str:
         *(ROOT / "patches").glob("*.py"),
         *(ROOT / "qwen2_fp16_fix" / f"{name}.py" for name in package),
         *SUITE.glob("*.py"),
+        ROOT / "tests" / "conftest.py",
         ROOT / "tools" / "stress.py",
     ]
     state = hashlib.sha256()
@@ -155,10 +156,12 @@ def run_suite(workshop: Workshop, version: str, threads: int) -> Outcome:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
         )
-        tail = done.stdout[-1500:] + done.stderr[-500:]
+        status, tail = f"pytest ended with {done.returncode}", done.stdout[-1500:] + done.stderr[-500:]
     except subprocess.TimeoutExpired:
-        tail = f"no end within {LIMIT} seconds"
+        status, tail = f"no end within {LIMIT} seconds", ""
     tests, problem = read_report(report, suite_functions())
+    if status != "pytest ended with 0":  # a report may look whole although the process died after it
+        problem = problem or status
     return Outcome(version, tests, round(time.monotonic() - started, 1), problem and f"{problem}\n{tail}")
 
 

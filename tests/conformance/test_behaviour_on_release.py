@@ -123,6 +123,23 @@ def _gradient(checkpointing: bool | None) -> tuple[int, torch.Tensor]:
     return calls, model.model.layers[1].mlp.up_proj.weight.grad.clone()
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its new name is 5.23's alone
+def test_fp32_gradients_are_bit_identical_to_stock() -> None:
+    """With checkpointing too: the recomputed pass must take the stock path again."""
+
+    def gradients(model: Any, checkpointing: bool) -> list[torch.Tensor]:
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(stress(), checkpointing=False)
+    for checkpointing in (False, True):
+        found = gradients(qwen2_fp16_fix.fix(stress()), checkpointing)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_parts_are_what_transformers_records_and_splits() -> None:
     """Recording matches isinstance of the stock classes; device maps and FSDP match their names."""
     model = fixed_half()

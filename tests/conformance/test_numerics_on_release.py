@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from stress import TINY, random_prompt
+from stress import ROPE_THETA, TINY, random_prompt
 
 import qwen2_fp16_fix
 
@@ -23,6 +23,20 @@ def test_fp32_is_bit_identical_to_stock(kinds: tuple[str, ...], attention: str) 
         fixed = qwen2_fp16_fix.fix(stress(kinds, attention))(input_ids=tokens, **inputs)
     assert torch.equal(stock.logits, fixed.logits)
     assert all(torch.equal(a, b) for a, b in zip(stock.hidden_states, fixed.hidden_states, strict=True))
+
+
+# From 4.53 sdpa gives no weights when asked; before, it hands over to eager.
+@pytest.mark.parametrize("attention", ("eager", "sdpa") if RELEASE < Version("4.53") else ("eager",))
+def test_fp32_attentions_are_bit_identical_to_stock(attention: str) -> None:
+    """Asked for weights, some releases take another branch; an fp32 model must leave it alone as well."""
+    tokens, mask = padded()
+    with torch.no_grad():
+        stock = stress((), attention)(input_ids=tokens, attention_mask=mask, output_attentions=True)
+        model = qwen2_fp16_fix.fix(stress((), attention))
+        fixed = model(input_ids=tokens, attention_mask=mask, output_attentions=True)
+    assert torch.equal(stock.logits, fixed.logits)
+    assert len(fixed.attentions) == TINY.layers
+    assert all(torch.equal(a, b) for a, b in zip(stock.attentions, fixed.attentions, strict=True))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -86,6 +100,37 @@ def test_pad_tokens_weigh_exactly_nothing() -> None:
         assert (layer.triu(1) == 0)[:, :, 5:].all()  # rows of real tokens; a fully masked row may spread evenly
 
 
+def towering(attention: str) -> Any:
+    """A fixed float16 model whose masked keys score up to 1.4e6 above the others; float16's minimum hides 65504."""
+    model = stress((), attention)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection, bias in ((layer.self_attn.q_proj, -2000.0), (layer.self_attn.k_proj, 2000.0)):
+                projection.bias.view(-1, TINY.head_dim)[:, 0] = bias  # the fastest pair: the score turns with distance
+    return qwen2_fp16_fix.fix(model.half())
+
+
+#: What is handed a mask that holds against any score: eager always, sdpa where masks are boolean. Up to 4.52 sdpa gets
+#: stock's float16 mask as it is, which lets keys through once scaled scores differ by 65504, in stock and here.
+SEALED = ("eager", "sdpa") if RELEASE >= Version("4.53") else ("eager",)
+
+
+@pytest.mark.parametrize("attention", SEALED)
+def test_masks_hold_against_towering_scores(attention: str) -> None:
+    """float16's minimum, -65504, is an ordinary number among such scores: pads and the future would get through."""
+    tokens, mask = padded()
+    model = towering(attention)
+    before = logits(model, tokens, attention_mask=mask)
+    other_pads, other_future = tokens.clone(), tokens.clone()
+    other_pads[0, :5] = 9
+    other_future[:, 16:] = tokens[:, 16:].flip(-1)
+    assert torch.isfinite(before).all()
+    assert torch.equal(before[0, 5:], logits(model, other_pads, attention_mask=mask)[0, 5:])
+    after = logits(model, other_future, attention_mask=mask)
+    assert not torch.equal(before[:, 16:], after[:, 16:])
+    assert torch.equal(before[:, 5:16], after[:, 5:16])
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_row_with_every_key_masked_is_finite(attention: str) -> None:
     tokens, mask = padded()
@@ -116,6 +161,68 @@ def test_cached_steps_agree_with_one_pass(attention: str) -> None:
             step = model(input_ids=PROMPT[:, index : index + 1], past_key_values=step.past_key_values, use_cache=True)
             rows.append(step.logits)
     assert kl(whole, torch.cat(rows, 1).float()) < CLOSE  # other matmul shapes, other rounding
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_prompt_in_two_parts_agrees_with_fp32(attention: str) -> None:
+    """Several queries over a cache: the mask is neither square nor a single row, and its offset differs by release."""
+    tokens, mask = padded()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def in_two_parts(model: Any) -> torch.Tensor:
+        rows, cache = [], None
+        for part in (slice(0, 10), slice(10, None)):
+            inputs = {"attention_mask": mask[:, : 10 if cache is None else None], "position_ids": positions[:, part]}
+            with torch.no_grad():
+                step = model(input_ids=tokens[:, part], past_key_values=cache, use_cache=True, **inputs)
+            rows, cache = [*rows, step.logits.float()], step.past_key_values
+        return torch.cat(rows, 1)[:, 5:]
+
+    kinds = ("scores", "residual")
+    assert kl(in_two_parts(stress(kinds, attention)), in_two_parts(fixed_half(kinds, attention))) < CLOSE
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["windowed", "window off"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_sliding_window_is_the_one_stock_has(attention: str, enabled: bool) -> None:
+    """Releases disagree on which layers have it, some even where it is off: it must come from the mask, not from us."""
+    settings = {"use_sliding_window": enabled, "sliding_window": 8, "max_window_layers": 1}
+    kinds = ("scores", "residual")
+    oracle = logits(stress(kinds, attention, **settings))
+    assert kl(oracle, logits(fixed_half(kinds, attention, **settings))) < CLOSE
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_keys_are_rotated_in_fp32_and_rounded_once(attention: str) -> None:
+    """Tables or a rotation in float16 round three times more, which no KL of an ordinary model shows."""
+    model = fixed_half((), attention)
+    projected: list[torch.Tensor] = []
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, out: projected.append(out.double()))
+    with torch.no_grad():
+        found = _tensors(model(input_ids=PROMPT, use_cache=True).past_key_values)[0].double()
+    key = projected[0].view(*PROMPT.shape, TINY.kv_heads, TINY.head_dim).transpose(1, 2)
+    frequency = 1.0 / ROPE_THETA ** (torch.arange(0, TINY.head_dim, 2).float() / TINY.head_dim)
+    angle = torch.outer(torch.arange(PROMPT.shape[1]).float(), frequency)
+    cos, sin = angle.cos().double(), angle.sin().double()
+    first, second = key.chunk(2, -1)
+    exact = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    once = exact.abs() * 2**-11 + key.abs().max() * 1e-6  # half a float16 step, and fp32's own error
+    assert ((found - exact).abs() <= once).all()
+
+
+def test_norms_round_once() -> None:
+    """Stock rounds before the gain and after it."""
+    model = fixed_half()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for norm in (model.model.layers[1].input_layernorm, model.model.norm):
+        norm.register_forward_hook(lambda _, given, out: seen.append((given[0].double(), out)))
+    logits(model)
+    for norm, (given, found) in zip((model.model.layers[1].input_layernorm, model.model.norm), seen, strict=True):
+        scale = torch.rsqrt(given.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        exact = norm.weight.detach().double() * given * scale
+        assert found.dtype == torch.float16
+        once = exact.abs() * 2**-11 * 1.001 + 2**-25  # half a float16 step, fp32's own error, subnormals
+        assert ((found.double() - exact).abs() <= once).all()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

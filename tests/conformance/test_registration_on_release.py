@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from qwen2_fp16_fix.patches import version_map
+from packaging.version import Version
+from qwen2_fp16_fix.patches import errors, version_map
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, RANGE
 from stress import TINY, config
 
 import qwen2_fp16_fix
 
-from .conftest import DTYPE, PROMPT, expected_release, fixed_half, logits, stress
+from .conftest import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, logits, stress
 
 HEADS = {
     "AutoModel": "Qwen2Model",
@@ -21,8 +22,8 @@ HEADS = {
     "AutoModelForSequenceClassification": "Qwen2ForSequenceClassification",
     **{
         f"AutoModelFor{head}": f"Qwen2For{head}"
-        for head in ("TokenClassification", "QuestionAnswering")
-        if hasattr(ORIGINAL, f"Qwen2For{head}")
+        for head, first in (("TokenClassification", "4.42"), ("QuestionAnswering", "4.46.1"))
+        if RELEASE >= Version(first)
     },
 }
 
@@ -113,6 +114,13 @@ def test_fix_takes_every_class(name: str, folder: Path) -> None:
     assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
 
 
+def test_errors_get_through_pipeline() -> None:
+    """`pipeline()` takes these four for a class that does not fit, and goes on with stock."""
+    ours = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.Qwen2FP16FixError)]
+    assert len(ours) > 1
+    assert not any(issubclass(e, (OSError, ValueError, TypeError, RuntimeError)) for e in ours)
+
+
 def test_loading_registered_equals_fixing_after_loading(folder: Path) -> None:
     with qwen2_fp16_fix.registered():
         registered = load("AutoModelForCausalLM", folder)
@@ -128,6 +136,17 @@ def test_what_a_fixed_model_saves_is_a_stock_checkpoint(name: str, tmp_path: Pat
     loaded = load(name, tmp_path)
     assert type(loaded) is stock_class
     assert loaded.config.architectures == [HEADS[name]]
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert list(expected) == list(found)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_what_is_fixed_in_place_saves_as_stock(tmp_path: Path) -> None:
+    model = fixed_half(("scores", "residual"))
+    model.save_pretrained(tmp_path)
+    loaded = load("AutoModelForCausalLM", tmp_path)
+    assert type(loaded) is ORIGINAL.Qwen2ForCausalLM
+    assert loaded.config.architectures == ["Qwen2ForCausalLM"]
     expected, found = model.state_dict(), loaded.state_dict()
     assert list(expected) == list(found)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
