@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,19 @@ def demo(as_json: AsJson = False) -> None:
     findings = room.measure(progress=Console(stderr=True))
     print(json.dumps(findings, indent=2)) if as_json else room.render(findings, Console())
     raise typer.Exit(0 if findings["as_promised"] else 1)
+
+
+@app.command()
+def certify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a .safetensors file beside its config.json.")],
+    as_json: AsJson = False,
+) -> None:
+    """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
+    from . import certificate as room
+
+    found = room.certify(path, progress=Console(stderr=True))
+    print(json.dumps(found, indent=2)) if as_json else room.render(found, Console())
+    raise typer.Exit(0 if found["proven"] else 1)
 
 
 @app.command(

@@ -1,0 +1,224 @@
+"""The certificate: what it proves, what it reads, and what it says of a checkpoint that cannot be read."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stress import KINDS, TINY, build
+
+import qwen2_fp16_fix
+from qwen2_fp16_fix import demo
+from qwen2_fp16_fix.certificate import casting_losses, rotation_scale
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build(TINY, ("swiglu",)).half().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_stress_checkpoints_are_proven(tmp_path: Path) -> None:
+    build(TINY, KINDS).half().save_pretrained(tmp_path)
+    found = qwen2_fp16_fix.certify(tmp_path)
+    assert found["proven"], found["verdict"]
+    assert json.loads(json.dumps(found))["layers"] == found["layers"]
+    assert not all(layer["stock"] for layer in found["layers"])
+
+
+def test_the_demo_checkpoint_is_proven() -> None:
+    found = qwen2_fp16_fix.certify(demo.CHECKPOINT)
+    assert found["proven"], found["verdict"]
+    assert found["casting"] == {}
+
+
+def test_a_folder_and_its_model_have_the_same_bounds(folder: Path) -> None:
+    from_disk = qwen2_fp16_fix.certify(folder)
+    model = qwen2_fp16_fix.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    loaded = qwen2_fp16_fix.certify(model)
+    assert loaded["layers"] == from_disk["layers"]
+    assert loaded["logits"] == from_disk["logits"]
+    ranges = qwen2_fp16_fix.status(model)["model"]["ranges"]
+    assert [row["mlp"] for row in ranges] == [layer["exponents"]["mlp"] for layer in from_disk["layers"]]
+
+
+def test_shards_and_single_files_have_the_same_bounds(folder: Path, tmp_path: Path) -> None:
+    build(TINY, ("swiglu",)).half().save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    whole = qwen2_fp16_fix.certify(folder)["layers"]
+    assert qwen2_fp16_fix.certify(tmp_path / "sharded")["layers"] == whole
+    assert qwen2_fp16_fix.certify(folder / "model.safetensors")["layers"] == whole
+
+
+def test_a_base_model_and_tied_embeddings_are_read(tmp_path: Path) -> None:
+    build(TINY, (), tie_word_embeddings=True).half().save_pretrained(tmp_path / "tied")
+    assert qwen2_fp16_fix.certify(tmp_path / "tied")["proven"]
+    build(TINY, ()).half().model.save_pretrained(tmp_path / "base")
+    assert qwen2_fp16_fix.certify(tmp_path / "base")["proven"]
+
+
+def test_a_planted_weight_flips_the_verdict(folder: Path) -> None:
+    """q has no exponent to take: a row too large for float16 is named, with its layer."""
+    edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
+    found = qwen2_fp16_fix.certify(folder)
+    assert not found["proven"]
+    assert found["verdict"].startswith("Not provable: layer 2: q is bounded by ")
+    assert not found["layers"][2]["stock"]
+
+
+def test_what_cannot_be_bounded_in_a_model_is_named() -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # PEFT asks transformers for it
+        model = peft.get_peft_model(build(TINY, ()).half(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    found = qwen2_fp16_fix.certify(model)
+    assert not found["proven"]
+    assert "up_proj is a Linear, whose weights cannot be bounded here" in found["verdict"]
+
+
+def test_the_cast_is_counted_exactly() -> None:
+    stored = torch.tensor([1e5, -7e4, 65280, 1e-9, 3e-5, 1.0, 0.0, float("inf")]).bfloat16()
+    assert casting_losses(stored, stored.half()) == {"overflow": 2, "flushed": 1, "subnormal": 1}
+    assert not any(casting_losses(stored.half(), stored.half()).values())
+
+
+def test_a_weight_that_the_cast_makes_infinite_is_a_reason(folder: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].bfloat16()
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+
+    edit(folder, widen)
+    found = qwen2_fp16_fix.certify(folder)
+    assert not found["proven"]
+    assert found["casting"]["model.layers.1.mlp.up_proj.weight"]["overflow"] == 1
+    assert any("1 weights pass 65504" in reason for reason in found["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "scale"),
+    [
+        ({}, 1.0),
+        ({"type": "linear", "factor": 4.0}, 1.0),
+        ({"rope_type": "yarn", "factor": 4.0}, 1.1386),
+        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, 1.5),
+        ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 4096}, 1.0801),
+    ],
+)
+def test_yarn_lengthens_keys(scaling: dict[str, Any], scale: float) -> None:
+    assert rotation_scale(scaling) == pytest.approx(scale, abs=1e-4)
+
+
+def no_such_folder(folder: Path) -> Path:
+    return folder / "elsewhere"
+
+
+def empty(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def broken_json(folder: Path) -> Path:
+    (folder / "config.json").write_text("{")
+    return folder
+
+
+def half_written(folder: Path) -> Path:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+def missing_shard(folder: Path) -> Path:
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def missing_tensor(folder: Path) -> Path:
+    edit(folder, lambda tensors: tensors.pop("model.layers.3.mlp.down_proj.weight"))
+    return folder
+
+
+def wrong_shape(folder: Path) -> Path:
+    edit(folder, lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.zeros(3, 5).half()}))
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return folder
+
+
+BAD = {
+    no_such_folder: "there is no",
+    empty: "has no config.json",
+    broken_json: "config.json is not valid JSON",
+    half_written: "damaged or half written",
+    missing_shard: "the shard model-00001-of-00002.safetensors is missing",
+    missing_tensor: "no tensor model.layers.3.mlp.down_proj.weight",
+    wrong_shape: "layer 0 does not have the shapes",
+    pickled: "convert them to safetensors",
+}
+
+
+@pytest.mark.parametrize("damage", BAD, ids=lambda damage: damage.__name__)
+def test_bad_input_is_one_sentence(damage: Callable[[Path], Path], folder: Path) -> None:
+    with pytest.raises(qwen2_fp16_fix.CheckpointError) as caught:
+        qwen2_fp16_fix.certify(damage(folder))
+    assert BAD[damage] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(qwen2_fp16_fix.NotQwen2Error, match="'llama', not 'qwen2'"):
+        qwen2_fp16_fix.certify(folder)
+    with pytest.raises(qwen2_fp16_fix.NotQwen2Error):
+        qwen2_fp16_fix.certify(torch.nn.Linear(2, 2))
+
+
+def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any]) -> None:
+    command = ("-m", "qwen2_fp16_fix", "certify")
+    done = python(*command, str(folder))
+    assert (done.returncode, "Proven: " in done.stdout) == (0, True), done.stderr
+    edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
+    done = python(*command, str(folder), "--json")
+    assert (done.returncode, json.loads(done.stdout)["proven"]) == (1, False)
+    done = python(*command, str(folder / "elsewhere"))
+    assert (done.returncode, done.stderr.startswith("qwen2-fp16-fix: there is no")) == (2, True)
+
+
+GROWTH = """
+import re, sys, qwen2_fp16_fix
+assert qwen2_fp16_fix.certify(sys.argv[1])["proven"]
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would count the parent's, too
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of the peak")
+def test_memory_is_about_one_layer(tmp_path: Path) -> None:
+    """A layer here is 25 MB; six more of them in a model would be 150 MB."""
+    from dataclasses import replace
+
+    shape = replace(TINY, hidden=1024, heads=8, kv_heads=2, intermediate=3072)
+    peaks = []
+    for layers in (2, 8):
+        build(replace(shape, layers=layers), ()).half().save_pretrained(tmp_path / str(layers), max_shard_size="30MB")
+        command = [sys.executable, "-c", GROWTH, str(tmp_path / str(layers))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 75  # MB: half of what the layers would add
