@@ -29,6 +29,10 @@ class HalfPrecisionScoresError(Qwen2FP16FixError):
     """The chosen attention implementation keeps its scores in float16, where the fix cannot reach them."""
 
 
+class ShardedRangeError(Qwen2FP16FixError):
+    """A sharded activation must be scaled in step with its other shards, and they cannot be found."""
+
+
 class RegistrationError(Qwen2FP16FixError):
     """transformers did not take the fixed class: a look-up after registering still answers with another one."""
 

@@ -1,0 +1,111 @@
+"""Gives each layer the exponents that its weights ask for, and takes them away when the weights change.
+
+A plan is an integer for the MLP and one for the output projection of a layer, from the bounds in `range_plan.py`. It
+holds for the weights it was made from: a layer whose weights cannot be bounded, or have changed, scales by token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .range_plan import LayerShape, bound_layer, plan_layer
+
+
+def plan_layers(base: Any) -> None:
+    """Plans every layer of a Qwen2Model whose parts are fixed."""
+    for layer in base.layers:
+        weights = boundable_weights(layer)
+        if weights is None:
+            drop_plan(layer)
+        else:
+            exponents = plan_layer(bound_layer(weights, layer_shape(base, layer)))
+            device = weights["mlp.down_proj.weight"].device
+            layer.mlp.set_exponent(exponents.mlp, device)
+            layer.self_attn.set_exponent(exponents.o_proj, device)
+            layer.__dict__["planned"] = fingerprint(layer)
+
+
+def layer_shape(base: Any, layer: Any) -> LayerShape:
+    """The sizes of a layer, and the factor that yarn and longrope put on the rotation."""
+    config, rotary = base.config, getattr(base, "rotary_emb", None)
+    return LayerShape(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=layer.self_attn.head_dim,
+        positions=config.max_position_embeddings,
+        activation=config.hidden_act,
+        rotation_scale=float(getattr(rotary, "attention_scaling", 1.0)),
+    )
+
+
+def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
+    """The weights of a layer by their names in a checkpoint; None if one is wrapped, quantised, sharded or absent."""
+    weights: dict[str, Tensor] = {}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        weights[f"{norm}.weight"] = getattr(layer, norm).weight
+    for owner in ("self_attn", "mlp"):
+        for name, linear in getattr(layer, owner).named_children():
+            if name.endswith("_proj"):
+                if type(linear) is not nn.Linear:
+                    return None
+                for parameter, value in linear.named_parameters():
+                    weights[f"{owner}.{name}.{parameter}"] = value
+    if not all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and not w.is_meta for w in weights.values()):
+        return None
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def fingerprint(layer: Any) -> tuple[Any, ...]:
+    """Changes whenever a weight of the layer is replaced, moved or written to in place (but not through `.data`)."""
+    found: list[Any] = []
+    for owner in (layer, layer.self_attn, layer.mlp):
+        for child in owner._modules.values():
+            found.append(id(child))
+            for weight in child._parameters.values():
+                if weight is not None:
+                    version = 0 if weight.is_inference() else weight._version
+                    found.append((id(weight), weight.data_ptr(), version))
+    return tuple(found)
+
+
+def drop_plan(layer: Any) -> None:
+    """Lets the layer scale by token."""
+    layer.__dict__.pop("planned", None)
+    for part in (layer.mlp, layer.self_attn):
+        for name in ("exponent", "zero", "factor"):
+            part.__dict__.pop(name, None)
+
+
+def drop_stale_plan(layer: Any) -> None:
+    """Drops a plan made for other weights. Compiled code does not look: there, what ends a plan is an event."""
+    if torch.compiler.is_compiling():
+        return
+    planned = layer.__dict__.get("planned")
+    if planned is not None and planned != fingerprint(layer):
+        drop_plan(layer)
+
+
+@contextmanager
+def plan_kept(layer: Any) -> Iterator[None]:
+    """Around a move or a cast of the layer: a good plan stays good if the weights' float16 values are the same.
+
+    They are, unless the layer has gone to a type that is neither fp32 nor float16, or off to the meta device.
+    """
+    planned = layer.__dict__.get("planned")
+    good = planned is not None and planned == fingerprint(layer)
+    mlp, o_proj = layer.mlp.exponent, layer.self_attn.exponent
+    yield
+    if not good:
+        return
+    weights = boundable_weights(layer)
+    if weights is None or any(w.dtype not in (torch.float16, torch.float32) for w in weights.values()):
+        drop_plan(layer)
+    else:
+        device = weights["mlp.down_proj.weight"].device
+        layer.mlp.set_exponent(mlp, device)
+        layer.self_attn.set_exponent(o_proj, device)
+        layer.__dict__["planned"] = fingerprint(layer)

@@ -1,0 +1,71 @@
+"""Linears whose input is scaled by a power of two and whose output is scaled back, in fp32, on its way to the residual.
+
+A power of two is exact: nothing is rounded but what falls below float16's smallest number, 2^-24 of what is scaled.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShardedRangeError
+from .numerics import token_exponent
+
+
+class Scaled(nn.Module):
+    """A module with an exponent for its last linear: 0 for stock's arithmetic, None where no plan vouches for one."""
+
+    exponent: int | None = None
+    zero: Tensor  # float16, no dimensions; there with an exponent above 0
+    factor: Tensor  # (1,) in fp32, 2 to the exponent: with a dimension, so that float16 times it is fp32
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module; a new child (an adapter, a quantised linear) ends the plan made for the old one."""
+        if isinstance(value, nn.Module):
+            self.set_exponent(None)
+        super().__setattr__(name, value)
+
+    def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
+        """Takes the exponent of a plan, with the constants it needs on `device`: no buffers, so casts pass them by."""
+        self.__dict__["exponent"] = exponent
+        if exponent:
+            self.__dict__["zero"] = torch.zeros((), dtype=torch.float16, device=device)
+            self.__dict__["factor"] = torch.full((1,), 2.0**exponent, device=device)
+
+
+def scaled_linear(linear: nn.Module, scaled: Tensor, factor: Tensor) -> Tensor:
+    """linear(scaled) · factor, in fp32: one kernel after the matmul. The linear has no bias."""
+    output: Tensor = linear(scaled) * factor
+    return output
+
+
+def unit_range_linear(linear: nn.Module, activation: Tensor, width: int) -> Tensor:
+    """linear(activation) with each token brought to magnitudes of at most 1 and its output brought back, in fp32.
+
+    activation (B, S, channels) in fp32, of `width` channels when whole. Where it is a shard, the exponent is the
+    largest over the ranks that share the token: the row-parallel reduction adds up what each of them has scaled.
+    """
+    if getattr(linear, "bias", None) is not None:  # not linear: 2^-e would not come out again
+        biased: Tensor = linear(activation.to(torch.float16))
+        return biased
+    exponent = token_exponent(activation)
+    if activation.shape[-1] != width:
+        exponent = largest_in_group(exponent, linear)
+    output: Tensor = linear(torch.ldexp(activation, -exponent).to(torch.float16))
+    return torch.ldexp(output.float(), exponent)
+
+
+def largest_in_group(exponent: Tensor, linear: nn.Module) -> Tensor:
+    """The largest exponent over the ranks with the other shards of `linear`, found by its weight's device mesh.
+
+    Raises ShardedRangeError where the weight does not say who they are.
+    """
+    mesh = getattr(linear.weight, "device_mesh", None)
+    if mesh is None:
+        raise ShardedRangeError(
+            "this linear holds a shard of its weight and does not say which ranks hold the others, so its range cannot "
+            "be kept in step with theirs: load the model with transformers' own tensor parallelism (tp_plan)."
+        )
+    exponent = exponent.contiguous()
+    torch.distributed.all_reduce(exponent, torch.distributed.ReduceOp.MAX, group=mesh.get_group())
+    return exponent
