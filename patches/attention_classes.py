@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .blocks import PROJECTED, eager_attention
-from .numerics import rotate
+from .blocks import PROJECTED, eager_attention, project_output
+from .numerics import rotate, seal_mask
+from .scaling import Scaled
 
 
-class AttendEagerly(nn.Module):
+class AttendEagerly(Scaled):
     """What follows the rotation and the cache in an eager layer: fp32 scores, then the output projection."""
 
     head_dim: int
@@ -30,7 +31,7 @@ class AttendEagerly(nn.Module):
         attend = AttendEagerly.attend if with_weights else type(self).attend
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(self, query, key, value, mask, self.head_dim**-0.5, dropout)
-        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights if with_weights else None
+        return project_output(self, output.reshape(*output.shape[:2], -1)), weights if with_weights else None
 
 
 class AttendThroughSdpa(AttendEagerly):
@@ -51,7 +52,7 @@ def sdpa_attention(
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if mask is not None:
-        mask = mask[..., : key.shape[-2]]
+        mask = seal_mask(mask[..., : key.shape[-2]])
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # pytorch issue 112577
     causal = mask is None and query.shape[2] > 1
     output = torch.nn.functional.scaled_dot_product_attention(

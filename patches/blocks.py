@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from .errors import HalfPrecisionScoresError
-from .numerics import grouped_attention, promote_residual, rms_norm, rotate
+from .numerics import grouped_attention, promote_residual, rms_norm, rotate, runs_in_float16, scaled_product
+from .planning import drop_plan, drop_stale_plan, plan_kept
+from .scaling import Scaled, scaled_linear, unit_range_linear
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
 ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
@@ -47,7 +49,40 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states (B, S, hidden). Arguments keep their order: checkpointing up to 4.51 passes them as such."""
+        drop_stale_plan(self)
         return super().forward(promote_residual(hidden_states), *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecoderLayer":
+        """Keeps the range plan through a move or a cast that leaves the weights' float16 values as they are."""
+        with plan_kept(self):
+            super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def release(self) -> None:
+        """Drops the range plan."""
+        drop_plan(self)
+
+
+class MLP(Scaled):
+    """SwiGLU whose product is scaled by the layer's exponent, or by each token's own where there is no plan."""
+
+    stock_parameters: ClassVar = ()
+    stock_names: ClassVar = {"gate_proj", "up_proj", "down_proj", "act_fn", "intermediate_size"}
+    intermediate_size: int
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, S, hidden) to the same shape: stock's arithmetic with exponent 0, else fp32 for the residual."""
+        if self.exponent == 0 or not runs_in_float16(hidden_states):
+            stock: Tensor = super().forward(hidden_states)
+            return stock
+        gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
+        if self.exponent is None:
+            return unit_range_linear(self.down_proj, gate.float() * up.float(), self.intermediate_size)
+        return scaled_linear(self.down_proj, scaled_product(self.zero, gate, up, self.exponent), self.factor)
 
 
 class RotaryEmbedding(nn.Module):
@@ -110,6 +145,18 @@ def rotated_projections(
     return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
+def project_output(attention: Any, output: Tensor) -> Tensor:
+    """o_proj of the heads' outputs (B, S, H·D), scaled as the layer's plan says: (B, S, hidden)."""
+    exponent = attention.exponent
+    if exponent == 0 or not runs_in_float16(output):
+        projected: Tensor = attention.o_proj(output)
+        return projected
+    if exponent is None:
+        width = attention.config.num_attention_heads * attention.head_dim
+        return unit_range_linear(attention.o_proj, output.float(), width)
+    return scaled_linear(attention.o_proj, output * 2.0**-exponent, attention.factor)
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -141,5 +188,6 @@ def refuse_half_precision_scores(implementation: str | None) -> None:
 COMMON_PARTS: dict[str, type[nn.Module]] = {
     "Qwen2RMSNorm": RMSNorm,
     "Qwen2DecoderLayer": DecoderLayer,
+    "Qwen2MLP": MLP,
     "Qwen2RotaryEmbedding": RotaryEmbedding,
 }

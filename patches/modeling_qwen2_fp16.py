@@ -18,8 +18,11 @@ from .attention_classes import FlashAttention  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .errors import UntestedTransformersWarning
 from .numerics import is_full_precision  # noqa: F401
+from .planning import plan_layers
+from .range_plan import LayerShape  # noqa: F401
+from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
-from .swap import check_model, exchange_all
+from .swap import base_models, check_model, exchange_all
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48
@@ -69,6 +72,19 @@ class FixedOnConstruction:
             check_structure(ORIGINAL, PARTS, transformers.__version__)
             exchange_all(self, ORIGINAL, FIXED, built_here=True)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; then plans the ranges from the weights that were loaded."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        plan_modules(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; then plans the ranges anew."""
+        loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        plan_modules(self)  # type: ignore[arg-type]
+        return loaded
+
 
 class Qwen2Model(FixedOnConstruction, stock.Qwen2Model):
     """transformers' Qwen2Model with an fp32 residual stream, fp32 norms, fp32 rotation and, in eager, fp32 scores."""
@@ -117,6 +133,14 @@ def fix_modules(root: nn.Module) -> None:
     """Fixes every Qwen2 inside `root` in place. Raises, and changes nothing, where one cannot be fixed whole."""
     check_structure(ORIGINAL, PARTS, transformers.__version__)
     exchange_all(root, ORIGINAL, FIXED)
+    plan_modules(root)
+
+
+def plan_modules(root: nn.Module) -> None:
+    """Plans the ranges of every fixed Qwen2 inside `root` from its weights as they are now."""
+    for base in base_models(root, ORIGINAL):
+        if all(type(layer) in STOCK for layer in base.layers):  # type: ignore[union-attr]
+            plan_layers(base)
 
 
 def unfix_modules(root: nn.Module) -> None:

@@ -25,6 +25,14 @@ def is_full_precision(hidden_states: Tensor) -> bool:
     return hidden_states.dtype in (torch.float32, torch.float64) and not autocast_is_on(hidden_states.device.type)
 
 
+def runs_in_float16(activation: Tensor) -> bool:
+    """Whether the next matmul on this activation returns float16, by its own dtype or by autocast's."""
+    device = autocast_device(activation.device.type)
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == torch.float16
+    return activation.dtype == torch.float16
+
+
 def promote_residual(hidden_states: Tensor) -> Tensor:
     """The residual stream in fp32 where it came in float16; any other dtype unchanged.
 
@@ -70,6 +78,17 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
     return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, lowest)
 
 
+def seal_mask(mask: Tensor) -> Tensor:
+    """An additive mask whose minimum is -inf, for fused kernels that take it in float16 only; boolean ones as they are.
+
+    Rows with every key masked keep the minimum: a softmax over -inf alone is NaN.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    masked = mask <= torch.finfo(mask.dtype).min
+    return mask.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)
+
+
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -91,3 +110,17 @@ def grouped_attention(
         weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
         output = weights.reshape(*grouped, keys) @ value
     return output.view(batch, heads, queries, head_dim), weights
+
+
+def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int) -> Tensor:
+    """2^-exponent · gate · up, (B, S, intermediate) in float16, rounded once: the product itself is never stored.
+
+    zero: a float16 zero without dimensions. addcmul takes the factor along and multiplies in fp32: one kernel.
+    """
+    return torch.addcmul(zero, gate, up, value=2.0**-exponent)
+
+
+def token_exponent(activation: Tensor) -> Tensor:
+    """The least e >= 0 with |x| <= 2^e in all channels x of a token: fp32 (B, S, channels) to integer (B, S, 1)."""
+    largest = activation.abs().amax(-1, keepdim=True)
+    return torch.frexp(largest).exponent.clamp(min=0)

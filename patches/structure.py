@@ -20,7 +20,7 @@ def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None
     Raises PatchConflictError where another tool has replaced a class or its forward, and
     UnsupportedTransformersError where the class is stock but has another shape.
     """
-    for name in ("Qwen2MLP", "Qwen2Model", "Qwen2ForCausalLM"):  # not changed, but they must be what they were
+    for name in ("Qwen2Model", "Qwen2ForCausalLM"):  # not changed, but they must be what they were
         _check_origin(stock, name, getattr(stock, name))
     for name, part in parts.items():
         found = getattr(stock, name, None)

@@ -9,13 +9,15 @@ from .blocks import (
     COMMON_PARTS,
     PROJECTED,
     eager_attention,
+    project_output,
     refuse_half_precision_scores,
     rotated_projections,
 )
 from .numerics import is_full_precision
+from .scaling import Scaled
 
 
-class Attention(nn.Module):
+class Attention(Scaled):
     """Rotates in fp32, rounds once into the cache; eager scores are fp32, any other implementation is called."""
 
     stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
@@ -57,7 +59,7 @@ class Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
+    from .certificate import certify
     from .in_place import fix, unfix
     from .inspection import status
     from .patches.errors import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         PatchConflictError,
         Qwen2FP16FixError,
         RegistrationError,
+        ShardedRangeError,
         UnsupportedTransformersError,
         UntestedTransformersWarning,
     )
@@ -46,6 +48,7 @@ __all__ = [
     "fix",
     "unfix",
     "status",
+    "certify",
     "Qwen2Model",
     "Qwen2ForCausalLM",
     "Qwen2ForSequenceClassification",
@@ -58,6 +61,7 @@ __all__ = [
     "MetaTensorError",
     "HalfPrecisionScoresError",
     "RegistrationError",
+    "ShardedRangeError",
     "CheckpointError",
     "UntestedTransformersWarning",
     "__version__",
@@ -70,6 +74,7 @@ _HOME = {
     "fix": "in_place",
     "unfix": "in_place",
     "status": "inspection",
+    "certify": "certificate",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
 }

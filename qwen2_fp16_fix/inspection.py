@@ -19,7 +19,8 @@ def status(model: nn.Module | None = None) -> dict[str, Any]:
     Keys: `package`, `transformers`, `torch` (versions); `supported`; `enabled` (False under QWEN2_FP16_FIX=0);
     `patch` (the module that serves this release, or None); `tested` (whether the release is in the tested range);
     `registered` (Auto class name to bool); `problem` (why the fix cannot be used here, or None); and, for a model,
-    `model` with `class`, `fixed`, `parts` (class name to fixed and total counts), `dtype`, `attention` and `problem`.
+    `model` with `class`, `fixed`, `parts` (class name to fixed and total counts), `dtype`, `attention`, `ranges` (per
+    layer) and `problem`.
     Never raises for an unsupported release: the sentence is under `problem`.
     """
     found: dict[str, Any] = {
@@ -69,5 +70,23 @@ def model_status(model: nn.Module) -> dict[str, Any]:
         "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
         "dtype": None if weights is None else str(weights).removeprefix("torch."),
         "attention": getattr(config, "_attn_implementation", None),
+        "ranges": ranges_of(model),
         "problem": problem,
     }
+
+
+def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
+    """How each fixed layer keeps its MLP and its output projection in range: an exponent of the plan, or "by token"."""
+    from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK
+    from .patches.planning import drop_stale_plan
+    from .patches.swap import base_models
+
+    found = []
+    for base in base_models(model, ORIGINAL):
+        for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
+            if type(layer) in STOCK:
+                drop_stale_plan(layer)
+                exponents = {"mlp": layer.mlp.exponent, "o_proj": layer.self_attn.exponent}
+                named = {site: "by token" if value is None else value for site, value in exponents.items()}
+                found.append({"layer": index, **named})
+    return found

@@ -26,7 +26,8 @@ class Mutation(NamedTuple):
     red: str
 
 
-NUMERICS, BLOCKS, SWAP = "patches/numerics.py", "patches/blocks.py", "patches/swap.py"
+NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
+PLANNING = "patches/planning.py"
 MUTATIONS = (
     Mutation(
         "residual stays float16",
@@ -176,6 +177,13 @@ MUTATIONS = (
         "tests/test_numerics.py::test_a_row_with_every_key_masked_is_finite",
     ),
     Mutation(
+        "fused kernels get float16's minimum",
+        NUMERICS,
+        "return mask.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)",
+        "return mask",
+        "tests/test_numerics.py::test_a_sealed_mask_holds_against_any_score",
+    ),
+    Mutation(
         "boolean masks in float16",
         NUMERICS,
         "torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, lowest)",
@@ -188,6 +196,69 @@ MUTATIONS = (
         "mask = mask[..., :key_length]",
         "mask = mask",
         "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut",
+    ),
+    Mutation(
+        "SwiGLU product by token in float16",
+        BLOCKS,
+        "gate.float() * up.float()",
+        "(gate * up).float()",
+        "tests/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
+    ),
+    Mutation(
+        "output projection by token in float16",
+        BLOCKS,
+        "unit_range_linear(attention.o_proj, output.float(), width)",
+        "unit_range_linear(attention.o_proj, output, width)",
+        "tests/test_planning.py::test_output_projections_scale_by_token_and_by_plan",
+    ),
+    Mutation(
+        "the way back to the residual in float16",
+        SCALING,
+        "torch.ldexp(output.float(), exponent)",
+        "torch.ldexp(output, exponent)",
+        "tests/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
+    ),
+    Mutation(
+        "the linear is handed fp32",
+        SCALING,
+        "linear(torch.ldexp(activation, -exponent).to(torch.float16))",
+        "linear(torch.ldexp(activation, -exponent))",
+        "tests/test_planning.py::test_scaling_by_token_is_as_good_as_the_plan",
+    ),
+    Mutation(
+        "a biased linear is handed fp32",
+        SCALING,
+        "linear(activation.to(torch.float16))",
+        "linear(activation)",
+        "tests/test_planning.py::test_a_biased_linear_is_not_scaled",
+    ),
+    Mutation(
+        "a rank scales on its own",
+        SCALING,
+        "        exponent = largest_in_group(exponent, linear)\n",
+        "        pass\n",
+        "tests/test_planning.py::test_tensor_parallel_ranks_scale_in_step",
+    ),
+    Mutation(
+        "a plan outlives an edit",
+        PLANNING,
+        "if planned is not None and planned != fingerprint(layer):",
+        "if False:",
+        "tests/test_planning.py::test_an_edit_in_place_ends_a_plan",
+    ),
+    Mutation(
+        "a plan outlives a merge",
+        SCALING,
+        "            self.set_exponent(None)\n        super",
+        "            pass\n        super",
+        "tests/test_planning.py::test_merging_an_adapter_ends_a_plan[False]",
+    ),
+    Mutation(
+        "a plan outlives a cast to bfloat16",
+        PLANNING,
+        "w.dtype not in (torch.float16, torch.float32)",
+        "False",
+        "tests/test_planning.py::test_a_cast_to_float16_keeps_a_plan_and_one_to_bfloat16_ends_it",
     ),
     Mutation(
         "accelerate's hook keeps stock's forward",
@@ -206,7 +277,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("patches", "qwen2_fp16_fix", "tools"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "tests").mkdir()
-    for name in ("conftest.py", "test_numerics.py", "test_blocks.py", "test_ways_in.py"):
+    for name in ("conftest.py", "test_numerics.py", "test_blocks.py", "test_ways_in.py", "test_planning.py"):
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)
     return copy

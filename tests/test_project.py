@@ -29,7 +29,7 @@ def read(name: str) -> str:
 
 
 PROMISED = {
-    "register", "unregister", "registered", "fix", "unfix", "status",
+    "register", "unregister", "registered", "fix", "unfix", "status", "certify",
     "Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "UnsupportedTransformersError",
@@ -135,7 +135,15 @@ def test_the_wheel_holds_the_tree(distributions: tuple[Path, Path]) -> None:
 def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"CHANGELOG.md", "README.md", "README.zh-CN.md", "LICENSE", "Makefile", "tests/test_project.py"}
+    wanted = {
+        "docs/range-proof.md",
+        "CHANGELOG.md",
+        "README.md",
+        "README.zh-CN.md",
+        "LICENSE",
+        "Makefile",
+        "tests/test_project.py",
+    }
     assert wanted <= names
     assert {path.replace("qwen2_fp16_fix/patches/", "patches/") for path in tree()} <= names
 
