@@ -34,7 +34,7 @@ MUTATIONS = (
         NUMERICS,
         "return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states",
         "return hidden_states",
-        "tests/test_ways_in.py::test_fix",
+        "tests/test_numerics.py::test_promote_residual_widens_float16_alone",
     ),
     Mutation(
         "norm squares in float16",
@@ -209,7 +209,7 @@ MUTATIONS = (
         BLOCKS,
         "unit_range_linear(attention.o_proj, output.float(), width)",
         "unit_range_linear(attention.o_proj, output, width)",
-        "tests/test_planning.py::test_output_projections_scale_by_token_and_by_plan",
+        "tests/test_planning.py::test_scaling_by_token_is_handed_fp32",
     ),
     Mutation(
         "the way back to the residual in float16",

@@ -2,6 +2,7 @@
 
 import copy
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,24 @@ def test_output_projections_scale_by_token_and_by_plan() -> None:
     for exponent in (None, 8):
         attention.set_exponent(exponent)
         torch.testing.assert_close(project_output(attention, heads), expected, rtol=1e-3, atol=0)  # one rounding
+
+
+def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exponents are specified for fp32: float16 has none below -24 to scale by."""
+    handed: list[torch.dtype] = []
+
+    def spy(linear: nn.Module, activation: torch.Tensor, width: int) -> torch.Tensor:
+        handed.append(activation.dtype)
+        return torch.zeros(*activation.shape[:-1], TINY.hidden)
+
+    monkeypatch.setattr(sys.modules[project_output.__module__], "unit_range_linear", spy)
+    layer = fixed().model.layers[0]
+    layer.mlp.set_exponent(None)
+    layer.self_attn.set_exponent(None)
+    hidden = torch.randn(1, 2, TINY.hidden).half()
+    project_output(layer.self_attn, hidden)
+    layer.mlp(hidden)
+    assert handed == [torch.float32, torch.float32]
 
 
 def test_a_biased_linear_is_not_scaled() -> None:
