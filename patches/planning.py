@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .range_plan import LayerShape, bound_layer, plan_layer
 
+BIASED = ("q_proj", "k_proj", "v_proj")  # the linears a Qwen2 gives a bias, and the bounds know one of
+
 
 def plan_layers(base: Any) -> None:
     """Plans every layer of a Qwen2Model whose parts are fixed."""
@@ -43,14 +45,14 @@ def layer_shape(base: Any, layer: Any) -> LayerShape:
 
 
 def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
-    """The weights of a layer by their names in a checkpoint; None if one is wrapped, quantised, sharded or absent."""
+    """The weights of a layer by their names in a checkpoint; None if one is wrapped, quantised, sharded or unknown."""
     weights: dict[str, Tensor] = {}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         weights[f"{norm}.weight"] = getattr(layer, norm).weight
     for owner in ("self_attn", "mlp"):
         for name, linear in getattr(layer, owner).named_children():
             if name.endswith("_proj"):
-                if type(linear) is not nn.Linear:
+                if type(linear) is not nn.Linear or (linear.bias is not None and name not in BIASED):
                     return None
                 for parameter, value in linear.named_parameters():
                     weights[f"{owner}.{name}.{parameter}"] = value

@@ -3,18 +3,18 @@
 The bounds hold for every prompt. What they rest on, for the arithmetic of the fixed layer:
 
 1. An RMSNorm returns n_i = γ_i·z_i + η_i with ‖z‖ <= √d, up to rounding, and |η_i| <= 2^-25 where n_i is subnormal. So
-   for a row w, with a = w∘γ, the magnitudes |w_i·n_i| sum to at most √d·‖a‖ + 2^-25·‖w‖₁ (Cauchy and Schwarz), and with
-   them any part of the sum, in any order.
-2. Matmuls accumulate in fp32, PyTorch's default, and round at most SPLITS partial sums to float16: `rounding(K)`,
-   relative to the sum of magnitudes. That is what the next step sees. Float16 accumulation, a switch that is off by
-   default, is covered where it happens by a factor of 2: a float16 s is itself a float16 number at distance |t| from
-   s + t, so rounding s + t moves away from s by at most 2|t|, and a chain of additions ends at most at twice the sum of
-   magnitudes. Hence LIMIT.
+   |n_i| <= √d·|γ_i|, and for a row w, with a = w∘γ, the magnitudes |w_i·n_i| sum to at most √d·‖a‖ + 2^-25·‖w‖₁ (Cauchy
+   and Schwarz), and with them any part of the sum, in any order.
+2. Matmuls accumulate in fp32, PyTorch's default, and round at most SPLITS partial sums to float16: `computed` bounds
+   what the next step sees. Float16 accumulation, a switch that is off by default, is covered where it happens by a
+   factor of 2: a float16 s is itself a float16 number at distance |t| from s + t, so rounding s + t moves away from s
+   by at most 2|t|, and a chain of additions ends at most at twice the sum of magnitudes. Hence LIMIT.
 3. A rotation turns a pair without lengthening it; attention averages values with weights that sum to 1, up to rounding.
 4. |act(g)| <= |g|, and |g·u| = |⟨a,z⟩⟨b,z⟩| <= ‖z‖²/2·(‖a‖‖b‖ + |⟨a,b⟩|): the largest eigenvalue of (abᵀ + baᵀ)/2.
 5. An output, and any part of it, is at most Σ_j |w_j|·(bound of input j).
 
-Computed in fp64; MARGIN covers its own rounding.
+What is done element by element (w∘γ, which is exact, and sums along a row) is fp32 on the weight's own device, widened
+by `slack`, more than fp32 sums can lose in any order; the rest is fp64 on the CPU, widened by MARGIN.
 """
 
 import math
@@ -32,7 +32,8 @@ SPLITS = 64  # partial sums of a matmul that a split-K kernel may round
 LIMIT = FLOAT16_MAX / (2 * (1 + UNIT) ** (SPLITS + 1))  # for a sum of magnitudes
 MARGIN = 1 + 2.0**-30
 MAX_EXPONENT = 24  # beyond, small values would sink below float16's smallest number
-ROWS = 2048  # of a weight held in fp64 at a time
+CHUNK = {"cpu": 2**19}  # elements of a weight held in fp32 at a time: what stays in a core's cache
+LARGE_CHUNK = 2**24  # on an accelerator, where a kernel launch costs more than memory
 
 #: Activations with |act(x)| <= |x|, by transformers' names.
 CONTRACTIONS = {"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"}
@@ -55,10 +56,10 @@ class LayerShape:
 class LayerBounds:
     """The largest bound over the channels of each site.
 
-    q, k, v, o_proj, gate, up and down_proj bound the sum of magnitudes, and so every partial sum; rotated, attention
-    and product bound a stored number.
+    norm, rotated and product bound a stored number; the others the sum of magnitudes, and so every partial sum.
     """
 
+    norm: float
     q: float
     k: float
     v: float
@@ -78,42 +79,47 @@ class Exponents(NamedTuple):
     o_proj: int
 
 
-STORED = {"rotated", "attention", "product"}  # sites held against FLOAT16_MAX; the others are sums, held against LIMIT
+STORED = {"norm", "rotated", "product"}  # sites held against FLOAT16_MAX; the others are sums, held against LIMIT
 
 
 def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds:
     """Bounds of one layer. weights: by their names below `model.layers.N.`, in any float dtype; cast to float16 here.
 
-    A weight that is not finite in float16 makes the bounds it reaches infinite.
+    A weight that is not finite in float16 makes the bounds it reaches infinite. Biases of q, k and v are bounded; no
+    other may be among the weights.
     """
     attention_gain, mlp_gain = weights["input_layernorm.weight"], weights["post_attention_layernorm.weight"]
     sums: dict[str, Tensor] = {}
-    computed: dict[str, Tensor] = {}
     for name in ("q", "k", "v"):
-        weight, bias = weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias")
-        shift = exact(bias).abs() if bias is not None else torch.zeros(len(weight), dtype=torch.float64)
-        magnitudes = torch.cat([norm_fed(rows, attention_gain).magnitudes for rows in chunks(weight)])
-        sums[name] = magnitudes + shift
-        computed[name] = (magnitudes * rounding(shape.hidden) + shift) * (1 + UNIT)
-    heads_out = attention_bound(computed["v"], shape)
+        sums[name] = project(weights[f"self_attn.{name}_proj.weight"], attention_gain)
+        if (bias := weights.get(f"self_attn.{name}_proj.bias")) is not None:
+            sums[name] = sums[name] + exact(bias).abs().double().cpu()
+    rotated = [rotated_bound(computed(sums[name], shape.hidden), shape) for name in ("q", "k")]
+    attention = attention_sums(computed(sums["v"], shape.hidden), shape)
     products, gate, up = product_bounds(weights, mlp_gain, shape)
     return LayerBounds(
+        norm=max(bound_norm(attention_gain), bound_norm(mlp_gain)),
         q=largest(sums["q"]),
         k=largest(sums["k"]),
         v=largest(sums["v"]),
-        rotated=max(largest(rotated_bound(computed[name], shape)) for name in ("q", "k")),
-        attention=largest(heads_out),
-        o_proj=largest(row_sums(weights["self_attn.o_proj.weight"], heads_out)),
+        rotated=max(largest(rotated[0]), largest(rotated[1])),
+        attention=largest(attention),
+        o_proj=largest(output_sums(weights["self_attn.o_proj.weight"], computed(attention, shape.positions))),
         gate=gate,
         up=up,
         product=largest(products),
-        down_proj=largest(row_sums(weights["mlp.down_proj.weight"], products)),
+        down_proj=largest(output_sums(weights["mlp.down_proj.weight"], products)),
     )
+
+
+def bound_norm(gain: Tensor) -> float:
+    """The largest magnitude an RMSNorm with `gain` (hidden,) can return: point 1, with all of z in one channel."""
+    return largest(exact(gain).abs().double().cpu() * norm_length(len(gain)) + TINY)
 
 
 def bound_logits(norm: Tensor, head: Tensor) -> float:
     """The sum of magnitudes of a logit. norm: gain of the final norm (hidden,); head: (vocabulary, hidden)."""
-    return max(largest(norm_fed(rows, norm).magnitudes) for rows in chunks(head))
+    return largest(project(head, norm))
 
 
 def plan_layer(bounds: LayerBounds) -> Exponents:
@@ -127,9 +133,13 @@ def headroom_bits(bounds: LayerBounds, exponents: Exponents) -> dict[str, float]
     scale = {"product": exponents.mlp, "down_proj": exponents.mlp, "o_proj": exponents.o_proj}
     bits = {}
     for site, bound in asdict(bounds).items():
-        limit = FLOAT16_MAX if site in STORED else LIMIT
-        bits[site] = math.inf if bound == 0 else math.log2(limit) - math.log2(bound) + scale.get(site, 0)
+        bits[site] = bits_below(FLOAT16_MAX if site in STORED else LIMIT, bound) + scale.get(site, 0)
     return bits
+
+
+def bits_below(limit: float, bound: float) -> float:
+    """log2 of limit over bound; fp32's smallest number stands for a bound of 0."""
+    return math.log2(limit) - math.log2(max(bound, 2.0**-149))
 
 
 def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
@@ -138,18 +148,26 @@ def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
 
 
 class NormFed(NamedTuple):
-    """Rows of a linear behind a norm: a = w∘γ, and the largest sum of magnitudes of each row."""
+    """Some rows of a linear behind a norm, as point 1 sees them; fp64 (rows,) but for `a`."""
 
-    a: Tensor
+    a: Tensor  # the rows times the gain, (rows, hidden) in fp32, exact
+    length: Tensor  # ‖a‖
     spill: Tensor  # what subnormal rounding of the norm's output may add
-    magnitudes: Tensor
+    magnitudes: Tensor  # the sum of magnitudes
 
 
 def norm_fed(rows: Tensor, gain: Tensor) -> NormFed:
-    """Point 1, for rows (R, hidden) in fp64 and gain (hidden,)."""
-    a = rows * exact(gain)
-    spill = TINY * rows.abs().sum(1)
-    return NormFed(a, spill, norm_length(rows.shape[1]) * a.norm(dim=1) + spill)
+    """Point 1, for rows (R, hidden) and gain (hidden,), both fp32 with float16 values."""
+    a, hidden = rows * gain, rows.shape[1]
+    length = wide(a.square().sum(1), hidden).sqrt()
+    spill = TINY * math.sqrt(hidden) * wide(rows.square().sum(1), hidden).sqrt()  # ‖w‖₁ <= √d·‖w‖
+    return NormFed(a, length, spill, norm_length(hidden) * length + spill)
+
+
+def project(weight: Tensor, gain: Tensor) -> Tensor:
+    """Sums of magnitudes of the outputs (rows,) of a linear behind a norm, in fp64."""
+    on_device = exact(gain).to(weight.device)
+    return torch.cat([norm_fed(rows, on_device).magnitudes for rows in chunks(weight)])
 
 
 def norm_length(hidden: int) -> float:
@@ -157,58 +175,84 @@ def norm_length(hidden: int) -> float:
     return math.sqrt(hidden) * (1 + hidden * 2.0**-23) * (1 + UNIT)
 
 
-def rounding(terms: int) -> float:
-    """Computed over exact, relative to the sum of magnitudes of `terms` products: point 2."""
+def computed(sums: Tensor, terms: int) -> Tensor:
+    """What a matmul with such sums of magnitudes, of `terms` products, can return: point 2."""
+    return sums * growth(terms) + 2 * (SPLITS + 1) * TINY
+
+
+def growth(terms: int) -> float:
+    """Computed over exact, relative to the sum of magnitudes of `terms` products."""
     return (1 + terms * 2.0**-23) * (1 + UNIT) ** (SPLITS + 1)
 
 
-def rotated_bound(computed: Tensor, shape: LayerShape) -> Tensor:
+def rotated_bound(inputs: Tensor, shape: LayerShape) -> Tensor:
     """Length of each pair of channels (i, i + head_dim/2) of a head: a turn leaves it, yarn scales it."""
-    lengths: Tensor = computed.view(-1, 2, shape.head_dim // 2).norm(dim=1)
-    return lengths * shape.rotation_scale * (1 + 2.0**-20) * (1 + UNIT)
+    lengths: Tensor = inputs.view(-1, 2, shape.head_dim // 2).norm(dim=1)
+    return lengths * shape.rotation_scale * (1 + 2.0**-20) * (1 + UNIT) + TINY
 
 
-def attention_bound(values: Tensor, shape: LayerShape) -> Tensor:
-    """Heads' outputs (heads·head_dim,) from bounds of the values (kv_heads·head_dim,): an average, up to rounding."""
-    weight_sum = 1 + UNIT + shape.positions * TINY
-    averaged = values * weight_sum * rounding(shape.positions)
-    shared = averaged.view(shape.kv_heads, 1, shape.head_dim)
+def attention_sums(values: Tensor, shape: LayerShape) -> Tensor:
+    """Sums of magnitudes of the heads' outputs (heads·head_dim,) from bounds of the values (kv_heads·head_dim,)."""
+    weight_sum = 1 + UNIT + shape.positions * (TINY + 2.0**-23)
+    shared = (values * weight_sum).view(shape.kv_heads, 1, shape.head_dim)
     return shared.expand(-1, shape.heads // shape.kv_heads, -1).reshape(-1)
 
 
 def product_bounds(weights: Mapping[str, Tensor], gain: Tensor, shape: LayerShape) -> tuple[Tensor, float, float]:
     """act(gate)·up of each channel (intermediate,) by point 4, and the largest sums of magnitudes of gate and up."""
     products, gates, ups = [], [], []
-    square, grow = norm_length(shape.hidden) ** 2, rounding(shape.hidden) * (1 + UNIT)
-    pairs = zip(chunks(weights["mlp.gate_proj.weight"]), chunks(weights["mlp.up_proj.weight"]), strict=True)
-    for gate_rows, up_rows in pairs:
-        gate, up = norm_fed(gate_rows, gain), norm_fed(up_rows, gain)
-        inner = (gate.a * up.a).sum(1).abs()
-        joint = square / 2 * (gate.a.norm(dim=1) * up.a.norm(dim=1) + inner)
-        gate_error = gate.spill + (grow - 1) * gate.magnitudes  # what rounding adds to the exact gate, and to up
-        up_error = up.spill + (grow - 1) * up.magnitudes
-        joint = joint + gate_error * up.magnitudes * grow + gate.magnitudes * up_error
-        apart = gate.magnitudes * up.magnitudes * grow**2
-        products.append(torch.minimum(joint, apart) * (1 + UNIT) ** 2)
+    hidden, square = shape.hidden, norm_length(shape.hidden) ** 2
+    gate_weight, up_weight = weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]
+    on_device = exact(gain).to(gate_weight.device)
+    for gate_rows, up_rows in zip(chunks(gate_weight), chunks(up_weight), strict=True):
+        gate, up = norm_fed(gate_rows, on_device), norm_fed(up_rows, on_device)
+        lengths = gate.length * up.length
+        inner = (gate.a * up.a).sum(1).abs().double().cpu() + (slack(hidden) - 1) * lengths
+        gate_top, up_top = computed(gate.magnitudes, hidden), computed(up.magnitudes, hidden)
+        gate_error = gate.spill + gate_top - gate.magnitudes  # what rounding adds to the exact gate, and to up
+        up_error = up.spill + up_top - up.magnitudes
+        joint = square / 2 * (lengths + inner) + gate_error * up_top + gate.magnitudes * up_error
+        rounded = torch.minimum(joint, gate_top * up_top) * (1 + UNIT) ** 2 * (1 + 2.0**-20)
+        products.append(rounded + TINY * up_top)  # the last: act(gate) may be subnormal
         gates.append(largest(gate.magnitudes))
         ups.append(largest(up.magnitudes))
     found = torch.cat(products)
-    return (found if shape.activation in CONTRACTIONS else torch.full_like(found, math.inf)), max(gates), max(ups)
+    if shape.activation not in CONTRACTIONS:
+        found = torch.full_like(found, math.inf)
+    return found, max(gates), max(ups)
 
 
-def row_sums(weight: Tensor, inputs: Tensor) -> Tensor:
-    """Σ_j |w_ij|·inputs_j for each row i: point 5."""
-    return torch.cat([rows.abs() @ inputs for rows in chunks(weight)])
+def output_sums(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Point 5: Σ_j |w_ij|·inputs_j of each row i, with room for what an exponent makes subnormal.
+
+    Scaled by 2^-e, the inputs round to Σ_j |w_ij|·2^-25 more at most, which does not shrink with e. Float16 weights
+    make that columns·65504·2^-25 at most, which is less than `room` keeps free below LIMIT.
+    """
+    columns = weight.shape[1]
+    room = 1 + columns * 2.0**-23
+    factors = inputs.to(weight.device, torch.float32) * (1 + 2.0**-23)  # not below the fp64 they are rounded from
+    return torch.cat([wide((rows.abs() * factors).sum(1), columns) * room for rows in chunks(weight)])
+
+
+def slack(terms: int) -> float:
+    """How much larger a sum of `terms` non-negative numbers can be than fp32, in any order, computes it."""
+    return 1 + (terms + 8) * 2.0**-23
+
+
+def wide(sums: Tensor, terms: int) -> Tensor:
+    """fp32 sums of `terms` non-negative numbers as fp64 upper bounds of the exact ones, on the CPU."""
+    return sums.double().cpu() * slack(terms)
 
 
 def chunks(weight: Tensor) -> Iterator[Tensor]:
-    """The rows of a weight, ROWS at a time, as `exact` gives them."""
-    return (exact(rows) for rows in torch.split(weight, ROWS))
+    """The rows of a weight as `exact` gives them, some at a time."""
+    elements = CHUNK.get(weight.device.type, LARGE_CHUNK)
+    return (exact(rows) for rows in torch.split(weight, max(1, elements // weight.shape[1])))
 
 
 def exact(weight: Tensor) -> Tensor:
-    """The float16 values of a weight, in fp64 on the CPU; infinite where float16 cannot hold them or they are NaN."""
-    return torch.nan_to_num(weight.detach().cpu().half().double(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    """The float16 values of a weight, in fp32; infinite where float16 cannot hold them or they are NaN."""
+    return torch.nan_to_num(weight.detach().half().float(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def largest(bounds: Tensor) -> float:

@@ -45,14 +45,20 @@ def unit_range_linear(linear: nn.Module, activation: Tensor, width: int) -> Tens
     activation (B, S, channels) in fp32, of `width` channels when whole. Where it is a shard, the exponent is the
     largest over the ranks that share the token: the row-parallel reduction adds up what each of them has scaled.
     """
-    if getattr(linear, "bias", None) is not None:  # not linear: 2^-e would not come out again
-        biased: Tensor = linear(activation.to(torch.float16))
-        return biased
     exponent = token_exponent(activation)
     if activation.shape[-1] != width:
         exponent = largest_in_group(exponent, linear)
-    output: Tensor = linear(torch.ldexp(activation, -exponent).to(torch.float16))
-    return torch.ldexp(output.float(), exponent)
+    scaled = torch.ldexp(activation, -exponent).to(torch.float16)
+    output: Tensor = linear(scaled).float()
+    if not has_bias(linear):
+        return torch.ldexp(output, exponent)
+    bias: Tensor = linear(torch.zeros_like(scaled[:, :1]))  # which is not to be scaled back
+    return torch.ldexp(output - bias, exponent) + bias
+
+
+def has_bias(linear: nn.Module) -> bool:
+    """Whether a linear adds a bias: its own, or one of a quantised linear or an adapter that it wraps."""
+    return any(getattr(module, "bias", None) is not None for module in linear.modules())
 
 
 def largest_in_group(exponent: Tensor, linear: nn.Module) -> Tensor:

@@ -214,23 +214,44 @@ MUTATIONS = (
     Mutation(
         "the way back to the residual in float16",
         SCALING,
-        "torch.ldexp(output.float(), exponent)",
-        "torch.ldexp(output, exponent)",
+        "output: Tensor = linear(scaled).float()",
+        "output: Tensor = linear(scaled)",
         "tests/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
     ),
     Mutation(
         "the linear is handed fp32",
         SCALING,
-        "linear(torch.ldexp(activation, -exponent).to(torch.float16))",
-        "linear(torch.ldexp(activation, -exponent))",
+        "torch.ldexp(activation, -exponent).to(torch.float16)",
+        "torch.ldexp(activation, -exponent)",
         "tests/test_planning.py::test_scaling_by_token_is_as_good_as_the_plan",
     ),
     Mutation(
-        "a biased linear is handed fp32",
+        "bounds summed in float16",
+        "patches/range_plan.py",
+        "weight.detach().half().float()",
+        "weight.detach().half()",
+        "tests/test_range_plan.py::test_fp32_sums_in_chunks_bound_the_exact_ones",
+    ),
+    Mutation(
+        "a norm's own output goes unbounded",
+        "patches/range_plan.py",
+        "norm=max(bound_norm(attention_gain), bound_norm(mlp_gain))",
+        "norm=0.0",
+        "tests/test_range_plan.py::test_a_norm_that_overflows_by_itself_is_not_proven",
+    ),
+    Mutation(
+        "a wrapped bias is scaled with the rest",
         SCALING,
-        "linear(activation.to(torch.float16))",
-        "linear(activation)",
-        "tests/test_planning.py::test_a_biased_linear_is_not_scaled",
+        "for module in linear.modules())",
+        "for module in [linear])",
+        "tests/test_planning.py::test_a_bias_is_not_scaled[True]",
+    ),
+    Mutation(
+        "a bias that no bound knows is planned for",
+        PLANNING,
+        " or (linear.bias is not None and name not in BIASED)",
+        "",
+        "tests/test_planning.py::test_a_bias_is_not_scaled[False]",
     ),
     Mutation(
         "a rank scales on its own",
@@ -277,7 +298,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("patches", "qwen2_fp16_fix", "tools"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "tests").mkdir()
-    for name in ("conftest.py", "test_numerics.py", "test_blocks.py", "test_ways_in.py", "test_planning.py"):
+    for name in (
+        "conftest.py",
+        "test_numerics.py",
+        "test_blocks.py",
+        "test_ways_in.py",
+        "test_planning.py",
+        "test_range_plan.py",
+    ):
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)
     return copy

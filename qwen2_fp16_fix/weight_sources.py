@@ -1,0 +1,289 @@
+"""Where the weights of a Qwen2 are read from: a loaded model, or the shards of a checkpoint, tensor by tensor.
+
+Both sources give weights by the names of a checkpoint, say how many layers there are and of what shape, and refuse
+what is not all there: CheckpointError for a checkpoint that cannot be read whole, Unbounded for numbers that are not
+weights.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from .patches.errors import CheckpointError, NotQwen2Error
+from .patches.range_plan import LayerShape
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales
+PREFIXES = ("model.", "", "transformer.")
+HEADS = ("lm_head", "score", "qa_outputs", "classifier")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+PROJECTIONS = (*BIASED, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ROWS = 8192  # of an embedding or a head read at a time
+
+
+class Unbounded(Exception):
+    """A weight whose values cannot be bounded: not loaded, wrapped or quantised."""
+
+
+def layer_shapes(shape: LayerShape, intermediate: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight and bias a layer can have, by its name below `layers.N.`."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "self_attn.q_proj": (query, shape.hidden),
+        "self_attn.k_proj": (key, shape.hidden),
+        "self_attn.v_proj": (key, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, query),
+        "mlp.gate_proj": (intermediate, shape.hidden),
+        "mlp.up_proj": (intermediate, shape.hidden),
+        "mlp.down_proj": (shape.hidden, intermediate),
+    }
+    found: dict[str, tuple[int, ...]] = {f"{norm}.weight": (shape.hidden,) for norm in NORMS}
+    for name, size in sizes.items():
+        found |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    return found
+
+
+def check_shape(name: str, weight: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """The weight. Raises CheckpointError where it has another shape: broadcasting would bound something else."""
+    if tuple(weight.shape) != wanted:
+        raise CheckpointError(f"{name} has shape {list(weight.shape)}, but its config asks for {list(wanted)}.")
+    return weight
+
+
+def check_values(name: str, weight: Tensor) -> Tensor:
+    """The weight. Raises Unbounded where its numbers are not all of what it stands for."""
+    if weight.is_meta:
+        raise Unbounded(f"{name} is not loaded")
+    if type(weight) not in (nn.Parameter, Tensor):
+        raise Unbounded(f"{name} is a {type(weight).__name__}, whose values cannot be bounded here")
+    if weight.dtype not in FLOATS:
+        raise Unbounded(
+            f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: quantised weights are not bounded"
+        )
+    return weight.detach()
+
+
+class ModelSource:
+    """The weights of a loaded model, by the names they have in a base model's checkpoint."""
+
+    prefix = ""
+
+    def __init__(self, root: nn.Module) -> None:
+        """root: any module; its first Qwen2Model counts. Raises NotQwen2Error where there is none."""
+        from .patches.modeling_qwen2_fp16 import ORIGINAL
+        from .patches.planning import layer_shape
+        from .patches.swap import base_models
+
+        bases = list(base_models(root, ORIGINAL))
+        if not bases:
+            raise NotQwen2Error(
+                f"found no Qwen2 in this {type(root).__qualname__}: pass a Qwen2 model or a checkpoint."
+            )
+        self.warnings = [f"it holds {len(bases)} Qwen2 models: certify each by itself"] if len(bases) > 1 else []
+        base: Any = bases[0]
+        self.base = base
+        self.outputs: dict[str, Any] = {}
+        for module in root.modules():
+            for name in HEADS:
+                head = getattr(module, name, None)
+                if isinstance(head, nn.Module):
+                    self.outputs.setdefault(name, head)
+        self.layers = len(base.layers)
+        self.shape = layer_shape(base, base.layers[0])
+        self.intermediate: int = base.config.intermediate_size
+
+    def layer_names(self, number: int) -> list[str]:
+        """Norms, projections and their biases. Raises Unbounded for a bias that a Qwen2 does not have."""
+        biased = [name for name in PROJECTIONS if self.has(f"layers.{number}.{name}.bias")]
+        for name in biased:
+            if name not in BIASED:
+                raise Unbounded(f"{name} has a bias, which is not bounded here")
+        biases = [f"{name}.bias" for name in biased]
+        return [f"{name}.weight" for name in (*NORMS, *PROJECTIONS)] + biases
+
+    def heads(self) -> list[str]:
+        """The weights of the output layers."""
+        return [f"{name}.weight" for name in self.outputs]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a parameter."""
+        owner, _, kind = name.rpartition(".")
+        return getattr(self._module(owner), kind, None) is not None
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The weight, some rows at a time."""
+        yield from torch.split(self.read(name), ROWS)
+
+    def read(self, name: str) -> Tensor:
+        """A weight. Raises Unbounded where it is wrapped, quantised or not loaded."""
+        owner, _, kind = name.rpartition(".")
+        module = self._module(owner)
+        plain = nn.Embedding if owner == "embed_tokens" else nn.Linear
+        if not owner.endswith("norm") and type(module) is not plain:
+            raise Unbounded(f"{owner} is a {type(module).__name__}, whose weights cannot be bounded here")
+        return check_values(name, getattr(module, kind))
+
+    def _module(self, owner: str) -> Any:
+        return self.outputs[owner] if owner in self.outputs else self.base.get_submodule(owner)
+
+
+class FolderSource:
+    """The tensors of a checkpoint, read from its safetensors shards when they are asked for."""
+
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, path: Path) -> None:
+        """path: a folder, or a file with its config.json beside it. Raises CheckpointError or NotQwen2Error."""
+        folder = path if path.is_dir() else path.parent
+        if not path.exists():
+            raise CheckpointError(f"there is no {path}: give a checkpoint folder or a .safetensors file.")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
+        self.config = _json(folder / "config.json")
+        if self.config.get("model_type") != "qwen2":
+            raise NotQwen2Error(f"{folder} holds a model of type {self.config.get('model_type')!r}, not 'qwen2'.")
+        self.layers, self.intermediate = self._size("num_hidden_layers"), self._size("intermediate_size")
+        self.shape = self._shape()
+        self.files = self._index(path, folder)
+        self.prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self.files), "model.")
+
+    def _index(self, path: Path, folder: Path) -> dict[str, Path]:
+        """Tensor name to the shard that holds it."""
+        index = folder / "model.safetensors.index.json"
+        if path.is_dir() and index.is_file():
+            shards = _json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+                raise CheckpointError(f"{index.name} has no weight_map from tensors to files: it is damaged.")
+            return {name: folder / file for name, file in shards.items()}
+        file = path if path.is_file() else folder / "model.safetensors"
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{file.name} is no .safetensors file: convert the checkpoint to safetensors.")
+        if not file.is_file():
+            hint = " (it has .bin files: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+            raise CheckpointError(f"{folder} has no model.safetensors and no index of shards{hint}.")
+        with _opened(file) as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        """A size from config.json; `default` where it is absent or null. Raises CheckpointError unless above 0."""
+        found = self.config.get(key)
+        found = default if found is None else found
+        if type(found) is not int or found < 1:
+            raise CheckpointError(f"config.json has {key} = {found!r}, not a whole number above 0.")
+        return found
+
+    def _shape(self) -> LayerShape:
+        """Sizes of the layers, as config.json gives them."""
+        hidden, heads = self._size("hidden_size"), self._size("num_attention_heads")
+        kv_heads, positions = self._size("num_key_value_heads", heads), self._size("max_position_embeddings", 32768)
+        head_dim = self._size("head_dim", hidden // heads)
+        if heads % kv_heads or head_dim % 2:
+            raise CheckpointError(
+                f"config.json has {heads} heads for {kv_heads} key heads, {head_dim} wide: no Qwen2 has."
+            )
+        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        try:
+            scale = rotation_scale(scaling, positions)
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+            raise CheckpointError(f"config.json has a rope scaling that cannot be read: {scaling!r}.") from None
+        activation = str(self.config.get("hidden_act", "silu"))
+        return LayerShape(hidden, heads, kv_heads, head_dim, positions, activation, scale)
+
+    def layer_names(self, number: int) -> list[str]:
+        """Norms, projections and the three biases a Qwen2 has: a checkpoint without one is incomplete."""
+        return [f"{name}.weight" for name in (*NORMS, *PROJECTIONS)] + [f"{name}.bias" for name in BIASED]
+
+    def heads(self) -> list[str]:
+        """The weights of the output layers. With tied embeddings and a head, releases differ in which one they use."""
+        tied = bool(self.config.get("tie_word_embeddings", False))
+        generates = any("CausalLM" in str(name) for name in self.config.get("architectures") or ())
+        found = [f"{name}.weight" for name in HEADS if self.has(f"{name}.weight")]
+        if tied:
+            found.append(f"{self.prefix}embed_tokens.weight")
+        elif generates and "lm_head.weight" not in found:
+            found.append("lm_head.weight")  # its absence is what reading it reports
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has such a tensor."""
+        return name in self.files
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """A tensor, some rows at a time."""
+        with _opened(self._file(name)) as tensors:
+            stored = tensors.get_slice(name)
+            if len(stored.get_shape()) != 2:
+                raise CheckpointError(f"{name} has shape {stored.get_shape()}, not rows and columns.")
+            for start in range(0, stored.get_shape()[0], ROWS):
+                yield check_values(name, stored[start : start + ROWS])
+
+    def read(self, name: str) -> Tensor:
+        """A tensor. Raises CheckpointError where it is missing or damaged, Unbounded where it is quantised."""
+        quantised = self.config.get("quantization_config")
+        if quantised and "_proj" in name:
+            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+            raise Unbounded(f"the checkpoint is quantised ({method or 'unnamed method'}): its kernels are not bounded")
+        with _opened(self._file(name)) as tensors:
+            return check_values(name, tensors.get_tensor(name))
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {name}: it is incomplete, or its config.json another's."
+            )
+        return self.files[name]
+
+
+WeightSource = ModelSource | FolderSource
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it becomes one sentence."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise CheckpointError(f"the shard {file.name} is missing: the download is unfinished.") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file.name} cannot be read ({error}): it is damaged or half written.") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object.")
+    return found
+
+
+def rotation_scale(scaling: Mapping[str, Any], positions: int = 0) -> float:
+    """What yarn (Peng et al. 2023, eq. 22) and longrope multiply cos and sin by; 1 for the others.
+
+    Releases differ in whether they take the factor as written or from `positions`, the longest context, and old ones
+    do not scale: the largest of these bounds them all.
+    """
+    kind, original = scaling.get("rope_type", scaling.get("type")), scaling.get("original_max_position_embeddings")
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return max(1.0, float(scaling["attention_factor"]))
+    factor = max(1.0, float(scaling.get("factor") or 1.0), positions / original if original else 1.0)
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original or positions or 32768))
+    plain = 0.1 * math.log(factor) + 1
+    if not scaling.get("mscale") or not scaling.get("mscale_all_dim"):
+        return plain
+    whole = 0.1 * float(scaling["mscale_all_dim"]) * math.log(factor) + 1
+    return max(1.0, plain, (0.1 * float(scaling["mscale"]) * math.log(factor) + 1) / whole)
