@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import PROJECTED, eager_attention, project_output
+from .keys import CentredKeys
 from .numerics import rotate, seal_mask
 from .scaling import Scaled
 
 
-class AttendEagerly(Scaled):
+class AttendEagerly(CentredKeys, Scaled):
     """What follows the rotation and the cache in an eager layer: fp32 scores, then the output projection."""
 
     head_dim: int
@@ -45,10 +46,11 @@ class AttendThroughSdpa(AttendEagerly):
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> Tensor:
-    """torch's fused attention. query (B, H, Q, D), key and value (B, G, K, D); returns (B, Q, H, D) in their dtype.
+    """torch's fused attention. query (B, H, Q, D) in fp32, key and value (B, G, K, D); returns (B, Q, H, D) in theirs.
 
     No mask means causal, unless there is a single query; these releases hand over none or an additive one.
     """
+    query = query.to(value.dtype)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if mask is not None:
@@ -62,28 +64,35 @@ def sdpa_attention(
 
 
 def rotate_pair(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
+    attention: CentredKeys,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rotate` behind the signature of stock's rotation, which before 4.45 is handed whole tables and the positions."""
+    """What stands in for stock's rotation, which before 4.45 is handed whole tables and the positions."""
     if cos.dim() == 2:
         cos, sin = cos[position_ids], sin[position_ids]
-    return rotate(query, cos, sin), rotate(key, cos, sin)
+    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, attention.key_shift).to(key.dtype)
 
 
-@functools.cache
-def with_exact_rotation(stock_forward: types.FunctionType) -> Callable[..., Any]:
+def with_exact_rotation(stock_forward: types.FunctionType, attention: CentredKeys) -> Callable[..., Any]:
     """The stock function itself, reading `rotate_pair` wherever it names stock's rotation."""
-    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": rotate_pair}
+    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": functools.partial(rotate_pair, attention)}
     code, defaults, closure = stock_forward.__code__, stock_forward.__defaults__, stock_forward.__closure__
     return types.FunctionType(code, names, stock_forward.__name__, defaults, closure)
 
 
-class FlashAttention(nn.Module):
-    """Stock's flash attention, unpadding and windows included, with the rotation in fp32."""
+class FlashAttention(CentredKeys):
+    """Stock's flash attention, unpadding and windows included, with the rotation in fp32 and the keys centred.
+
+    Stock's code calls the projections, so their biases are rounded with the products.
+    """
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
     stock_names: ClassVar = {*PROJECTED, "_flash_attention_forward"}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class."""
-        return with_exact_rotation(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return with_exact_rotation(super().forward.__func__, self)(self, *args, **kwargs)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from .errors import HalfPrecisionScoresError
-from .numerics import grouped_attention, promote_residual, rms_norm, rotate, runs_in_float16, scaled_product
+from .numerics import grouped_attention, promote_residual, rms_norm, runs_in_float16, scaled_product
 from .planning import drop_plan, drop_stale_plan, plan_kept
 from .scaling import Scaled, scaled_linear, unit_range_linear
 
@@ -97,6 +97,10 @@ class RotaryEmbedding(nn.Module):
         cos, sin = super().forward(x.float(), position_ids)
         return cos, sin
 
+    def frequencies(self) -> Tensor:
+        """Radians a token of each pair, (D/2,)."""
+        return self._buffers["inv_freq"]  # type: ignore[return-value]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
         """Follows `.to(device)` but not a cast: `.half()` would round the frequencies and turn far positions wrong."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -129,20 +133,6 @@ class RotaryEmbedding(nn.Module):
 
 #: Names that stock's attention uses if `rotated_projections` and what follows it can stand in for its own.
 PROJECTED = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
-
-
-def rotated_projections(
-    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, H, S, D), key and value (B, G, S, D) of `hidden_states` (B, S, hidden); query and key rotated in fp32.
-
-    Each is in the dtype its projection returns, rounded once after the rotation, as it goes into the cache.
-    """
-    heads_first = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    query = attention.q_proj(hidden_states).view(heads_first).transpose(1, 2)
-    key = attention.k_proj(hidden_states).view(heads_first).transpose(1, 2)
-    value = attention.v_proj(hidden_states).view(heads_first).transpose(1, 2)
-    return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 def project_output(attention: Any, output: Tensor) -> Tensor:

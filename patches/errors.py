@@ -29,6 +29,10 @@ class HalfPrecisionScoresError(Qwen2FP16FixError):
     """The chosen attention implementation keeps its scores in float16, where the fix cannot reach them."""
 
 
+class ForeignCacheError(Qwen2FP16FixError):
+    """A key/value cache holds keys that are not centred as this model's are, or the other way round."""
+
+
 class ShardedRangeError(Qwen2FP16FixError):
     """A sharded activation must be scaled in step with its other shards, and they cannot be found."""
 

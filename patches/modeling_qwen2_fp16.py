@@ -17,6 +17,7 @@ from torch import nn
 from .attention_classes import FlashAttention  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .errors import UntestedTransformersWarning
+from .keys import CentredKeys  # noqa: F401
 from .numerics import is_full_precision  # noqa: F401
 from .planning import plan_layers
 from .range_plan import LayerShape  # noqa: F401

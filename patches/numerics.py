@@ -51,16 +51,17 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     return (weight * (hidden_states * torch.rsqrt(mean_square + eps))).to(out_dtype)
 
 
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, eq. 34, in the half-split layout), in fp32, rounded once.
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, eq. 34, in the half-split layout), then plus `shift`, in fp32.
 
-    states (B, heads, S, D); cos and sin (B or 1, S, D) in fp32. Returns the shape and dtype of `states`.
+    states (B, heads, S, D); cos and sin (B or 1, S, D) in fp32; shift (1, heads, 1, D) in fp32. Returns fp32.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     exact = states.float()
     first, second = exact.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return (exact * cos + turned * sin).to(states.dtype)
+    start = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
+    return torch.addcmul(start, turned, sin)
 
 
 def widen_mask(mask: Tensor, key_length: int) -> Tensor:

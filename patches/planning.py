@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .keys import ExactBiasLinear
 from .range_plan import LayerShape, bound_layer, plan_layer
 
 BIASED = ("q_proj", "k_proj", "v_proj")  # the linears a Qwen2 gives a bias, and the bounds know one of
 
 
 def plan_layers(base: Any) -> None:
-    """Plans every layer of a Qwen2Model whose parts are fixed."""
+    """Plans every layer of a Qwen2Model whose parts are fixed: the centre of its keys, and its exponents."""
     for layer in base.layers:
+        shape = layer_shape(base, layer)
+        rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
+        layer.self_attn.centre_keys(rotary.frequencies(), shape.positions, shape.rotation_scale)
         weights = boundable_weights(layer)
         if weights is None:
             drop_plan(layer)
         else:
-            exponents = plan_layer(bound_layer(weights, layer_shape(base, layer)))
+            exponents = plan_layer(bound_layer(weights, shape))
             device = weights["mlp.down_proj.weight"].device
             layer.mlp.set_exponent(exponents.mlp, device)
             layer.self_attn.set_exponent(exponents.o_proj, device)
@@ -52,7 +56,7 @@ def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
     for owner in ("self_attn", "mlp"):
         for name, linear in getattr(layer, owner).named_children():
             if name.endswith("_proj"):
-                if type(linear) is not nn.Linear or (linear.bias is not None and name not in BIASED):
+                if type(linear) not in (nn.Linear, ExactBiasLinear) or (linear.bias is not None and name not in BIASED):
                     return None
                 for parameter, value in linear.named_parameters():
                     weights[f"{owner}.{name}.{parameter}"] = value

@@ -9,7 +9,8 @@ The bounds hold for every prompt. What they rest on, for the arithmetic of the f
    what the next step sees. Float16 accumulation, a switch that is off by default, is covered where it happens by a
    factor of 2: a float16 s is itself a float16 number at distance |t| from s + t, so rounding s + t moves away from s
    by at most 2|t|, and a chain of additions ends at most at twice the sum of magnitudes. Hence LIMIT.
-3. A rotation turns a pair without lengthening it; attention averages values with weights that sum to 1, up to rounding.
+3. A rotation turns a pair without lengthening it, and the centre of the keys is no longer than their bias (keys.py);
+   attention averages values with weights that sum to 1, up to rounding.
 4. |act(g)| <= |g|, and |g·u| = |⟨a,z⟩⟨b,z⟩| <= ‖z‖²/2·(‖a‖‖b‖ + |⟨a,b⟩|): the largest eigenvalue of (abᵀ + baᵀ)/2.
 5. An output, and any part of it, is at most Σ_j |w_j|·(bound of input j).
 
@@ -90,11 +91,16 @@ def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds
     """
     attention_gain, mlp_gain = weights["input_layernorm.weight"], weights["post_attention_layernorm.weight"]
     sums: dict[str, Tensor] = {}
+    rotated: list[Tensor] = []
     for name in ("q", "k", "v"):
         sums[name] = project(weights[f"self_attn.{name}_proj.weight"], attention_gain)
-        if (bias := weights.get(f"self_attn.{name}_proj.bias")) is not None:
-            sums[name] = sums[name] + exact(bias).abs().double().cpu()
-    rotated = [rotated_bound(computed(sums[name], shape.hidden), shape) for name in ("q", "k")]
+        bias = weights.get(f"self_attn.{name}_proj.bias")
+        shift = torch.zeros_like(sums[name]) if bias is None else exact(bias).abs().double().cpu()
+        sums[name] = sums[name] + shift
+        if name != "v":
+            rotated.append(rotated_bound(computed(sums[name], shape.hidden), shape))
+        if name == "k":
+            rotated[-1] = rotated[-1] + rotated_bound(shift, shape)  # the centre is no longer than the bias
     attention = attention_sums(computed(sums["v"], shape.hidden), shape)
     products, gate, up = product_bounds(weights, mlp_gain, shape)
     return LayerBounds(

@@ -29,10 +29,10 @@ def exchange_all(root: nn.Module, stock: Any, classes: Mapping[type, type], buil
             before = type(module)
             if before in classes:
                 done.append((module, before))
-                _exchange(module, classes[before])
+                exchange(module, classes[before])
     except BaseException:
         for module, before in reversed(done):
-            _exchange(module, before)
+            exchange(module, before)
         raise
 
 
@@ -113,7 +113,7 @@ def _is_offloaded(root: nn.Module, parameter: str) -> bool:
     return hasattr(module, "_hf_hook")
 
 
-def _exchange(module: nn.Module, new: type) -> None:
+def exchange(module: nn.Module, new: type) -> None:
     """Changes the class of one module, with what hangs on it: frequencies a cast has rounded, and kept forwards."""
     kept = _kept_forwards(module)
     old = type(module)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
-from .blocks import COMMON_PARTS, PROJECTED, rotated_projections
+from .blocks import COMMON_PARTS, PROJECTED
+from .keys import rotated_projections
 from .numerics import is_full_precision
 
 
@@ -45,7 +46,9 @@ class EagerAttention(AttendEagerly):
         if past_key_value is not None:
             length += past_key_value.get_usable_length(length, self.layer_idx)
         cos, sin = self.rotary_emb(hidden_states, seq_len=length)
-        query, key, value = rotated_projections(self, hidden_states, cos[position_ids], sin[position_ids])
+        query, key, value = rotated_projections(
+            self, hidden_states, cos[position_ids], sin[position_ids], past_key_value
+        )
         if past_key_value is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)
@@ -84,10 +87,13 @@ class RotaryEmbedding(nn.Module):
         """Drops the exact tables."""
         self.__dict__.pop("exact_tables", None)
 
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Radians a token of each pair, base^(-2i/D) (Su et al. 2021, section 3.2.2): (D/2,) in fp32."""
+        return 1.0 / (self.base ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim))
+
     def compute(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, D) of position times frequency base^(-2i/D) (Su et al. 2021, section 3.2.2)."""
-        inverse = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim))
-        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
+        """cos and sin (length, D) of position times frequency."""
+        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), self.frequencies(device))
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 

@@ -11,13 +11,13 @@ from .blocks import (
     eager_attention,
     project_output,
     refuse_half_precision_scores,
-    rotated_projections,
 )
+from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
 from .numerics import is_full_precision
 from .scaling import Scaled
 
 
-class Attention(Scaled):
+class Attention(CentredKeys, Scaled):
     """Rotates in fp32, rounds once into the cache; eager scores are fp32, any other implementation is called."""
 
     stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
@@ -38,19 +38,21 @@ class Attention(Scaled):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
-        if is_full_precision(hidden_states):
+        plain = is_full_precision(hidden_states)
+        claim_cache(past_key_values, self.layer_idx, not plain and shift_for(self, past_key_values) is not None, strict=True)
+        if plain:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return stock
         refuse_half_precision_scores(self.config._attn_implementation)
-        query, key, value = rotated_projections(self, hidden_states, *position_embeddings)
+        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, past_key_values)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(
             self,
-            query,
+            query if attend is eager_attention else query.to(value.dtype),
             key,
             value,
             attention_mask,

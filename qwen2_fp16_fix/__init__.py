@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .inspection import status
     from .patches.errors import (
         CheckpointError,
+        ForeignCacheError,
         HalfPrecisionScoresError,
         MetaTensorError,
         NotQwen2Error,
@@ -59,6 +60,7 @@ __all__ = [
     "NotQwen2Error",
     "PatchConflictError",
     "MetaTensorError",
+    "ForeignCacheError",
     "HalfPrecisionScoresError",
     "RegistrationError",
     "ShardedRangeError",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .patches.errors import CheckpointError, NotQwen2Error
+from .patches.keys import ExactBiasLinear
 from .patches.range_plan import LayerShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales
@@ -125,8 +126,8 @@ class ModelSource:
         """A weight. Raises Unbounded where it is wrapped, quantised or not loaded."""
         owner, _, kind = name.rpartition(".")
         module = self._module(owner)
-        plain = nn.Embedding if owner == "embed_tokens" else nn.Linear
-        if not owner.endswith("norm") and type(module) is not plain:
+        plain = (nn.Embedding,) if owner == "embed_tokens" else (nn.Linear, ExactBiasLinear)
+        if not owner.endswith("norm") and type(module) not in plain:
             raise Unbounded(f"{owner} is a {type(module).__name__}, whose weights cannot be bounded here")
         return check_values(name, getattr(module, kind))
 

@@ -109,8 +109,8 @@ def test_a_fused_kernel_is_called_with_keys_rounded_once(monkeypatch: pytest.Mon
         attention = model.model.layers[0].self_attn
         hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(PROMPT).float())
         cos, sin = model.model.rotary_emb(hidden, torch.arange(16)[None])
-        key = attention.k_proj(hidden).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
-    assert torch.equal(seen["key"], numerics.rotate(key, cos, sin))
+        key = attention.k_proj(hidden, exact_bias=True).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
+    assert torch.equal(seen["key"], numerics.rotate(key, cos, sin, attention.key_shift).half())
     assert seen["query"].dtype == seen["key"].dtype == seen["value"].dtype == torch.float16
     assert (seen["scaling"], seen["dropout"], seen["cu_seq_lens_q"]) == (attention.scaling, 0.0, "as given")
     assert "sliding_window" in seen
@@ -138,7 +138,7 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     query = torch.randn(1, 2, 4, 8).half() * 100
     cos, sin = torch.rand(9, 8), torch.rand(9, 8)
     positions = torch.tensor([[0, 3, 5, 8]])
-    expected = numerics.rotate(query, cos[positions], sin[positions])
+    expected = numerics.rotate(query, cos[positions], sin[positions]).half()
     arguments = (cos, sin, positions) if whole_tables else (cos[positions], sin[positions])
     got, again = Fixed()(query, *arguments)
     assert torch.equal(got, expected)

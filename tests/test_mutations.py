@@ -28,6 +28,7 @@ class Mutation(NamedTuple):
 
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
 PLANNING = "patches/planning.py"
+KEYS = "patches/keys.py"
 MUTATIONS = (
     Mutation(
         "residual stays float16",
@@ -80,9 +81,9 @@ MUTATIONS = (
     ),
     Mutation(
         "rotation is not rounded for the cache",
-        NUMERICS,
-        "return (exact * cos + turned * sin).to(states.dtype)",
-        "return exact * cos + turned * sin",
+        KEYS,
+        "shift_for(attention, cache)).to(value.dtype), value",
+        "shift_for(attention, cache)), value",
         "tests/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
     ),
     Mutation(

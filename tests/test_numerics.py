@@ -43,7 +43,7 @@ def test_rotate_rounds_once() -> None:
     cos, sin = (f(torch.cat((angle, angle), -1))[None] for f in (torch.cos, torch.sin))
     first, second = states.double().chunk(2, -1)
     exact = states.double() * cos.double() + torch.cat((-second, first), -1) * sin.double()
-    wrong = (numerics.rotate(states, cos, sin) != exact.to(HALF)).double().mean()
+    wrong = (numerics.rotate(states, cos, sin).to(HALF) != exact.to(HALF)).double().mean()
     assert wrong < 1e-3  # ties decided by fp32, as above
 
 
@@ -52,7 +52,7 @@ def test_rotate_computes_in_fp32_with_half_tables() -> None:
     states = random(1, 2, 32, 16, scale=100.0)
     cos, sin = random(1, 32, 16, seed=1), random(1, 32, 16, seed=2)
     exact = numerics.rotate(states.double(), cos.double(), sin.double())  # float() inside: fp32 is exact enough here
-    assert torch.equal(numerics.rotate(states, cos, sin), exact.to(HALF))
+    assert torch.equal(numerics.rotate(states, cos, sin).to(HALF), exact.to(HALF))
 
 
 def reference(

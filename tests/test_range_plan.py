@@ -56,7 +56,7 @@ def sites(weights: dict[str, Tensor], residual: Tensor, dtype: torch.dtype) -> d
     q, k, v = (linear(first, f"self_attn.{name}_proj") for name in ("q", "k", "v"))
     angle = torch.arange(len(residual))[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
     heads_first = [x.view(1, len(x), -1, DIM).transpose(1, 2) for x in (q, k, v)]
-    turned = [numerics.rotate(x, angle.cos()[None], angle.sin()[None]) for x in heads_first[:2]]
+    turned = [numerics.rotate(x, angle.cos()[None], angle.sin()[None]).to(dtype) for x in heads_first[:2]]
     out, _ = numerics.grouped_attention(*turned, heads_first[2], None, DIM**-0.5)
     attended = out.transpose(1, 2).reshape(len(residual), -1)
     hidden = numerics.rms_norm(residual, w["post_attention_layernorm.weight"].float(), 1e-6, dtype)

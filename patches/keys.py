@@ -1,0 +1,178 @@
+"""Keys that 16 bit can hold: the bias is added in fp32, and one vector per key head is taken off before rounding.
+
+Qwen2's k_proj.bias has spikes. A key of 160 ± 0.5 has a step of 0.125 in float16, so what it says beside the spike is
+rounded away, in every attention backend. But softmax(q·(k_j - c)) is softmax(q·k_j - q·c), which is softmax(q·k_j): a
+vector c that is the same for every key of a head changes nothing in real arithmetic. With c near the rotated bias, what
+is left to round is the part that carries information.
+
+Any constant c is exact. Which one is good depends on the bias and on RoPE alone, never on tokens, so causality, caching
+and batching are untouched. In a pair of frequency ω the rotated bias at position p is b·e^(iωp), and c = b·m there:
+
+- m is the mean of e^(iωp) over the first radian of turning, at most WINDOW positions: a pair that has turned further
+  points elsewhere, and a mean over that points nowhere.
+- |m| is limited so that nowhere in the context the rest |e^(iωp) - m| passes √3. Stock rounds three times (projection,
+  rotation, cache) where we round once, so the error there is no larger than stock's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ForeignCacheError
+from .numerics import rotate
+from .swap import exchange
+
+WINDOW = 4096
+FARTHEST = 3.0**0.5
+
+
+class ExactBiasLinear(nn.Linear):
+    """nn.Linear that can, when asked, return product and bias added in fp32. Parameters and default are nn.Linear's."""
+
+    def forward(self, input: Tensor, exact_bias: bool = False) -> Tensor:  # nn.Linear's name for it
+        """input (..., in) to (..., out), in fp32 with `exact_bias`. The product itself is rounded, as in any matmul."""
+        if not exact_bias or self.bias is None:
+            plain: Tensor = super().forward(input)
+            return plain
+        return nn.functional.linear(input, self.weight) + self.bias.float()
+
+
+class CentredKeys(nn.Module):
+    """An attention whose queries and keys get their biases in fp32, and whose keys are centred."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    head_dim: int
+    key_shift: Tensor | None = None  # -c: (1, key heads, 1, head_dim) in fp32, no buffer; None takes nothing off
+
+    def adopt(self, stock: type[nn.Module]) -> None:
+        """Takes over from the class `stock`: plain projections learn to add their bias in fp32."""
+        for projection in (self.q_proj, self.k_proj):
+            if type(inner_linear(projection)) is nn.Linear:
+                exchange(inner_linear(projection), ExactBiasLinear)
+
+    def release(self) -> None:
+        """Gives the projections their class back and forgets the centre."""
+        self.__dict__.pop("key_shift", None)
+        for projection in (self.q_proj, self.k_proj):
+            if type(inner_linear(projection)) is ExactBiasLinear:
+                exchange(inner_linear(projection), nn.Linear)
+
+    def centre_keys(self, inverse_frequencies: Tensor, positions: int, rotation_scale: float) -> None:
+        """Chooses c for the bias as it is now; without a bias, or one that is not loaded, there is nothing to take off.
+
+        inverse_frequencies (head_dim/2,); positions: the longest context; rotation_scale multiplies cos and sin.
+        """
+        bias = loaded_bias(self.k_proj)
+        if bias is None:
+            self.__dict__["key_shift"] = None
+            return
+        frequencies = inverse_frequencies.double().cpu()
+        cos, sin = (torch.cat((x, x)) * rotation_scale for x in centre_factors(frequencies, positions))
+        heads = bias.detach().double().cpu().view(1, -1, 1, self.head_dim)
+        centre = rotate(heads, cos.view(1, 1, -1), sin.view(1, 1, -1))
+        self.__dict__["key_shift"] = -centre.to(bias.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "CentredKeys":
+        """Moves the centre along with the weights; casts pass it by."""
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.key_shift is not None:
+            moved = fn(torch.empty(0, device=self.key_shift.device))
+            self.__dict__["key_shift"] = None if moved.is_meta else self.key_shift.to(moved.device)
+        return self
+
+
+def rotated_projections(
+    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, H, S, D) in fp32, key and value (B, G, S, D) in the dtype of the matmuls, of `hidden_states`
+    (B, S, hidden); query and key rotated in fp32, keys centred and rounded once, as they go into `cache`.
+    """
+    heads_first = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    query = project(attention.q_proj, hidden_states).view(heads_first).transpose(1, 2)
+    key = project(attention.k_proj, hidden_states).view(heads_first).transpose(1, 2)
+    value = attention.v_proj(hidden_states).view(heads_first).transpose(1, 2)
+    return rotate(query, cos, sin), rotate(key, cos, sin, shift_for(attention, cache)).to(value.dtype), value
+
+
+def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
+    """projection(hidden_states), in fp32 with an unrounded bias where the projection can."""
+    projected: Tensor = (
+        projection(hidden_states, exact_bias=True) if adds_exact_bias(projection) else projection(hidden_states)
+    )
+    return projected
+
+
+def adds_exact_bias(projection: nn.Module) -> bool:
+    """Whether a projection can be asked for an unrounded bias; PEFT's adapters hand the question on to what they wrap."""
+    return isinstance(inner_linear(projection), ExactBiasLinear)
+
+
+def inner_linear(projection: Any) -> Any:
+    """The linear inside a projection: itself, or what a PEFT adapter wraps."""
+    return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
+
+
+def loaded_bias(projection: nn.Module) -> Tensor | None:
+    """The bias of a projection, this rank's part of a sharded one, an offloaded one's from where it waits."""
+    linear = inner_linear(projection)
+    bias = getattr(linear, "bias", None)
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        return None
+    if bias.is_meta:
+        waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
+        return None if waiting is None else waiting["bias"]
+    return bias.to_local() if hasattr(bias, "to_local") else bias
+
+
+def centre_factors(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of m (see above) for each pair. frequencies (D/2,) in fp64, in radians a token.
+
+    The mean of e^(iωp) over p < N is e^(iω(N-1)/2)·sin(Nω/2)/(N·sin(ω/2)) (Dirichlet's kernel). Of the rest
+    |e^(iφ) - r·e^(iα)|² = 1 - 2r·cos δ + r², with δ the largest |φ - α| in the context, follows the limit of r.
+    """
+    count = (1 / frequencies).floor().clamp(1, WINDOW)
+    length = torch.sin(count * frequencies / 2) / (count * torch.sin(frequencies / 2))
+    angle = frequencies * (count - 1) / 2
+    away = torch.maximum(angle, frequencies * positions - angle).clamp(max=torch.pi).cos()
+    limited = torch.minimum(length, away + (away.square() + FARTHEST**2 - 1).sqrt())
+    return limited * angle.cos(), limited * angle.sin()
+
+
+def shift_for(attention: Any, cache: Any) -> Tensor | None:
+    """-c for this attention's keys. None for a cache that turns its keys later: then c would be no constant."""
+    shift: Tensor | None = attention.key_shift
+    if shift is None or any(kind.__name__ == "SinkCache" for kind in type(cache).__mro__):
+        return None
+    return shift
+
+
+def claim_cache(cache: Any, layer: int, centred: bool, strict: bool = False) -> None:
+    """Marks a cache as holding centred keys of this layer, or plain ones, from now on.
+
+    strict: a cache without marks that holds keys is a stock model's. Raises ForeignCacheError where the keys in it are
+    of the other sort: mixed, they would point to the wrong tokens, and nothing would show it.
+    """
+    if cache is None or torch.compiler.is_compiling():
+        return
+    marks = cache.__dict__.setdefault("qwen2_fp16_centred", {})
+    foreign = strict and centred and holds_keys(cache, layer)
+    before = marks.get(layer, None if foreign else centred)
+    if before is None or before != centred:
+        raise ForeignCacheError(
+            f"this cache holds keys of layer {layer} from "
+            + ("a model without the fix" if before is None else "another dtype or another state of the fix")
+            + ", which cannot be mixed with this model's: run the prompt again with a new cache."
+        )
+    marks[layer] = centred
+
+
+def holds_keys(cache: Any, layer: int) -> bool:
+    """Whether a dynamic cache holds keys of a layer. Of a static one it cannot be told without waiting for the GPU."""
+    layers = getattr(cache, "layers", None) or []
+    found = layers[layer] if layer < len(layers) else None
+    keys = getattr(found, "keys", None)
+    return isinstance(keys, Tensor) and keys.numel() > 0 and "Static" not in type(found).__name__
