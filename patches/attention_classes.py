@@ -90,6 +90,8 @@ class FlashAttention(CentredKeys):
     Stock's code calls the projections, so their biases are rounded with the products.
     """
 
+    projects_exactly = False
+
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
     stock_names: ClassVar = {*PROJECTED, "_flash_attention_forward"}
 

@@ -147,6 +147,11 @@ def project_output(attention: Any, output: Tensor) -> Tensor:
     return scaled_linear(attention.o_proj, output * 2.0**-exponent, attention.factor)
 
 
+def query_for(attend: Callable[..., Any], query: Tensor, dtype: torch.dtype) -> Tensor:
+    """An fp32 query as `attend` wants it: our eager attention takes it as it is, a fused kernel in the keys' dtype."""
+    return query if attend is eager_attention else query.to(dtype)
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,

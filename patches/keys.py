@@ -46,6 +46,7 @@ class CentredKeys(nn.Module):
     k_proj: nn.Module
     v_proj: nn.Module
     head_dim: int
+    projects_exactly = True  # whether its forward asks the projections for unrounded biases
     key_shift: Tensor | None = None  # -c: (1, key heads, 1, head_dim) in fp32, no buffer; None takes nothing off
 
     def adopt(self, stock: type[nn.Module]) -> None:
@@ -74,7 +75,7 @@ class CentredKeys(nn.Module):
         cos, sin = (torch.cat((x, x)) * rotation_scale for x in centre_factors(frequencies, positions))
         heads = bias.detach().double().cpu().view(1, -1, 1, self.head_dim)
         centre = rotate(heads, cos.view(1, 1, -1), sin.view(1, 1, -1))
-        self.__dict__["key_shift"] = -centre.to(bias.device)
+        self.__dict__["key_shift"] = -centre.float().to(bias.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "CentredKeys":
         """Moves the centre along with the weights; casts pass it by."""
@@ -107,7 +108,7 @@ def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def adds_exact_bias(projection: nn.Module) -> bool:
-    """Whether a projection can be asked for an unrounded bias; PEFT's adapters hand the question on to what they wrap."""
+    """Whether a projection can be asked for an unrounded bias; PEFT's adapters ask what they wrap."""
     return isinstance(inner_linear(projection), ExactBiasLinear)
 
 
@@ -140,6 +141,14 @@ def centre_factors(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]
     away = torch.maximum(angle, frequencies * positions - angle).clamp(max=torch.pi).cos()
     limited = torch.minimum(length, away + (away.square() + FARTHEST**2 - 1).sqrt())
     return limited * angle.cos(), limited * angle.sin()
+
+
+def key_state(attention: CentredKeys) -> str:
+    """What `status` says of a layer's keys."""
+    if attention.key_shift is None:
+        return "not centred"
+    exact = attention.projects_exactly and adds_exact_bias(attention.k_proj)
+    return "centred" if exact else "centred, bias rounded before"
 
 
 def shift_for(attention: Any, cache: Any) -> Tensor | None:

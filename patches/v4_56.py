@@ -11,6 +11,7 @@ from .blocks import (
     PROJECTED,
     eager_attention,
     project_output,
+    query_for,
     refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
@@ -67,7 +68,7 @@ class Attention(CentredKeys, Scaled):
         attend = self.attention_interface(**kwargs)
         output, weights = attend(
             self,
-            query if attend is eager_attention else query.to(value.dtype),
+            query_for(attend, query, value.dtype),
             key,
             value,
             attention_mask,

@@ -10,6 +10,7 @@ from .blocks import (
     PROJECTED,
     eager_attention,
     project_output,
+    query_for,
     refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
@@ -39,7 +40,9 @@ class Attention(CentredKeys, Scaled):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
         plain = is_full_precision(hidden_states)
-        claim_cache(past_key_values, self.layer_idx, not plain and shift_for(self, past_key_values) is not None, strict=True)
+        claim_cache(
+            past_key_values, self.layer_idx, not plain and shift_for(self, past_key_values) is not None, strict=True
+        )
         if plain:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -52,7 +55,7 @@ class Attention(CentredKeys, Scaled):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(
             self,
-            query if attend is eager_attention else query.to(value.dtype),
+            query_for(attend, query, value.dtype),
             key,
             value,
             attention_mask,

@@ -76,7 +76,12 @@ def model_status(model: nn.Module) -> dict[str, Any]:
 
 
 def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
-    """How each fixed layer keeps its MLP and its output projection in range: an exponent of the plan, or "by token"."""
+    """How each fixed layer keeps its MLP and its output projection in range, and how it stores its keys.
+
+    An exponent of the plan, or "by token"; "centred", "centred, bias rounded before" (the key projection is quantised,
+    or called by stock's code) or "not centred" (its bias could not be read).
+    """
+    from .patches.keys import key_state
     from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK
     from .patches.planning import drop_stale_plan
     from .patches.swap import base_models
@@ -88,5 +93,5 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
                 drop_stale_plan(layer)
                 exponents = {"mlp": layer.mlp.exponent, "o_proj": layer.self_attn.exponent}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}
-                found.append({"layer": index, **named})
+                found.append({"layer": index, **named, "keys": key_state(layer.self_attn)})
     return found

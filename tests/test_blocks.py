@@ -138,8 +138,18 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     query = torch.randn(1, 2, 4, 8).half() * 100
     cos, sin = torch.rand(9, 8), torch.rand(9, 8)
     positions = torch.tensor([[0, 3, 5, 8]])
-    expected = numerics.rotate(query, cos[positions], sin[positions]).half()
+    expected = numerics.rotate(query, cos[positions], sin[positions])
     arguments = (cos, sin, positions) if whole_tables else (cos[positions], sin[positions])
-    got, again = Fixed()(query, *arguments)
-    assert torch.equal(got, expected)
-    assert torch.equal(again, expected)
+    attention = Fixed()
+    attention.__dict__["key_shift"] = torch.arange(16.0).view(1, 2, 1, 8)
+    got, key = attention(query, *arguments)
+    assert torch.equal(got, expected.half())
+    assert torch.equal(key, (expected + attention.key_shift).half())
+
+
+def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
+    """The rotation leaves it unrounded, for eager; torch's kernel wants one dtype."""
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half(), torch.randn(1, 2, 3, 8).half()
+    found = attention_classes.sdpa_attention(query, key, value, None, 0.5, 0.0)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, attention_classes.sdpa_attention(query.half(), key, value, None, 0.5, 0.0))

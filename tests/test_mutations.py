@@ -133,7 +133,7 @@ MUTATIONS = (
         NUMERICS,
         "(query.float() * scaling)",
         "(query * scaling)",
-        "tests/test_ways_in.py::test_fix",
+        "tests/test_numerics.py::test_scores_of_300_times_300_are_exact",
     ),
     Mutation(
         "autocast reaches the scores",
@@ -227,6 +227,62 @@ MUTATIONS = (
         "tests/test_planning.py::test_scaling_by_token_is_as_good_as_the_plan",
     ),
     Mutation(
+        "a key's bias is rounded with what it says",
+        KEYS,
+        "self.bias.float()",
+        "self.bias",
+        "tests/test_keys.py::test_a_spiked_layer_agrees_with_attention_from_scratch[slow-sdpa]",
+    ),
+    Mutation(
+        "keys are not centred",
+        KEYS,
+        "rotate(key, cos, sin, shift_for(attention, cache))",
+        "rotate(key, cos, sin)",
+        "tests/test_keys.py::test_a_spiked_layer_agrees_with_attention_from_scratch[slow-sdpa]",
+    ),
+    Mutation(
+        "the centre is fp64, and all that meets it",
+        KEYS,
+        "-centre.float()",
+        "-centre",
+        "tests/test_keys.py::test_the_centre_follows_a_move_and_not_a_cast",
+    ),
+    Mutation(
+        "a cache is not marked",
+        KEYS,
+        "    marks[layer] = centred\n",
+        "",
+        "tests/test_keys.py::test_a_cache_of_another_sort_is_refused",
+    ),
+    Mutation(
+        "a fused kernel is handed an fp32 query",
+        BLOCKS,
+        "query if attend is eager_attention else query.to(dtype)",
+        "query",
+        "tests/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
+    ),
+    Mutation(
+        "sdpa of old releases is handed an fp32 query",
+        "patches/attention_classes.py",
+        "query = query.to(value.dtype)",
+        "pass",
+        "tests/test_blocks.py::test_sdpa_of_old_releases_takes_an_fp32_query",
+    ),
+    Mutation(
+        "flash of old releases is handed fp32",
+        "patches/attention_classes.py",
+        "return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, attention.key_shift).to(key.dtype)",
+        "return rotate(query, cos, sin), rotate(key, cos, sin, attention.key_shift)",
+        "tests/test_blocks.py::test_flash_attention_of_old_releases_rotates_in_fp32[before 4.45]",
+    ),
+    Mutation(
+        "flash of old releases goes uncentred",
+        "patches/attention_classes.py",
+        "rotate(key, cos, sin, attention.key_shift)",
+        "rotate(key, cos, sin)",
+        "tests/test_blocks.py::test_flash_attention_of_old_releases_rotates_in_fp32[before 4.45]",
+    ),
+    Mutation(
         "bounds summed in float16",
         "patches/range_plan.py",
         "weight.detach().half().float()",
@@ -306,6 +362,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_ways_in.py",
         "test_planning.py",
         "test_range_plan.py",
+        "test_keys.py",
     ):
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)

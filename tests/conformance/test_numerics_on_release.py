@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from stress import ROPE_THETA, TINY, random_prompt
+from stress import KINDS, ROPE_THETA, TINY, random_prompt
 
 import qwen2_fp16_fix
 
@@ -70,6 +70,17 @@ if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
         assert kl(oracle, logits(fixed_half(("scores",), **settings))) < CLOSE
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kinds", [("keys",), KINDS], ids="+".join)
+def test_keys_keep_what_they_say_beside_a_spike(kinds: tuple[str, ...], attention: str, dtype: torch.dtype) -> None:
+    """A spike of 300 in a pair that says something: its float16 step is 0.25, in every backend, and bf16's is 2."""
+    oracle = logits(stress(kinds))
+    ordinary = CLOSE if dtype == torch.float16 else 64 * CLOSE  # 3 bits less
+    assert kl(oracle, logits(qwen2_fp16_fix.fix(stress(kinds, attention).to(dtype)))) < 2 * ordinary
+    assert kl(oracle, logits(stress(("keys",), "sdpa").to(dtype))) > 50 * ordinary
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_an_ordinary_model_comes_closer_than_stock(attention: str) -> None:
     """The norms round once instead of twice: the fix must not cost precision where nothing overflows."""
@@ -78,7 +89,7 @@ def test_an_ordinary_model_comes_closer_than_stock(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("kinds", [(), ("scores", "residual")], ids="+".join)
+@pytest.mark.parametrize("kinds", [(), ("scores", "residual"), ("keys",)], ids="+".join)
 def test_left_padding_changes_nothing(kinds: tuple[str, ...], attention: str) -> None:
     """Generation pads on the left: those rows see no key, and what they hold must not reach the others."""
     tokens, mask = padded()
@@ -133,7 +144,7 @@ def test_a_row_with_every_key_masked_is_finite(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("kinds", [(), ("scores", "residual")], ids="+".join)
+@pytest.mark.parametrize("kinds", [(), ("scores", "residual"), ("keys", "keys_fast")], ids="+".join)
 def test_a_later_token_changes_no_earlier_logit(kinds: tuple[str, ...], attention: str) -> None:
     """inf-to-zero and clamping by a tensor's maximum leak the future into the past; bit for bit, we do not."""
     model = fixed_half(kinds, attention)
