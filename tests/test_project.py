@@ -136,6 +136,7 @@ def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path])
     with tarfile.open(distributions[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
+        "docs/key-centring.md",
         "docs/range-proof.md",
         "CHANGELOG.md",
         "README.md",
