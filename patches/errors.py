@@ -45,5 +45,9 @@ class CheckpointError(Qwen2FP16FixError):
     """A checkpoint folder is missing, empty, incomplete or unreadable."""
 
 
+class VerificationError(Qwen2FP16FixError):
+    """A checkpoint cannot be verified as asked: the text, a setting, the file to resume from or the environment."""
+
+
 class UntestedTransformersWarning(UserWarning):
     """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ShardedRangeError,
         UnsupportedTransformersError,
         UntestedTransformersWarning,
+        VerificationError,
     )
     from .patches.modeling_qwen2_fp16 import (
         Qwen2ForCausalLM,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         Qwen2Model,
     )
     from .registration import register, registered, unregister
+    from .verification import verify
 
 __all__ = [
     "register",
@@ -50,6 +52,7 @@ __all__ = [
     "unfix",
     "status",
     "certify",
+    "verify",
     "Qwen2Model",
     "Qwen2ForCausalLM",
     "Qwen2ForSequenceClassification",
@@ -65,6 +68,7 @@ __all__ = [
     "RegistrationError",
     "ShardedRangeError",
     "CheckpointError",
+    "VerificationError",
     "UntestedTransformersWarning",
     "__version__",
 ]
@@ -77,6 +81,7 @@ _HOME = {
     "unfix": "in_place",
     "status": "inspection",
     "certify": "certificate",
+    "verify": "verification",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
 }

@@ -11,7 +11,7 @@ from rich.console import Console
 from . import __version__
 from .launch import UsageError
 from .launch import run as run_program
-from .patches.errors import CheckpointError, MetaTensorError, NotQwen2Error, Qwen2FP16FixError
+from .patches.errors import CheckpointError, MetaTensorError, NotQwen2Error, Qwen2FP16FixError, VerificationError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -57,6 +57,44 @@ def certify(
     raise typer.Exit(0 if found["proven"] else 1)
 
 
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, with its tokenizer.")],
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; else a passage that comes with this package.")
+    ] = None,
+    as_json: AsJson = False,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL allowed to fixed float16, in nats.")] = None,
+    max_ppl_drift: Annotated[
+        float | None, typer.Option(help="Largest relative change of perplexity allowed to fixed float16.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens read together; 1024, or what the model can.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; half a window.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many of the text's tokens to read.")] = 4096,
+    resume: Annotated[
+        Path | None, typer.Option(help="A JSON file of finished rows: written after each, read at the start.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+) -> None:
+    """Run your checkpoint stock and fixed in three precisions and measure how far each row is from stock fp32."""
+    from . import verification as room
+
+    found = room.verify(
+        path,
+        text,
+        window=window,
+        stride=stride,
+        tokens=tokens,
+        device=device,
+        max_kl=max_kl,
+        max_ppl_drift=max_ppl_drift,
+        resume=resume,
+        progress=Console(stderr=True),
+    )
+    print(json.dumps(found, indent=2, allow_nan=False)) if as_json else room.render(found, Console())
+    raise typer.Exit(0 if found["passed"] else 1)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
@@ -86,7 +124,7 @@ def main() -> None:
         app()
     except UsageError as error:
         _fail(error, 2)
-    except (CheckpointError, NotQwen2Error, MetaTensorError) as error:
+    except (CheckpointError, NotQwen2Error, MetaTensorError, VerificationError) as error:
         _fail(error, 2)
     except Qwen2FP16FixError as error:
         _fail(error, 3)

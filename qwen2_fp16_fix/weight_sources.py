@@ -155,6 +155,21 @@ class FolderSource:
         self.files = self._index(path, folder)
         self.prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self.files), "model.")
 
+    def check_complete(self) -> None:
+        """Raises CheckpointError where a tensor of a Qwen2ForCausalLM is missing or a shard cannot be opened."""
+        layers = [f"layers.{number}.{name}" for number in range(self.layers) for name in self.layer_names(number)]
+        names = [f"{self.prefix}{name}" for name in ("embed_tokens.weight", "norm.weight", *layers)]
+        if not self.config.get("tie_word_embeddings", False):
+            names.append("lm_head.weight")
+        held: dict[Path, set[str]] = {}
+        for name in (*names, *self.files):
+            file = self._file(name)
+            if file not in held:
+                with _opened(file) as tensors:
+                    held[file] = set(tensors.keys())
+            if name not in held[file]:
+                raise CheckpointError(f"{file.name} does not hold {name}, which its index says: it is another's.")
+
     def _index(self, path: Path, folder: Path) -> dict[str, Path]:
         """Tensor name to the shard that holds it."""
         index = folder / "model.safetensors.index.json"
