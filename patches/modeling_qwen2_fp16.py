@@ -30,6 +30,7 @@ from .v4_48 import PARTS as PARTS_4_48
 from .v4_53 import PARTS as PARTS_4_53
 from .v4_56 import PARTS as PARTS_4_56
 from .v5_4 import PARTS as PARTS_5_4
+from .v5_24 import PARTS as PARTS_5_24
 from .version_map import NEWEST_TESTED, is_untested, range_for
 
 RANGE = range_for(transformers.__version__)  # before the imports below, which releases without Qwen2 cannot serve
@@ -44,6 +45,7 @@ PARTS: dict[str, type[nn.Module]] = {
     "v4_53": PARTS_4_53,
     "v4_56": PARTS_4_56,
     "v5_4": PARTS_5_4,
+    "v5_24": PARTS_5_24,
 }[RANGE.module]
 
 #: The stock classes as they were when this was imported: their names in transformers may be taken over later.

@@ -1,4 +1,4 @@
-"""transformers from 5.4: `cache_position` is gone and the cache takes keys, values and the layer, nothing more."""
+"""transformers 5.4 to 5.23: `cache_position` is gone and the cache takes keys, values and the layer, nothing more."""
 
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class Attention(CentredKeys, Scaled):
         refuse_half_precision_scores(self.config._attn_implementation)
         query, key, value = rotated_projections(self, hidden_states, *position_embeddings, past_key_values)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = self.update_cache(past_key_values, key, value, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(
             self,
@@ -65,6 +65,11 @@ class Attention(CentredKeys, Scaled):
             **kwargs,
         )
         return project_output(self, output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def update_cache(self, cache: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Every key and value of this layer, the new ones included. kwargs: the layer's other arguments, from 5.24."""
+        updated: tuple[Tensor, Tensor] = cache.update(key, value, self.layer_idx)
+        return updated
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -21,11 +21,12 @@ RANGES = (
     Range(">=4.48,<4.53", "v4_48"),
     Range(">=4.53,<4.56", "v4_53"),
     Range(">=4.56,<5.4", "v4_56"),
-    Range(">=5.4", "v5_4"),
+    Range(">=5.4,<5.24", "v5_4"),
+    Range(">=5.24", "v5_24"),
 )
 
 #: The newest release the whole conformance suite has passed on. A newer one is used if its source has the known shape.
-NEWEST_TESTED = "5.23.0"
+NEWEST_TESTED = "5.24.0"
 
 #: What errors and READMEs call supported.
 SUPPORTED = f"transformers 4.37.0 to {NEWEST_TESTED}"

@@ -2,22 +2,26 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import kl_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from qwen2_fp16_fix.patches import keys, range_plan
 from qwen2_fp16_fix.patches.keys import centre_factors
 from qwen2_fp16_fix.patches.numerics import grouped_attention, rotate
-from stress import ROPE_THETA, TINY, build, random_prompt
+from stress import QWEN2_7B_SLIM, ROPE_THETA, TINY, build, random_prompt
 from torch import Tensor, nn
 
 import qwen2_fp16_fix
 
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 PROMPT = random_prompt(TINY, batch=2, length=48)
 
 
@@ -267,7 +271,7 @@ def test_a_prompt_cache_is_reused() -> None:
     model = fixed("keys")
     with torch.no_grad():
         cache = model(input_ids=PROMPT[:, :20], use_cache=True).past_key_values
-        rows = [model(input_ids=PROMPT[:, 20:], past_key_values=copy.deepcopy(cache)).logits for _ in range(2)]
+        rows = [model(input_ids=PROMPT[:, 20:], **{CACHE: copy.deepcopy(cache)}).logits for _ in range(2)]
     assert torch.equal(*rows)
     assert kl_to(logits(build(TINY, ("keys",)))[:, 20:], rows[0].float()) < 2e-5
 
@@ -278,12 +282,12 @@ def test_a_cache_of_another_sort_is_refused() -> None:
     with torch.no_grad():
         theirs = stock(input_ids=PROMPT, use_cache=True).past_key_values
         with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="without the fix"):
-            model(input_ids=PROMPT[:, :1], past_key_values=theirs)
+            model(input_ids=PROMPT[:, :1], **{CACHE: theirs})
         ours = model(input_ids=PROMPT, use_cache=True).past_key_values
         with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="another dtype"):
-            model.float()(input_ids=PROMPT[:, :1], past_key_values=ours)
+            model.float()(input_ids=PROMPT[:, :1], **{CACHE: ours})
         full = model(input_ids=PROMPT, use_cache=True).past_key_values  # fp32 is stock's, cache and all
-        assert torch.isfinite(stock.float()(input_ids=PROMPT[:, :1], past_key_values=full).logits).all()
+        assert torch.isfinite(stock.float()(input_ids=PROMPT[:, :1], **{CACHE: full}).logits).all()
 
 
 def test_a_cache_that_turns_its_keys_gets_them_uncentred() -> None:
@@ -376,3 +380,27 @@ def test_the_centre_follows_a_move_and_not_a_cast() -> None:
     attention = fixed("keys").bfloat16().model.layers[0].self_attn
     assert attention.key_shift.dtype == torch.float32
     assert attention.to("meta").key_shift is None
+
+
+def test_an_attention_takes_the_older_name_of_its_cache() -> None:
+    """Stock does until 5.40. Swallowed by **kwargs, the cache would stay empty and nothing would show it."""
+    model = fixed("keys")
+    hidden = torch.randn(1, 3, TINY.hidden).half()
+    rotation = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model.model.layers[0].self_attn(
+            hidden, position_embeddings=rotation, attention_mask=None, past_key_values=cache
+        )
+    assert cache.get_seq_length() == 3
+
+
+def test_ordinary_weights_come_three_times_closer_than_stock() -> None:
+    """Eight layers of a slimmed 7B; with 28 it is 8 times. What both round, the logits, weighs less there."""
+    shape = replace(QWEN2_7B_SLIM, layers=8)
+    tokens = random_prompt(shape, batch=1, length=160)
+    for attention in ("eager", "sdpa"):
+        model = build(shape, (), attn_implementation=attention)
+        oracle = logits(model, tokens)
+        stock = kl_to(oracle, logits(model.half(), tokens))
+        assert stock > 3 * kl_to(oracle, logits(qwen2_fp16_fix.fix(model), tokens))

@@ -491,14 +491,14 @@ def test_the_disk_is_asked_before_hours_are_spent(tmp_path: Path) -> None:
 def test_an_older_peak_does_not_hide_a_newer_one() -> None:
     from qwen2_fp16_fix.peak_memory import PeakMemory
 
-    assert torch.ones(60 * 2**18).sum() > 0  # 60 MiB, gone again
+    assert torch.ones(120 * 2**18).sum() > 0  # 120 MiB, gone again: above 32 MiB glibc always gives pages back
     peak = PeakMemory(CPU)
     if peak.before is None:
         pytest.skip("this kernel does not lower its high-water mark")
-    assert torch.ones(30 * 2**18).sum() > 0
+    assert torch.ones(60 * 2**18).sum() > 0
     found = peak.bytes()
     assert found is not None
-    assert 25 * 2**20 < found < 45 * 2**20
+    assert 50 * 2**20 < found < 80 * 2**20
 
 
 def test_a_peak_that_the_kernel_hides_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from stress import KINDS, TINY, build, random_prompt
 import qwen2_fp16_fix
 
 RELEASE = Version(Version(transformers.__version__).base_version)
+CACHE = "cache" if RELEASE >= Version("5.24") else "past_key_values"  # what a model calls its cache
 DTYPE = "dtype" if RELEASE >= Version("4.56") else "torch_dtype"  # what from_pretrained calls it
 #: Every published magnitude at once, but for the two that cost accuracy instead of range.
 ALL = tuple(kind for kind in KINDS if not kind.startswith("keys"))

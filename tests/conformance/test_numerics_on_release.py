@@ -9,7 +9,7 @@ from stress import KINDS, ROPE_THETA, TINY, random_prompt
 
 import qwen2_fp16_fix
 
-from .conftest import ATTENTIONS, CLOSE, PROMPT, RELEASE, STRESSES, fixed_half, kl, logits, padded, stress
+from .conftest import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, STRESSES, fixed_half, kl, logits, padded, stress
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -164,7 +164,8 @@ def test_cached_steps_agree_with_one_pass(attention: str) -> None:
         step = model(input_ids=PROMPT[:, :12], use_cache=True)
         rows = [step.logits]
         for index in range(12, PROMPT.shape[1]):
-            step = model(input_ids=PROMPT[:, index : index + 1], past_key_values=step.past_key_values, use_cache=True)
+            so_far = {CACHE: step.past_key_values}
+            step = model(input_ids=PROMPT[:, index : index + 1], use_cache=True, **so_far)
             rows.append(step.logits)
     assert kl(whole, torch.cat(rows, 1).float()) < CLOSE  # other matmul shapes, other rounding
 
@@ -180,7 +181,7 @@ def test_a_prompt_in_two_parts_agrees_with_fp32(attention: str) -> None:
         for part in (slice(0, 10), slice(10, None)):
             inputs = {"attention_mask": mask[:, : 10 if cache is None else None], "position_ids": positions[:, part]}
             with torch.no_grad():
-                step = model(input_ids=tokens[:, part], past_key_values=cache, use_cache=True, **inputs)
+                step = model(input_ids=tokens[:, part], use_cache=True, **{CACHE: cache}, **inputs)
             rows, cache = [*rows, step.logits.float()], step.past_key_values
         return torch.cat(rows, 1)[:, 5:]
 
