@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/qwen2-fp16-fix demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup  # a worker a core: threads of theirs would only wait
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -168,5 +168,9 @@ def test_the_wheel_runs_outside_the_checkout(distributions: tuple[Path, Path], t
     assert "!!!!!!!!" in done.stdout
 
 
+def test_the_tests_run_on_the_newest_tested_release() -> None:
+    assert f'"transformers=={version_map.NEWEST_TESTED}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_versions_in_the_matrix_are_versions() -> None:
     assert Version(version_map.NEWEST_TESTED) > Version("5.22")
