@@ -17,6 +17,7 @@ from qwen2_fp16_fix.patches.planning import plan_layers
 from stress import KINDS, TINY, build, random_prompt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import qwen2_fp16_fix
 
@@ -57,11 +58,12 @@ def test_ordinary_layers_need_no_exponent() -> None:
 
 
 class Kernels(TorchDispatchMode):
-    """Names the kernels that run."""
+    """Names the kernels that run, and counts the bytes that each reads and writes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -69,20 +71,24 @@ class Kernels(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name not in views:
             self.names.append(name)
+            touched = tree_leaves((args, kwargs, result))
+            self.bytes += sum(x.numel() * x.element_size() for x in touched if isinstance(x, torch.Tensor))
         return result
 
 
-def kernels(run: Callable[[], Any]) -> list[str]:
+def kernels(run: Callable[[], Any]) -> Kernels:
     with torch.no_grad(), Kernels() as mode:
         run()
-    return mode.names
+    return mode
 
 
 def test_an_exponent_of_zero_costs_nothing() -> None:
     """A layer that needs no exponent runs stock's arithmetic, kernel for kernel."""
     stock, ours = build(TINY, ()).half().model.layers[0].mlp, fixed().model.layers[0].mlp
     hidden = torch.randn(1, 4, TINY.hidden).half()
-    assert kernels(lambda: ours(hidden)) == kernels(lambda: stock(hidden))
+    before, after = kernels(lambda: stock(hidden)), kernels(lambda: ours(hidden))
+    assert (after.names, after.bytes) == (before.names, before.bytes)
+    assert before.bytes > 2 * 3 * TINY.hidden * TINY.intermediate  # the weights at least
     assert torch.equal(ours(hidden), stock(hidden))
 
 
@@ -91,7 +97,7 @@ def test_an_exponent_costs_one_kernel() -> None:
     stock, ours = build(TINY, ()).half().model.layers[0].mlp, fixed().model.layers[0].mlp
     hidden = torch.randn(1, 4, TINY.hidden).half()
     ours.set_exponent(3)
-    before, after = kernels(lambda: stock(hidden)), kernels(lambda: ours(hidden))
+    before, after = kernels(lambda: stock(hidden)).names, kernels(lambda: ours(hidden)).names
     assert len(after) == len(before) + 1
     assert "addcmul" in after
     assert ours(hidden).dtype == torch.float32
