@@ -1,7 +1,6 @@
 """The range plan at work: what it costs, what it saves, and that it never outlives the weights it was made from."""
 
 import copy
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -348,17 +347,8 @@ def test_tensor_parallel_ranks_scale_in_step(tmp_path: Path, python: Callable[..
     oracle.half().save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "sharded.py").write_text(SHARDED)
     torch.save(PROMPT, tmp_path / "prompt.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     files = [str(tmp_path / name) for name in ("checkpoint", "prompt.pt", "logits.pt")]
-    launch = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        f"--master_port={port}",
-        str(tmp_path / "sharded.py"),
-    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "sharded.py"))
     done = python(*launch, *files, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert kl_to(logits(oracle.float()), torch.load(tmp_path / "logits.pt")) < 2e-5
