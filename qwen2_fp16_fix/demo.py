@@ -164,11 +164,16 @@ def render(findings: dict[str, Any], console: Console) -> None:
     for peak in findings["peaks"]:
         table.add_row(peak["site"], f"{peak['magnitude']:,.0f}", "passed" if peak["magnitude"] > FLOAT16_MAX else "")
     console.print(table)
-    for row in findings["rows"]:
-        if row["first_overflow"] is not None:
-            console.print(f"{row['name']}: first non-finite value in {row['first_overflow']}", highlight=False)
+    render_overflows(findings["rows"], console)
     verdict = "Stock float16 failed in both backends and the fix gives the fp32 text."
     console.print(f"\n{verdict if findings['as_promised'] else 'NOT as promised: see the rows above.'}", style="bold")
+
+
+def render_overflows(rows: list[dict[str, Any]], console: Console) -> None:
+    """Prints where each row that is not finite first was so."""
+    for row in rows:
+        if row["first_overflow"] is not None:
+            console.print(f"{row['name']}: first non-finite value in {row['first_overflow']}", highlight=False)
 
 
 def _perplexity(row: dict[str, Any]) -> str:

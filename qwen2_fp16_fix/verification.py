@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .closeness import OracleLogits, sliding_windows
+from .demo import render_overflows
 from .finished_rows import FinishedRows, fingerprint_files
 from .inspection import status
 from .patches.errors import CheckpointError, VerificationError
@@ -277,9 +278,7 @@ def render(findings: dict[str, Any], console: Console) -> None:
     for row in findings["rows"]:
         table.add_row(*_cells(row), style=None if row["finite"] else "red")
     console.print(table)
-    for row in findings["rows"]:
-        if row["first_overflow"] is not None:
-            console.print(f"{row['name']}: first non-finite value in {row['first_overflow']}", highlight=False)
+    render_overflows(findings["rows"], console)
     for reason in findings["reasons"][1:]:
         console.print(f"not verified: {reason}", highlight=False, markup=False)
     console.print(findings["verdict"], highlight=False, markup=False)

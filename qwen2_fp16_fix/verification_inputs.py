@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .demo import CHECKPOINT, quiet
 from .patches.errors import CheckpointError, NotQwen2Error, VerificationError
-from .patches.keys import ExactBiasLinear
 from .patches.modeling_qwen2_fp16 import ORIGINAL
-from .weight_sources import FLOATS, FolderSource
+from .weight_sources import FLOATS, PLAIN_LINEARS, FolderSource
 
 PASSAGE = CHECKPOINT / "held_out.txt"
 VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empty tokenizer where there is neither
@@ -55,7 +54,7 @@ def _check_loaded(model: Any) -> None:
     if getattr(model.config, "quantization_config", None):
         raise CheckpointError("this model is quantised: there is no fp32 to compare with, load it unquantised.")
     for name, module in model.named_modules():
-        if name.endswith("_proj") and type(module) not in (nn.Linear, ExactBiasLinear):
+        if name.endswith("_proj") and type(module) not in PLAIN_LINEARS:
             raise CheckpointError(f"{name} is a {type(module).__name__}: verify takes a model of plain linear layers.")
     for name, weight in model.named_parameters():
         if weight.is_meta or weight.dtype not in FLOATS:

@@ -21,6 +21,7 @@ from .patches.keys import ExactBiasLinear
 from .patches.range_plan import LayerShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales
+PLAIN_LINEARS = (nn.Linear, ExactBiasLinear)  # whose weights are all there is to them
 PREFIXES = ("model.", "", "transformer.")
 HEADS = ("lm_head", "score", "qa_outputs", "classifier")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -126,7 +127,7 @@ class ModelSource:
         """A weight. Raises Unbounded where it is wrapped, quantised or not loaded."""
         owner, _, kind = name.rpartition(".")
         module = self._module(owner)
-        plain = (nn.Embedding,) if owner == "embed_tokens" else (nn.Linear, ExactBiasLinear)
+        plain = (nn.Embedding,) if owner == "embed_tokens" else PLAIN_LINEARS
         if not owner.endswith("norm") and type(module) not in plain:
             raise Unbounded(f"{owner} is a {type(module).__name__}, whose weights cannot be bounded here")
         return check_values(name, getattr(module, kind))
