@@ -1,5 +1,6 @@
 """The most memory a stretch of a run took."""
 
+import gc
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ class PeakMemory:
     """From its making on: torch's peak on a GPU; on Linux's CPU how far the resident memory rose; else unknown."""
 
     def __init__(self, device: torch.device) -> None:
-        """Starts to watch."""
+        """Starts to watch, with nothing left that a collection could free meanwhile: it would be taken off the peak."""
+        gc.collect()
         self.device = device
         self.before: int | None = None
         if device.type == "cuda":
