@@ -29,6 +29,7 @@ class Mutation(NamedTuple):
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
 PLANNING = "patches/planning.py"
 KEYS = "patches/keys.py"
+CLOSENESS, VERIFICATION = "qwen2_fp16_fix/closeness.py", "qwen2_fp16_fix/verification.py"
 MUTATIONS = (
     Mutation(
         "residual stays float16",
@@ -345,6 +346,41 @@ MUTATIONS = (
         "    for name in ():\n",
         "tests/test_ways_in.py::test_device_map[fixed after loading]",
     ),
+    Mutation(
+        "verify takes KL the other way round",
+        CLOSENESS,
+        "log_p.exp() * (log_p - log_q)",
+        "log_q.exp() * (log_q - log_p)",
+        "tests/test_verify.py::test_sums_are_the_direct_formulas",
+    ),
+    Mutation(
+        "verify scores a token twice",
+        CLOSENESS,
+        "found[-1].end if found else 1",
+        "start + 1",
+        "tests/test_verify.py::test_every_token_but_the_first_is_scored_once_with_all_its_context[100-16-5]",
+    ),
+    Mutation(
+        "verify knows no largest KL",
+        VERIFICATION,
+        'if max_kl is not None and not row["kl_mean"] <= max_kl:',
+        "if False:",
+        "tests/test_verify.py::test_shortcomings_name_the_row",
+    ),
+    Mutation(
+        "verify passes a drift downwards",
+        VERIFICATION,
+        "not abs(drift) <= max_ppl_drift",
+        "not drift <= max_ppl_drift",
+        "tests/test_verify.py::test_bad_perplexities_on_either_side_count",
+    ),
+    Mutation(
+        "verify forgets what is not finite",
+        VERIFICATION,
+        'if row["fixed"] and not row["finite"]:',
+        "if False:",
+        "tests/test_verify.py::test_shortcomings_name_the_row",
+    ),
 )
 
 
@@ -363,6 +399,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_planning.py",
         "test_range_plan.py",
         "test_keys.py",
+        "test_verify.py",
     ):
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)
