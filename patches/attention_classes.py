@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import PROJECTED, eager_attention, project_output
 from .keys import CentredKeys
-from .numerics import rotate, seal_mask
+from .numerics import rotate, sdpa_operands
 from .scaling import Scaled
 
 
@@ -32,7 +32,8 @@ class AttendEagerly(CentredKeys, Scaled):
         attend = AttendEagerly.attend if with_weights else type(self).attend
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(self, query, key, value, mask, self.head_dim**-0.5, dropout)
-        return project_output(self, output.reshape(*output.shape[:2], -1)), weights if with_weights else None
+        output = project_output(self, output.reshape(*output.shape[:2], -1), value.dtype)
+        return output, weights if with_weights else None
 
 
 class AttendThroughSdpa(AttendEagerly):
@@ -46,15 +47,14 @@ class AttendThroughSdpa(AttendEagerly):
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> Tensor:
-    """torch's fused attention. query (B, H, Q, D) in fp32, key and value (B, G, K, D); returns (B, Q, H, D) in theirs.
+    """torch's fused attention. query (B, H, Q, D), key and value (B, G, K, D); returns (B, Q, H, D), not yet rounded.
 
     No mask means causal, unless there is a single query; these releases hand over none or an additive one.
     """
-    query = query.to(value.dtype)
+    query, key, value, mask = sdpa_operands(query, key, value, mask)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if mask is not None:
-        mask = seal_mask(mask[..., : key.shape[-2]])
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # pytorch issue 112577
     causal = mask is None and query.shape[2] > 1
     output = torch.nn.functional.scaled_dot_product_attention(

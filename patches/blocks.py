@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from .errors import HalfPrecisionScoresError
-from .numerics import grouped_attention, promote_residual, rms_norm, runs_in_float16, scaled_product
+from .numerics import (
+    grouped_attention,
+    promote_residual,
+    rms_norm,
+    runs_in_float16,
+    scaled_product,
+    sdpa_operands,
+)
 from .planning import drop_plan, drop_stale_plan, plan_kept
 from .scaling import Scaled, scaled_linear, unit_range_linear
 
@@ -135,9 +142,9 @@ class RotaryEmbedding(nn.Module):
 PROJECTED = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
 
 
-def project_output(attention: Any, output: Tensor) -> Tensor:
-    """o_proj of the heads' outputs (B, S, H·D), scaled as the layer's plan says: (B, S, hidden)."""
-    exponent = attention.exponent
+def project_output(attention: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """o_proj of the heads' outputs (B, S, H·D), rounded to `dtype`, scaled as the layer's plan says: (B, S, hidden)."""
+    output, exponent = output.to(dtype), attention.exponent
     if exponent == 0 or not runs_in_float16(output):
         projected: Tensor = attention.o_proj(output)
         return projected
@@ -147,9 +154,15 @@ def project_output(attention: Any, output: Tensor) -> Tensor:
     return scaled_linear(attention.o_proj, output * 2.0**-exponent, attention.factor)
 
 
-def query_for(attend: Callable[..., Any], query: Tensor, dtype: torch.dtype) -> Tensor:
-    """An fp32 query as `attend` wants it: our eager attention takes it as it is, a fused kernel in the keys' dtype."""
-    return query if attend is eager_attention else query.to(dtype)
+def operands_for(
+    attend: Callable[..., Any], name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """An fp32 query, key, value and mask as `attend`, chosen as `name`, wants them: ours takes them as they are."""
+    if attend is eager_attention:
+        return query, key, value, mask
+    if name == "sdpa":
+        return sdpa_operands(query, key, value, mask)
+    return query.to(value.dtype), key, value, mask
 
 
 def eager_attention(
@@ -167,7 +180,7 @@ def eager_attention(
     Returns the output (B, Q, H, D) and the weights (B, H, Q, K).
     """
     output, weights = grouped_attention(query, key, value, attention_mask, scaling, dropout)
-    return output.transpose(1, 2).contiguous(), weights
+    return output.transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format), weights
 
 
 def refuse_half_precision_scores(implementation: str | None) -> None:

@@ -33,6 +33,11 @@ def runs_in_float16(activation: Tensor) -> bool:
     return activation.dtype == torch.float16
 
 
+def runs_on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CPU, where torch's float16 kernels compute one number at a time and fp32 is fast."""
+    return tensor.device.type == "cpu"
+
+
 def promote_residual(hidden_states: Tensor) -> Tensor:
     """The residual stream in fp32 where it came in float16; any other dtype unchanged.
 
@@ -47,8 +52,10 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     hidden_states (..., hidden) and weight (hidden,), any float dtype; returns (..., hidden) in `out_dtype`.
     """
     hidden_states = hidden_states.float()
-    mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-    return (weight * (hidden_states * torch.rsqrt(mean_square + eps))).to(out_dtype)
+    if not runs_on_cpu(hidden_states):  # one kernel there, in a torch that has it for the device
+        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight.float(), eps).to(out_dtype)
+    length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+    return (hidden_states * torch.rsqrt(length.square() / len(weight) + eps) * weight).to(out_dtype)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -58,10 +65,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     exact = states.float()
-    first, second = exact.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    start = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
-    return torch.addcmul(start, turned, sin)
+    turned = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
+    half = exact.shape[-1] // 2
+    turned[..., :half].addcmul_(exact[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(exact[..., :half], sin[..., half:])
+    return turned
 
 
 def widen_mask(mask: Tensor, key_length: int) -> Tensor:
@@ -90,27 +98,53 @@ def seal_mask(mask: Tensor) -> Tensor:
     return mask.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)
 
 
+def sdpa_operands(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What torch's fused attention is handed: query in fp32, key, value and mask as `grouped_attention` takes them.
+
+    fp32 on a CPU, where torch's kernel takes up to 30 times as long in float16, elsewhere the dtype of `value`.
+    """
+    if not runs_on_cpu(value) or autocast_is_on("cpu"):
+        return query.to(value.dtype), key, value, None if mask is None else seal_mask(mask[..., : key.shape[-2]])
+    if mask is not None and mask.dtype != torch.bool:
+        mask = widen_mask(mask, key.shape[-2])
+    return query.float(), key.float(), value.float(), mask
+
+
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with fp32 scores; query heads that share a key head (Ainslie et al. 2023) share its matmul.
 
-    query (B, H, Q, D), key and value (B, G, K, D), of one dtype; mask as in `widen_mask`, or None to mask nothing.
-    Returns the output (B, H, Q, D) and the weights (B, H, Q, K), both in the dtype of `value`.
-    Product, scale, mask and softmax are fp32, autocast or not; the weights are rounded for the product with `value`.
+    query (B, H, Q, D), key and value (B, G, K, D); mask as in `widen_mask`, or None to mask nothing.
+    Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
+    Product, scale, mask and softmax are fp32, autocast or not. The weights are rounded for the product with `value`,
+    but not on a CPU, where a float16 product takes 20 times as long as one in fp32.
     """
     batch, heads, queries, head_dim = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
-    grouped = (batch, key_heads, heads // key_heads * queries)
+    grouped = (batch * key_heads, heads // key_heads * queries)
     with torch.autocast(device_type=autocast_device(query.device.type), enabled=False):
-        scores = (query.float() * scaling).reshape(*grouped, head_dim) @ key.float().transpose(2, 3)
-        scores = scores.view(batch, heads, queries, keys)
+        rows, columns = query.float().reshape(*grouped, head_dim), key.float().flatten(0, 1).transpose(1, 2)
+        nothing = rows[:1, :1, :1].detach()  # that beta multiplies away: the product comes out scaled
+        scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
         if mask is not None:
-            scores = scores + widen_mask(mask, keys)
-        weights = torch.softmax(scores, dim=-1).to(value.dtype)
-        weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
-        output = weights.reshape(*grouped, keys) @ value
+            scores += widen_mask(mask, keys)
+        exact = torch.nn.functional.dropout(softmax(scores), p=dropout, training=dropout > 0.0)
+        weights = exact.to(value.dtype)
+        if runs_on_cpu(value):
+            output = exact.view(*grouped, keys) @ value.float().flatten(0, 1)
+        else:
+            output = weights.view(*grouped, keys) @ value.flatten(0, 1)
     return output.view(batch, heads, queries, head_dim), weights
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, in the memory of the scores unless autograd or a compiler wants them."""
+    if scores.requires_grad or torch.compiler.is_compiling():
+        return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int) -> Tensor:

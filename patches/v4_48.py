@@ -1,13 +1,11 @@
 """transformers 4.48 to 4.52: as 4.53, but sdpa hands over to eager for weights, a layer works out its window."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from .blocks import COMMON_PARTS, eager_attention
-from .numerics import seal_mask
 from .v4_53 import Attention as AttentionFrom4_53
 
 
@@ -26,22 +24,7 @@ class Attention(AttentionFrom4_53):
         """The implementation the user chose, or eager where sdpa is asked for weights, which it does not keep."""
         if self.config._attn_implementation == "sdpa" and kwargs.get("output_attentions", False):
             return eager_attention
-        chosen = super().attention_interface(**kwargs)
-        return functools.partial(with_sealed_mask, chosen) if self.config._attn_implementation == "sdpa" else chosen
-
-
-def with_sealed_mask(
-    attend: Callable[..., tuple[Tensor, Tensor | None]],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The same attention; these releases hand sdpa a float16 mask that towering scores would pass."""
-    mask = None if mask is None else seal_mask(mask[..., : key.shape[-2]])
-    return attend(module, query, key, value, mask, **kwargs)
+        return super().attention_interface(**kwargs)
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -10,8 +10,8 @@ from .blocks import (
     COMMON_PARTS,
     PROJECTED,
     eager_attention,
+    operands_for,
     project_output,
-    query_for,
     refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
@@ -68,16 +68,13 @@ class Attention(CentredKeys, Scaled):
         attend = self.attention_interface(**kwargs)
         output, weights = attend(
             self,
-            query_for(attend, query, value.dtype),
-            key,
-            value,
-            attention_mask,
+            *operands_for(attend, self.config._attn_implementation, query, key, value, attention_mask),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

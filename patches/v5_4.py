@@ -9,8 +9,8 @@ from .blocks import (
     COMMON_PARTS,
     PROJECTED,
     eager_attention,
+    operands_for,
     project_output,
-    query_for,
     refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
@@ -55,16 +55,13 @@ class Attention(CentredKeys, Scaled):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attend(
             self,
-            query_for(attend, query, value.dtype),
-            key,
-            value,
-            attention_mask,
+            *operands_for(attend, self.config._attn_implementation, query, key, value, attention_mask),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
 
     def update_cache(self, cache: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Every key and value of this layer, the new ones included. kwargs: the layer's other arguments, from 5.24."""

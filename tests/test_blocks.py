@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwen2_fp16_fix.patches import attention_classes, numerics, v4_37
+from qwen2_fp16_fix.patches import attention_classes, blocks, numerics, v4_37
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -148,8 +148,28 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
 
 
 def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
-    """The rotation leaves it unrounded, for eager; torch's kernel wants one dtype."""
+    """The rotation leaves it unrounded; torch's kernel wants one dtype."""
     query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half(), torch.randn(1, 2, 3, 8).half()
     found = attention_classes.sdpa_attention(query, key, value, None, 0.5, 0.0)
-    assert found.dtype == torch.float16
-    assert torch.equal(found, attention_classes.sdpa_attention(query.half(), key, value, None, 0.5, 0.0))
+    exact = attention_classes.sdpa_attention(query, key.float(), value.float(), None, 0.5, 0.0)
+    torch.testing.assert_close(found.float(), exact, atol=1e-3, rtol=0)  # half a float16 step of 2
+
+
+def test_eager_attention_hands_on_the_dtype_of_the_values() -> None:
+    """On a CPU its product is fp32, and interpretability tools read what goes into o_proj."""
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half()
+    output, weights = blocks.eager_attention(nn.Module(), query, key, key, None, 0.5)
+    assert output.dtype == weights.dtype == torch.float16
+    assert output.is_contiguous()
+
+
+def test_the_output_projection_is_handed_the_models_dtype() -> None:
+    """Fused kernels are handed fp32 on a CPU and return it."""
+    model = qwen2_fp16_fix.fix(build(TINY, (), attn_implementation="sdpa").half())
+    seen: list[torch.dtype] = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].dtype)
+    )
+    with torch.no_grad():
+        model(PROMPT)
+    assert seen == [torch.float16]

@@ -12,6 +12,13 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = 
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
+@pytest.fixture(params=["cpu", "elsewhere"])
+def device_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both forms that depend on the device, computed here."""
+    monkeypatch.setattr(numerics, "runs_on_cpu", lambda tensor: request.param == "cpu")
+    return str(request.param)
+
+
 def test_promote_residual_widens_float16_alone() -> None:
     """A residual left in float16 passes 65504; one of another dtype must not change."""
     assert numerics.promote_residual(random(2)).dtype == torch.float32
@@ -19,6 +26,7 @@ def test_promote_residual_widens_float16_alone() -> None:
     assert numerics.promote_residual(random(2, dtype=torch.float32)).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("device_kind")
 def test_rms_norm_rounds_once() -> None:
     """Stock rounds after normalising and again after the gain: one float16 in four then differs from the nearest."""
     hidden, gain = random(64, 256), random(256, seed=1)
@@ -30,6 +38,7 @@ def test_rms_norm_rounds_once() -> None:
     )  # fp32 arithmetic lands on the other side of a tie about once in 2^13; rounding twice, once in 4
 
 
+@pytest.mark.usefixtures("device_kind")
 def test_rms_norm_takes_what_float16_cannot_square() -> None:
     """The mean square of 300 is 90,000, past float16: a norm without its upcast returns zeros."""
     got = numerics.rms_norm(torch.full((1, 8), 300.0, dtype=HALF), torch.ones(8, dtype=HALF), 1e-6, HALF)
@@ -70,7 +79,7 @@ def reference(
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int) -> None:
+def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int, device_kind: str) -> None:
     """Grouping query heads by key head must not mix them up."""
     query, key, value = (
         random(2, h, n, 16, seed=i) for i, (h, n) in enumerate([(heads[0], queries), (heads[1], 7), (heads[1], 7)])
@@ -78,11 +87,47 @@ def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int) ->
     allowed = torch.ones(queries, 7, dtype=torch.bool).tril(7 - queries)[None, None]
     output, weights = numerics.grouped_attention(query, key, value, allowed, 0.25)
     expected, expected_weights = reference(query, key, value, allowed, 0.25)
-    assert output.dtype == weights.dtype == HALF
+    assert weights.dtype == HALF
+    assert output.dtype == (torch.float32 if device_kind == "cpu" else HALF)
     torch.testing.assert_close(weights.double(), expected_weights, atol=5e-4, rtol=0)  # half a float16 step below 1
     torch.testing.assert_close(output.double(), expected, atol=4e-3, rtol=0)  # float16 weights times values up to 4
 
 
+def test_sdpa_operands(device_kind: str) -> None:
+    """One dtype for all, and a mask in it that float16 scores or towering ones in fp32 cannot pass."""
+    query, key, value = random(1, 4, 2, 8).float(), random(1, 2, 5, 8), random(1, 2, 5, 8)
+    additive = torch.zeros(1, 1, 2, 6, dtype=HALF).index_fill_(-1, torch.tensor([4]), torch.finfo(HALF).min)
+    wanted = torch.float32 if device_kind == "cpu" else HALF
+    *operands, mask = numerics.sdpa_operands(query, key, value, additive)
+    assert {operand.dtype for operand in operands} == {wanted}
+    assert mask is not None
+    assert mask.shape[-1] == 5
+    assert mask[0, 0, 0, 4] <= torch.finfo(wanted).min
+    allowed = torch.ones(1, 1, 2, 5, dtype=torch.bool)
+    assert torch.equal(numerics.sdpa_operands(query, key, value, allowed)[3], allowed)
+    assert numerics.sdpa_operands(query, key, value, None)[3] is None
+
+
+def test_sdpa_operands_are_left_to_autocast() -> None:
+    """It would cast fp32 operands back, and turn an fp32 minimum into -inf: NaN in a row with every key masked."""
+    operands = random(1, 4, 2, 8).float(), random(1, 2, 5, 8), random(1, 2, 5, 8)
+    with torch.autocast("cpu", dtype=HALF):
+        found = numerics.sdpa_operands(*operands, None)
+    assert {tensor.dtype for tensor in found[:3] if tensor is not None} == {HALF}
+
+
+def test_scores_become_weights_in_place_unless_autograd_wants_them() -> None:
+    """Two copies of the scores are what runs out of memory in a long prompt."""
+    scores = torch.randn(2, 5)
+    expected = scores.softmax(-1)
+    assert numerics.softmax(scores).data_ptr() == scores.data_ptr()
+    assert torch.equal(scores, expected)
+    wanted = torch.randn(2, 5, requires_grad=True)
+    numerics.softmax(wanted).sum().backward()
+    assert wanted.grad is not None
+
+
+@pytest.mark.usefixtures("device_kind")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_scores_of_300_times_300_are_exact(autocast: bool) -> None:
     """300 · 300 = 90,000 is inf in float16; autocast would cast the fp32 operands of the product back."""

@@ -125,7 +125,8 @@ def test_the_plan_compiles_in_one_graph() -> None:
     model = fixed("swiglu")
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(compiled(input_ids=PROMPT, use_cache=False).logits.float(), logits(model))
+        got = compiled(input_ids=PROMPT, use_cache=False).logits.float()
+    assert kl_to(logits(model), got) < 1e-6  # a compiler takes addcmul apart: fp32 roundings of its own
 
 
 def grown(model: Any) -> Any:
@@ -240,7 +241,7 @@ def test_output_projections_scale_by_token_and_by_plan() -> None:
     expected = heads.float().sum(-1, keepdim=True).expand(1, 2, TINY.hidden)
     for exponent in (None, 8):
         attention.set_exponent(exponent)
-        torch.testing.assert_close(project_output(attention, heads), expected, rtol=1e-3, atol=0)  # one rounding
+        torch.testing.assert_close(project_output(attention, heads, torch.float16), expected, rtol=1e-3, atol=0)  # one rounding
 
 
 def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +257,7 @@ def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.mlp.set_exponent(None)
     layer.self_attn.set_exponent(None)
     hidden = torch.randn(1, 2, TINY.hidden).half()
-    project_output(layer.self_attn, hidden)
+    project_output(layer.self_attn, hidden, torch.float16)
     layer.mlp(hidden)
     assert handed == [torch.float32, torch.float32]
 
@@ -290,7 +291,7 @@ def test_a_shard_that_knows_no_others_is_an_error() -> None:
     attention.set_exponent(None)
     attention.o_proj = nn.Linear(TINY.hidden // 2, TINY.hidden, bias=False).half()
     with pytest.raises(qwen2_fp16_fix.ShardedRangeError, match="which ranks"):
-        project_output(attention, torch.randn(1, 2, TINY.hidden // 2).half())
+        project_output(attention, torch.randn(1, 2, TINY.hidden // 2).half(), torch.float16)
 
 
 def test_scaling_by_token_looks_at_no_other_token() -> None:
