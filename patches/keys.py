@@ -87,16 +87,16 @@ class CentredKeys(nn.Module):
 
 
 def rotated_projections(
-    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: Any
+    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, S, D) in fp32, key and value (B, G, S, D) in the dtype of the matmuls, of `hidden_states`
-    (B, S, hidden); query and key rotated in fp32, keys centred and rounded once, as they go into `cache`.
+    (B, S, hidden); query and key rotated in fp32, keys shifted (see `shift_for`) and rounded once.
     """
     heads_first = (*hidden_states.shape[:-1], -1, attention.head_dim)
     query = project(attention.q_proj, hidden_states).view(heads_first).transpose(1, 2)
     key = project(attention.k_proj, hidden_states).view(heads_first).transpose(1, 2)
     value = attention.v_proj(hidden_states).view(heads_first).transpose(1, 2)
-    return rotate(query, cos, sin), rotate(key, cos, sin, shift_for(attention, cache)).to(value.dtype), value
+    return rotate(query, cos, sin), rotate(key, cos, sin, shift).to(value.dtype), value
 
 
 def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -168,8 +168,9 @@ def claim_cache(cache: Any, layer: int, centred: bool, strict: bool = False) -> 
     if cache is None or torch.compiler.is_compiling():
         return
     marks = cache.__dict__.setdefault("qwen2_fp16_centred", {})
-    foreign = strict and centred and holds_keys(cache, layer)
-    before = marks.get(layer, None if foreign else centred)
+    before = marks.get(layer)
+    if before is None and not (strict and centred and holds_keys(cache, layer)):
+        before = centred
     if before is None or before != centred:
         raise ForeignCacheError(
             f"this cache holds keys of layer {layer} from "

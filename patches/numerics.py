@@ -67,8 +67,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None
     exact = states.float()
     turned = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
     half = exact.shape[-1] // 2
-    turned[..., :half].addcmul_(exact[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(exact[..., :half], sin[..., half:])
+    turned.narrow(-1, 0, half).addcmul_(exact.narrow(-1, half, half), sin.narrow(-1, 0, half), value=-1)
+    turned.narrow(-1, half, half).addcmul_(exact.narrow(-1, 0, half), sin.narrow(-1, half, half))
     return turned
 
 
@@ -122,21 +122,26 @@ def grouped_attention(
     Product, scale, mask and softmax are fp32, autocast or not. The weights are rounded for the product with `value`,
     but not on a CPU, where a float16 product takes 20 times as long as one in fp32.
     """
+    device = autocast_device(query.device.type)
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return grouped_attention(query, key, value, mask, scaling, dropout)
     batch, heads, queries, head_dim = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     grouped = (batch * key_heads, heads // key_heads * queries)
-    with torch.autocast(device_type=autocast_device(query.device.type), enabled=False):
-        rows, columns = query.float().reshape(*grouped, head_dim), key.float().flatten(0, 1).transpose(1, 2)
-        nothing = rows[:1, :1, :1].detach()  # that beta multiplies away: the product comes out scaled
-        scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
-        if mask is not None:
-            scores += widen_mask(mask, keys)
-        exact = torch.nn.functional.dropout(softmax(scores), p=dropout, training=dropout > 0.0)
-        weights = exact.to(value.dtype)
-        if runs_on_cpu(value):
-            output = exact.view(*grouped, keys) @ value.float().flatten(0, 1)
-        else:
-            output = weights.view(*grouped, keys) @ value.flatten(0, 1)
+    rows, columns = query.float().reshape(*grouped, head_dim), key.float().flatten(0, 1).transpose(1, 2)
+    nothing = rows[:1, :1, :1].detach()  # that beta multiplies away: the product comes out scaled
+    scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
+    if mask is not None:
+        scores += widen_mask(mask, keys)
+    exact = softmax(scores)
+    if dropout > 0.0:
+        exact = torch.nn.functional.dropout(exact, dropout)
+    weights = exact.to(value.dtype)
+    if runs_on_cpu(value):
+        output = exact.view(*grouped, keys) @ value.float().flatten(0, 1)
+    else:
+        output = weights.view(*grouped, keys) @ value.flatten(0, 1)
     return output.view(batch, heads, queries, head_dim), weights
 
 

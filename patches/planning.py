@@ -67,15 +67,10 @@ def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
 
 def fingerprint(layer: Any) -> tuple[Any, ...]:
     """Changes whenever a weight of the layer is replaced, moved or written to in place (but not through `.data`)."""
-    found: list[Any] = []
-    for owner in (layer, layer.self_attn, layer.mlp):
-        for child in owner._modules.values():
-            found.append(id(child))
-            for weight in child._parameters.values():
-                if weight is not None:
-                    version = 0 if weight.is_inference() else weight._version
-                    found.append((id(weight), weight.data_ptr(), version))
-    return tuple(found)
+    children = [child for owner in (layer, layer.self_attn, layer.mlp) for child in owner._modules.values()]
+    weights = [weight for child in children for weight in child._parameters.values() if weight is not None]
+    versions = [0 if weight.is_inference() else weight._version for weight in weights]
+    return (*map(id, children), *map(id, weights), *map(Tensor.data_ptr, weights), *versions)
 
 
 def drop_plan(layer: Any) -> None:

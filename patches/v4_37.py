@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
 from .blocks import COMMON_PARTS, PROJECTED
-from .keys import rotated_projections
+from .keys import rotated_projections, shift_for
 from .numerics import is_full_precision
 
 
@@ -47,7 +47,7 @@ class EagerAttention(AttendEagerly):
             length += past_key_value.get_usable_length(length, self.layer_idx)
         cos, sin = self.rotary_emb(hidden_states, seq_len=length)
         query, key, value = rotated_projections(
-            self, hidden_states, cos[position_ids], sin[position_ids], past_key_value
+            self, hidden_states, cos[position_ids], sin[position_ids], shift_for(self, past_key_value)
         )
         if past_key_value is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
 from .blocks import COMMON_PARTS, PROJECTED
-from .keys import rotated_projections
+from .keys import rotated_projections, shift_for
 from .numerics import is_full_precision
 
 
@@ -54,7 +54,7 @@ class EagerAttention(AttendEagerly):
         if position_embeddings is None:  # a caller written for 4.44, which these releases still serve
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         cos, sin = position_embeddings
-        query, key, value = rotated_projections(self, hidden_states, cos, sin, past_key_value)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift_for(self, past_key_value))
         if past_key_value is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)

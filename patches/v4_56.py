@@ -54,13 +54,14 @@ class Attention(CentredKeys, Scaled):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
         plain = is_full_precision(hidden_states)
-        claim_cache(past_key_values, self.layer_idx, not plain and shift_for(self, past_key_values) is not None)
+        shift = None if plain else shift_for(self, past_key_values)
+        claim_cache(past_key_values, self.layer_idx, shift is not None)
         if plain:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, cache_position, **kwargs
             )
             return stock
-        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, past_key_values)
+        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, shift)
         if past_key_values is not None:
             cos, sin = position_embeddings
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}

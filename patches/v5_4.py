@@ -40,22 +40,22 @@ class Attention(CentredKeys, Scaled):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
         plain = is_full_precision(hidden_states)
-        claim_cache(
-            past_key_values, self.layer_idx, not plain and shift_for(self, past_key_values) is not None, strict=True
-        )
+        shift = None if plain else shift_for(self, past_key_values)
+        claim_cache(past_key_values, self.layer_idx, shift is not None, strict=True)
         if plain:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return stock
-        refuse_half_precision_scores(self.config._attn_implementation)
-        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, past_key_values)
+        chosen = self.config._attn_implementation
+        refuse_half_precision_scores(chosen)
+        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, shift)
         if past_key_values is not None:
             key, value = self.update_cache(past_key_values, key, value, kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         output, weights = attend(
             self,
-            *operands_for(attend, self.config._attn_implementation, query, key, value, attention_mask),
+            *operands_for(attend, chosen, query, key, value, attention_mask),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
