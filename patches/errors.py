@@ -49,5 +49,13 @@ class VerificationError(Qwen2FP16FixError):
     """A checkpoint cannot be verified as asked: the text, a setting, the file to resume from or the environment."""
 
 
+class ExportError(Qwen2FP16FixError):
+    """A checkpoint cannot be exported as asked: the place, a link, an option, the disk or a file beside the weights."""
+
+
+class PublishError(Qwen2FP16FixError):
+    """An exported folder cannot be pushed: it is no export, the repository is another's, or the Hub refuses."""
+
+
 class UntestedTransformersWarning(UserWarning):
     """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""

@@ -16,6 +16,7 @@ from torch import nn
 # Every sibling is imported here: as remote code from a local folder, transformers before 5.10 copies only these.
 from .attention_classes import FlashAttention  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
+from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
 from .numerics import is_full_precision  # noqa: F401
@@ -23,7 +24,7 @@ from .planning import plan_layers
 from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
-from .swap import base_models, check_model, exchange_all
+from .swap import base_models, check_model, exchange, exchange_all
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48
@@ -48,8 +49,16 @@ PARTS: dict[str, type[nn.Module]] = {
     "v5_24": PARTS_5_24,
 }[RANGE.module]
 
-#: The stock classes as they were when this was imported: their names in transformers may be taken over later.
-ORIGINAL = types.SimpleNamespace(**vars(stock))
+
+def beneath(found: Any) -> Any:
+    """The stock class under a class of any copy of this file, remote code or package; anything else as it is."""
+    if isinstance(found, type) and found.__module__.rpartition(".")[2] == __name__.rpartition(".")[2]:
+        return next(base for base in found.__mro__ if base.__module__.startswith("transformers."))
+    return found
+
+
+#: The stock classes, whoever has taken over their names in transformers, before this was imported or later.
+ORIGINAL: Any = types.SimpleNamespace(**{name: beneath(thing) for name, thing in vars(stock).items()})
 check_structure(ORIGINAL, PARTS, transformers.__version__)
 if is_untested(transformers.__version__):
     warnings.warn(
@@ -73,6 +82,7 @@ class FixedOnConstruction:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not is_switched_off():
             check_structure(ORIGINAL, PARTS, transformers.__version__)
+            _make_stock(self)  # type: ignore[arg-type]
             exchange_all(self, ORIGINAL, FIXED, built_here=True)  # type: ignore[arg-type]
 
     @classmethod
@@ -89,33 +99,45 @@ class FixedOnConstruction:
         return loaded
 
 
-class Qwen2Model(FixedOnConstruction, stock.Qwen2Model):
+def _make_stock(root: nn.Module) -> None:
+    """Takes away what another copy of this file has put inside `root`, whose names had replaced stock's."""
+    for module in root.modules():
+        inner = type(module)
+        if module is not root and inner not in STOCK and beneath(inner) is not inner:
+            exchange(module, beneath(inner))
+
+
+class Qwen2Model(FixedOnConstruction, ORIGINAL.Qwen2Model):
     """transformers' Qwen2Model with an fp32 residual stream, fp32 norms, fp32 rotation and, in eager, fp32 scores."""
 
 
-class Qwen2ForCausalLM(FixedOnConstruction, stock.Qwen2ForCausalLM, GenerationMixin):
+class Qwen2ForCausalLM(FixedOnConstruction, ORIGINAL.Qwen2ForCausalLM, GenerationMixin):
     """transformers' Qwen2ForCausalLM over the fixed Qwen2Model."""
 
 
-class Qwen2ForSequenceClassification(FixedOnConstruction, stock.Qwen2ForSequenceClassification):
+class Qwen2ForSequenceClassification(FixedOnConstruction, ORIGINAL.Qwen2ForSequenceClassification):
     """transformers' Qwen2ForSequenceClassification over the fixed Qwen2Model."""
 
 
 if hasattr(stock, "Qwen2ForTokenClassification"):  # from 4.42
 
-    class Qwen2ForTokenClassification(FixedOnConstruction, stock.Qwen2ForTokenClassification):
+    class Qwen2ForTokenClassification(FixedOnConstruction, ORIGINAL.Qwen2ForTokenClassification):
         """transformers' Qwen2ForTokenClassification over the fixed Qwen2Model."""
 
 
 if hasattr(stock, "Qwen2ForQuestionAnswering"):  # from 4.46.1
 
-    class Qwen2ForQuestionAnswering(FixedOnConstruction, stock.Qwen2ForQuestionAnswering):
+    class Qwen2ForQuestionAnswering(FixedOnConstruction, ORIGINAL.Qwen2ForQuestionAnswering):
         """transformers' Qwen2ForQuestionAnswering over the fixed Qwen2Model."""
 
 
 def _fixed_part(name: str) -> type[nn.Module]:
     """The part of that name laid over the stock class, under the stock name and importable from here."""
-    part = type(name, (PARTS[name], getattr(stock, name)), {"__module__": __name__, "__doc__": PARTS[name].__doc__})
+    bases = (PARTS[name], getattr(stock, name))
+    known = globals().get(name)
+    if getattr(known, "__bases__", None) == bases:
+        return known  # type: ignore[return-value]  # 4.40 to 4.46 run remote code anew for each load of a model
+    part = type(name, bases, {"__module__": __name__, "__doc__": PARTS[name].__doc__})
     globals()[name] = part
     return part
 
@@ -126,10 +148,31 @@ STOCK: dict[type, type] = {fixed: original for original, fixed in FIXED.items()}
 
 #: Stock model class to drop-in class, for the models this release has.
 MODELS: dict[type, type] = {
-    getattr(stock, name): model
+    getattr(ORIGINAL, name): model
     for name, model in list(globals().items())
     if isinstance(model, type) and issubclass(model, FixedOnConstruction) and hasattr(stock, name)
 }
+
+
+def _remote_model(model: type, prefix: str, config: type) -> type:
+    """A drop-in class for remote code, named so that no engine takes the checkpoint for one of its own Qwen2."""
+    name = model.__name__.replace("Qwen2", prefix)
+    # As a direct base: without one, transformers from 4.45 builds another class around what generates.
+    bases = (model, GenerationMixin) if issubclass(model, GenerationMixin) else (model,)
+    remote = type(name, bases, {"__module__": __name__, "__doc__": model.__doc__, "config_class": config})
+    # What makes save_pretrained save this code too: Auto classes set it, but for local folders in 4.45 to 4.52.
+    remote._auto_class = f"AutoModel{name.removeprefix(prefix).removeprefix('Model')}"  # type: ignore[attr-defined]
+    globals()[name] = remote
+    return remote
+
+
+#: What `auto_map` names: Qwen2FP16Model, Qwen2FP16ForCausalLM, … and, for checkpoints with a model type of their own,
+#: Qwen2FP16StrictModel, Qwen2FP16StrictForCausalLM, …: the Auto classes compare the configuration's class.
+REMOTE: tuple[type, ...] = tuple(
+    _remote_model(model, prefix, config)
+    for prefix, config in (("Qwen2FP16", ORIGINAL.Qwen2Config), ("Qwen2FP16Strict", Qwen2FP16Config))
+    for model in MODELS.values()
+)
 
 
 def fix_modules(root: nn.Module) -> None:

@@ -18,15 +18,18 @@ if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from .certificate import certify
+    from .exported_folder import export
     from .in_place import fix, unfix
     from .inspection import status
     from .patches.errors import (
         CheckpointError,
+        ExportError,
         ForeignCacheError,
         HalfPrecisionScoresError,
         MetaTensorError,
         NotQwen2Error,
         PatchConflictError,
+        PublishError,
         Qwen2FP16FixError,
         RegistrationError,
         ShardedRangeError,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
         Qwen2ForTokenClassification,
         Qwen2Model,
     )
+    from .publishing import push
     from .registration import register, registered, unregister
     from .verification import verify
 
@@ -53,6 +57,8 @@ __all__ = [
     "status",
     "certify",
     "verify",
+    "export",
+    "push",
     "Qwen2Model",
     "Qwen2ForCausalLM",
     "Qwen2ForSequenceClassification",
@@ -69,6 +75,8 @@ __all__ = [
     "ShardedRangeError",
     "CheckpointError",
     "VerificationError",
+    "ExportError",
+    "PublishError",
     "UntestedTransformersWarning",
     "__version__",
 ]
@@ -82,6 +90,8 @@ _HOME = {
     "status": "inspection",
     "certify": "certificate",
     "verify": "verification",
+    "export": "exported_folder",
+    "push": "publishing",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,15 @@ from rich.console import Console
 from . import __version__
 from .launch import UsageError
 from .launch import run as run_program
-from .patches.errors import CheckpointError, MetaTensorError, NotQwen2Error, Qwen2FP16FixError, VerificationError
+from .patches.errors import (
+    CheckpointError,
+    ExportError,
+    MetaTensorError,
+    NotQwen2Error,
+    PublishError,
+    Qwen2FP16FixError,
+    VerificationError,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -95,6 +104,68 @@ def verify(
     raise typer.Exit(0 if found["passed"] else 1)
 
 
+class WeightsChoice(str, Enum):
+    """How the weights get into an export."""
+
+    link = "link"
+    copy = "copy"
+
+
+@app.command()
+def export(
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, or OWNER/NAME on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    weights: Annotated[
+        WeightsChoice, typer.Option(help="Hard links to the original's, where they can be had, or copies.")
+    ] = WeightsChoice.link,
+    code_only: Annotated[bool, typer.Option("--code-only", help="Leave the weights out.")] = False,
+    code_repo: Annotated[
+        str | None, typer.Option(help="OWNER/NAME[@REVISION] that holds the code; none is copied then.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A model type of its own: without trust_remote_code loading fails.")
+    ] = False,
+    verification: Annotated[Path | None, typer.Option(help="What `verify --json` printed, for the model card.")] = None,
+) -> None:
+    """Write a folder for the Hub: the checkpoint with the fix as remote code, for use without this package."""
+    from .exported_folder import export as written
+
+    try:
+        made = written(
+            path,
+            out,
+            weights="none" if code_only else weights.value,
+            code_repo=code_repo,
+            strict=strict,
+            verification=verification,
+        )
+    except KeyboardInterrupt:
+        raise ExportError(f"interrupted: {out} was not written, and what was begun is removed.") from None
+    print(made)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `export` has written.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; main if left away.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list, and leave the network alone.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also into a repository that holds something else.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an exported folder to the Hub, into a private repository unless told otherwise."""
+    from . import publishing as room
+
+    try:
+        found = room.push(folder, repo, private=not public, revision=revision, dry_run=dry_run, overwrite=overwrite)
+    except KeyboardInterrupt:
+        raise PublishError(f"interrupted: {repo} may have part of the weights; push again to go on.") from None
+    print(json.dumps(found, indent=2)) if as_json else room.render(found, Console())
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
@@ -124,7 +195,7 @@ def main() -> None:
         app()
     except UsageError as error:
         _fail(error, 2)
-    except (CheckpointError, NotQwen2Error, MetaTensorError, VerificationError) as error:
+    except (CheckpointError, ExportError, NotQwen2Error, MetaTensorError, PublishError, VerificationError) as error:
         _fail(error, 2)
     except Qwen2FP16FixError as error:
         _fail(error, 3)

@@ -5,7 +5,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from .patches.modeling_qwen2_fp16 import fix_modules, is_switched_off, unfix_modules
+from .patches.modeling_qwen2_fp16 import is_switched_off
+from .running_code import code_of, own_errors
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
@@ -16,7 +17,8 @@ def fix(model: ModelT) -> ModelT:
     """Fixes every Qwen2 inside `model`, in place, and returns `model`.
 
     model: any Qwen2 class of transformers, or a module that holds one: PEFT, DataParallel, torch.compile's
-    OptimizedModule, a multimodal model. Parameters, buffers and state-dict names stay as they are.
+    OptimizedModule, a multimodal model. Parameters, buffers and state-dict names stay as they are. A model that remote
+    code of this project has built is fixed already and keeps its code.
     Raises NotQwen2Error (no Qwen2 inside), PatchConflictError (another tool has replaced a part), MetaTensorError
     (weights not loaded) or UnsupportedTransformersError, and then has changed nothing.
     With QWEN2_FP16_FIX=0 in the environment it changes nothing and logs a warning.
@@ -24,7 +26,8 @@ def fix(model: ModelT) -> ModelT:
     if is_switched_off():
         logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, the model stays stock")
         return model
-    fix_modules(model)
+    with own_errors():
+        code_of(model).fix_modules(model)
     return model
 
 
@@ -33,5 +36,6 @@ def unfix(model: ModelT) -> ModelT:
 
     Raises as `fix` does. A drop-in class, as `register` builds it, keeps its class; that alone does nothing.
     """
-    unfix_modules(model)
+    with own_errors():
+        code_of(model).unfix_modules(model)
     return model

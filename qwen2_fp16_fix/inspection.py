@@ -19,8 +19,9 @@ def status(model: nn.Module | None = None) -> dict[str, Any]:
     Keys: `package`, `transformers`, `torch` (versions); `supported`; `enabled` (False under QWEN2_FP16_FIX=0);
     `patch` (the module that serves this release, or None); `tested` (whether the release is in the tested range);
     `registered` (Auto class name to bool); `problem` (why the fix cannot be used here, or None); and, for a model,
-    `model` with `class`, `fixed`, `parts` (class name to fixed and total counts), `dtype`, `attention`, `ranges` (per
-    layer) and `problem`.
+    `model` with `class`, `fixed`, `code` ("package", or "remote" for code that came with the checkpoint; None while
+    nothing is fixed), `module` (that code's entry module), `parts` (class name to fixed and total counts), `dtype`,
+    `attention`, `ranges` (per layer) and `problem`.
     Never raises for an unsupported release: the sentence is under `problem`.
     """
     found: dict[str, Any] = {
@@ -49,24 +50,28 @@ def status(model: nn.Module | None = None) -> dict[str, Any]:
 
 def model_status(model: nn.Module) -> dict[str, Any]:
     """Which parts of the Qwen2 inside `model` are fixed; the model is when all are and nothing overrides them."""
-    from .patches.modeling_qwen2_fp16 import ORIGINAL, PARTS, STOCK, check_modules
+    from .running_code import code_of, origin_of, own_errors
 
+    code = code_of(model)
     problem = None
     try:
-        check_modules(model)
+        with own_errors():
+            code.check_modules(model)
     except Qwen2FP16FixError as error:
         problem = str(error)
     total, fixed = Counter[str](), Counter[str]()
     for module in model.modules():
-        role = next((part for part in PARTS if isinstance(module, getattr(ORIGINAL, part))), None)
+        role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
         if role is not None:
             total[role] += 1
-            fixed[role] += type(module) in STOCK
+            fixed[role] += type(module) in code.STOCK
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     config = getattr(model, "config", None)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "fixed": problem is None and bool(total) and total == fixed,
+        "code": origin_of(code) if any(fixed.values()) else None,
+        "module": code.__name__ if any(fixed.values()) else None,
         "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
         "dtype": None if weights is None else str(weights).removeprefix("torch."),
         "attention": getattr(config, "_attn_implementation", None),
@@ -81,15 +86,14 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     An exponent of the plan, or "by token"; "centred", "centred, bias rounded before" (the key projection is quantised,
     or called by stock's code) or "not centred" (its bias could not be read).
     """
-    from .patches.keys import key_state
-    from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK
-    from .patches.planning import drop_stale_plan
-    from .patches.swap import base_models
+    from .running_code import code_of, sibling
 
+    code = code_of(model)
+    key_state, drop_stale_plan = sibling(code, "keys").key_state, sibling(code, "planning").drop_stale_plan
     found = []
-    for base in base_models(model, ORIGINAL):
-        for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
-            if type(layer) in STOCK:
+    for base in code.base_models(model, code.ORIGINAL):
+        for index, layer in enumerate(base.layers):
+            if type(layer) in code.STOCK:
                 drop_stale_plan(layer)
                 exponents = {"mlp": layer.mlp.exponent, "o_proj": layer.self_attn.exponent}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}

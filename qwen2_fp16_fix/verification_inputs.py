@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .demo import CHECKPOINT, quiet
 from .patches.errors import CheckpointError, NotQwen2Error, VerificationError
 from .patches.modeling_qwen2_fp16 import ORIGINAL
-from .weight_sources import FLOATS, PLAIN_LINEARS, FolderSource
+from .running_code import plain_linears
+from .weight_sources import FLOATS, FolderSource
 
 PASSAGE = CHECKPOINT / "held_out.txt"
 VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empty tokenizer where there is neither
@@ -53,8 +54,9 @@ def _check_loaded(model: Any) -> None:
         raise NotQwen2Error(f"this is a {type(model).__qualname__}: verify takes a Qwen2ForCausalLM, or its folder.")
     if getattr(model.config, "quantization_config", None):
         raise CheckpointError("this model is quantised: there is no fp32 to compare with, load it unquantised.")
+    linears = plain_linears(model)
     for name, module in model.named_modules():
-        if name.endswith("_proj") and type(module) not in PLAIN_LINEARS:
+        if name.endswith("_proj") and type(module) not in linears:
             raise CheckpointError(f"{name} is a {type(module).__name__}: verify takes a model of plain linear layers.")
     for name, weight in model.named_parameters():
         if weight.is_meta or weight.dtype not in FLOATS:

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .patches.errors import CheckpointError, NotQwen2Error
-from .patches.keys import ExactBiasLinear
 from .patches.range_plan import LayerShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales
-PLAIN_LINEARS = (nn.Linear, ExactBiasLinear)  # whose weights are all there is to them
+MODEL_TYPES = ("qwen2", "qwen2_fp16")  # the second is a strict export's
 PREFIXES = ("model.", "", "transformer.")
 HEADS = ("lm_head", "score", "qa_outputs", "classifier")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -82,6 +81,7 @@ class ModelSource:
         from .patches.modeling_qwen2_fp16 import ORIGINAL
         from .patches.planning import layer_shape
         from .patches.swap import base_models
+        from .running_code import plain_linears
 
         bases = list(base_models(root, ORIGINAL))
         if not bases:
@@ -91,6 +91,7 @@ class ModelSource:
         self.warnings = [f"it holds {len(bases)} Qwen2 models: certify each by itself"] if len(bases) > 1 else []
         base: Any = bases[0]
         self.base = base
+        self.linears = plain_linears(root)
         self.outputs: dict[str, Any] = {}
         for module in root.modules():
             for name in HEADS:
@@ -127,7 +128,7 @@ class ModelSource:
         """A weight. Raises Unbounded where it is wrapped, quantised or not loaded."""
         owner, _, kind = name.rpartition(".")
         module = self._module(owner)
-        plain = (nn.Embedding,) if owner == "embed_tokens" else PLAIN_LINEARS
+        plain = (nn.Embedding,) if owner == "embed_tokens" else self.linears
         if not owner.endswith("norm") and type(module) not in plain:
             raise Unbounded(f"{owner} is a {type(module).__name__}, whose weights cannot be bounded here")
         return check_values(name, getattr(module, kind))
@@ -146,22 +147,24 @@ class FolderSource:
         folder = path if path.is_dir() else path.parent
         if not path.exists():
             raise CheckpointError(f"there is no {path}: give a checkpoint folder or a .safetensors file.")
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
-        self.config = _json(folder / "config.json")
-        if self.config.get("model_type") != "qwen2":
-            raise NotQwen2Error(f"{folder} holds a model of type {self.config.get('model_type')!r}, not 'qwen2'.")
+        self.config = read_config(folder)
         self.layers, self.intermediate = self._size("num_hidden_layers"), self._size("intermediate_size")
         self.shape = self._shape()
         self.files = self._index(path, folder)
         self.prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self.files), "model.")
 
-    def check_complete(self) -> None:
-        """Raises CheckpointError where a tensor of a Qwen2ForCausalLM is missing or a shard cannot be opened."""
+    def check_complete(self, head: str | None = "lm_head.weight") -> None:
+        """Raises CheckpointError where a tensor of a Qwen2 is missing or a shard cannot be opened.
+
+        head: the weight of the output layer that must be there; an lm_head may be tied. Of a quantised checkpoint,
+        whose tensors have other names, only what its files or its index say is checked.
+        """
         layers = [f"layers.{number}.{name}" for number in range(self.layers) for name in self.layer_names(number)]
         names = [f"{self.prefix}{name}" for name in ("embed_tokens.weight", "norm.weight", *layers)]
-        if not self.config.get("tie_word_embeddings", False):
-            names.append("lm_head.weight")
+        if head and not (head == "lm_head.weight" and self.config.get("tie_word_embeddings", False)):
+            names.append(head)
+        if self.config.get("quantization_config"):
+            names = []
         held: dict[Path, set[str]] = {}
         for name in (*names, *self.files):
             file = self._file(name)
@@ -175,7 +178,7 @@ class FolderSource:
         """Tensor name to the shard that holds it."""
         index = folder / "model.safetensors.index.json"
         if path.is_dir() and index.is_file():
-            shards = _json(index).get("weight_map")
+            shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
                 raise CheckpointError(f"{index.name} has no weight_map from tensors to files: it is damaged.")
             return {name: folder / file for name, file in shards.items()}
@@ -261,6 +264,16 @@ class FolderSource:
 WeightSource = ModelSource | FolderSource
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises CheckpointError, or NotQwen2Error where it is another model's."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
+    return config
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """A safetensors file; what is wrong with it becomes one sentence."""
@@ -273,7 +286,8 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file.name} cannot be read ({error}): it is damaged or half written.") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with a JSON object. Raises CheckpointError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("QWEN2_FP16_FIX", None)
+MODULES = tempfile.TemporaryDirectory(prefix="qwen2-fp16-fix-modules-", ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = MODULES.name  # where transformers puts remote code: not among the user's own
 
 
 @pytest.fixture(autouse=True)

@@ -241,7 +241,9 @@ def test_output_projections_scale_by_token_and_by_plan() -> None:
     expected = heads.float().sum(-1, keepdim=True).expand(1, 2, TINY.hidden)
     for exponent in (None, 8):
         attention.set_exponent(exponent)
-        torch.testing.assert_close(project_output(attention, heads, torch.float16), expected, rtol=1e-3, atol=0)  # one rounding
+        torch.testing.assert_close(
+            project_output(attention, heads, torch.float16), expected, rtol=1e-3, atol=0
+        )  # one rounding
 
 
 def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

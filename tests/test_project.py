@@ -29,7 +29,7 @@ def read(name: str) -> str:
 
 
 PROMISED = {
-    "register", "unregister", "registered", "fix", "unfix", "status", "certify",
+    "register", "unregister", "registered", "fix", "unfix", "status", "certify", "export", "push",
     "Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "UnsupportedTransformersError",
@@ -136,6 +136,7 @@ def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path])
     with tarfile.open(distributions[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
+        "docs/hub.md",
         "docs/key-centring.md",
         "docs/range-proof.md",
         "CHANGELOG.md",

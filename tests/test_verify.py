@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import qwen2_fp16_fix
 from qwen2_fp16_fix import cli, closeness, demo, verification, verification_rows
 from qwen2_fp16_fix.closeness import Closeness, OracleLogits, sliding_windows
+from qwen2_fp16_fix.model_card import read_verification
 
 pytestmark = pytest.mark.xdist_group("verify")  # one worker runs the demo's table once, for all
 
@@ -148,6 +149,7 @@ def test_the_oracle_row_is_the_oracle_and_fixed_fp32_equals_it(findings: dict[st
 
 def test_findings_are_json_and_are_rendered(findings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(json.dumps(findings, allow_nan=False)) == findings
+    assert read_verification(findings) == findings  # an export's model card takes them
     verification.render(findings, verification.Console(width=80))
     shown = capsys.readouterr().out
     assert "…" not in shown

@@ -1,0 +1,54 @@
+"""Which copy of `patches/` a model is made of: this package's, or one that came with a checkpoint as remote code.
+
+Each copy knows its own classes only, so whoever asks about a model, or changes it, must ask the copy that built it.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from .patches import errors, modeling_qwen2_fp16
+
+ENTRY = modeling_qwen2_fp16.__name__.rpartition(".")[2]
+
+
+def code_of(model: Any) -> ModuleType:
+    """The entry file whose classes `model` is made of; this package's, if there are none yet.
+
+    The innermost decides: it is the parts that compute.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    homes = [type(module).__module__ for module in modules]
+    ours = [home for home in homes if home.rpartition(".")[2] == ENTRY and home in sys.modules]
+    return sys.modules[ours[-1]] if ours else modeling_qwen2_fp16
+
+
+def sibling(code: ModuleType, name: str) -> ModuleType:
+    """The file of that name beside an entry file. The entry file imports them all."""
+    return sys.modules[f"{code.__name__.removesuffix(ENTRY)}{name}"]
+
+
+def origin_of(code: ModuleType) -> str:
+    """`package` or `remote`."""
+    return "package" if code is modeling_qwen2_fp16 else "remote"
+
+
+def plain_linears(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The linears of `model` whose weights are all there is to them."""
+    return nn.Linear, sibling(code_of(model), "keys").ExactBiasLinear
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Turns an error of another copy into this package's of the same name, which is what callers can catch."""
+    try:
+        yield
+    except Exception as error:
+        own = getattr(errors, type(error).__name__, None)
+        if own is None or isinstance(error, own) or type(error).__module__.rpartition(".")[2] != "errors":
+            raise
+        raise own(str(error)) from error
