@@ -236,7 +236,7 @@ def test_torch_compile_in_one_graph() -> None:
             model(input_ids=PROMPT, use_cache=False).logits,
             atol=4e-3,  # a float16 step of a logit of 4: a compiler takes addcmul apart and rounds in fp32 once more
             rtol=0,
-        )  # the same kernels in the same order
+        )
 
 
 @pytest.mark.parametrize("registered", [True, False], ids=["registered", "fixed after loading"])
