@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
 
-.PHONY: help demo test lint matrix matrix-ci clean
+.PHONY: help demo test lint matrix matrix-ci bench clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
 	@echo "make test       lint, types and all tests, on the newest supported transformers"
 	@echo "make matrix     the conformance suite on every listed transformers release (about 15 minutes)"
 	@echo "make matrix-ci  the same on one release of each family"
+	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
 	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
 
 demo: $(INSTALLED)
@@ -32,6 +33,10 @@ matrix: $(INSTALLED)
 
 matrix-ci: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --torch $(TORCH) --ci
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install -q -e ".[bench]"
+	$(BIN)/python -m benchmarks $(if $(filter full,$(BENCH)),--full)
 
 # torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.
 $(INSTALLED): pyproject.toml

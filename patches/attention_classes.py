@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import PROJECTED, eager_attention, project_output
 from .keys import CentredKeys
-from .numerics import rotate, sdpa_operands
+from .numerics import rotate, sdpa_operands, widen_mask
 from .scaling import Scaled
 
 
@@ -21,9 +21,12 @@ class AttendEagerly(CentredKeys, Scaled):
     attention_dropout: float
     o_proj: nn.Module
 
-    def attend(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: float
+    ) -> tuple[Tensor, Tensor | None]:
         """Output (B, Q, H, D) and weights (B, H, Q, K)."""
-        return eager_attention(self, *args)
+        mask = None if mask is None else widen_mask(mask, key.shape[-2])
+        return eager_attention(self, query, key, value, mask, *settings)
 
     def project(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, with_weights: bool

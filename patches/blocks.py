@@ -19,6 +19,7 @@ from .numerics import (
     runs_in_float16,
     scaled_product,
     sdpa_operands,
+    widen_mask,
 )
 from .planning import drop_plan, drop_stale_plan, plan_kept
 from .scaling import Scaled, scaled_linear, unit_range_linear
@@ -83,13 +84,25 @@ class MLP(Scaled):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, hidden) to the same shape: stock's arithmetic with exponent 0, else fp32 for the residual."""
-        if self.exponent == 0 or not runs_in_float16(hidden_states):
+        if not runs_in_float16(hidden_states):
             stock: Tensor = super().forward(hidden_states)
             return stock
         gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
         if self.exponent is None:
             return unit_range_linear(self.down_proj, gate.float() * up.float(), self.intermediate_size)
-        return scaled_linear(self.down_proj, scaled_product(self.zero, gate, up, self.exponent), self.factor)
+        memory = gate if is_spare(gate, self.gate_proj, self.act_fn) else None
+        if self.exponent == 0:
+            plain: Tensor = self.down_proj(torch.mul(gate, up, out=memory))
+            return plain
+        product = scaled_product(self.zero, gate, up, self.exponent, memory)
+        return scaled_linear(self.down_proj, product, self.factor)
+
+
+def is_spare(output: Tensor, *modules: nn.Module) -> bool:
+    """Whether what these modules have returned may be overwritten: neither autograd nor a hook wants it any more."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or nn.modules.module._global_forward_hooks:
+        return False
+    return not any(module._forward_hooks for module in modules)
 
 
 class RotaryEmbedding(nn.Module):
@@ -155,14 +168,35 @@ def project_output(attention: Any, output: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def operands_for(
-    attend: Callable[..., Any], name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    attend: Callable[..., Any],
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    forward: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """An fp32 query, key, value and mask as `attend`, chosen as `name`, wants them: ours takes them as they are."""
+    """An fp32 query, key, value and mask as `attend`, chosen as `name`, wants them.
+
+    forward: the rotation tables, which tell this forward of the model from others.
+    """
     if attend is eager_attention:
-        return query, key, value, mask
+        return query, key, value, None if mask is None else widened_once(mask, key.shape[-2], forward)
     if name == "sdpa":
         return sdpa_operands(query, key, value, mask)
     return query.to(value.dtype), key, value, mask
+
+
+def widened_once(mask: Tensor, key_length: int, forward: Tensor) -> Tensor:
+    """`widen_mask`, kept on the mask for the other layers of the same forward."""
+    if torch.compiler.is_compiling():
+        return widen_mask(mask, key_length)
+    kept: Any = getattr(mask, "qwen2_fp16_widened", None)
+    if kept is None or kept[0] is not forward or kept[1] != key_length:
+        kept = (forward, key_length, widen_mask(mask, key_length))
+        mask.qwen2_fp16_widened = kept  # type: ignore[attr-defined]
+    widened: Tensor = kept[2]
+    return widened
 
 
 def eager_attention(
@@ -175,7 +209,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 scores behind the signature of transformers' attention interface.
+    """fp32 scores behind the signature of transformers' attention interface, with a mask from `operands_for`.
 
     Returns the output (B, Q, H, D) and the weights (B, H, Q, K).
     """

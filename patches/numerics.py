@@ -84,7 +84,7 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
     lowest = torch.finfo(torch.float32).min
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, lowest)
-    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, lowest)
+    return torch.nn.functional.threshold(mask.float(), torch.finfo(mask.dtype).min, lowest)
 
 
 def seal_mask(mask: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def seal_mask(mask: Tensor) -> Tensor:
 def sdpa_operands(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What torch's fused attention is handed: query in fp32, key, value and mask as `grouped_attention` takes them.
+    """What torch's fused attention is handed, of a query in fp32, key, value and any mask (see `widen_mask`).
 
     fp32 on a CPU, where torch's kernel takes up to 30 times as long in float16, elsewhere the dtype of `value`.
     """
@@ -117,7 +117,7 @@ def grouped_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with fp32 scores; query heads that share a key head (Ainslie et al. 2023) share its matmul.
 
-    query (B, H, Q, D), key and value (B, G, K, D); mask as in `widen_mask`, or None to mask nothing.
+    query (B, H, Q, D), key and value (B, G, K, D); mask as `widen_mask` returns it, or None to mask nothing.
     Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
     Product, scale, mask and softmax are fp32, autocast or not. The weights are rounded for the product with `value`,
     but not on a CPU, where a float16 product takes 20 times as long as one in fp32.
@@ -133,7 +133,7 @@ def grouped_attention(
     nothing = rows[:1, :1, :1].detach()  # that beta multiplies away: the product comes out scaled
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
-        scores += widen_mask(mask, keys)
+        scores += mask
     exact = softmax(scores)
     if dropout > 0.0:
         exact = torch.nn.functional.dropout(exact, dropout)
@@ -152,12 +152,13 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int) -> Tensor:
+def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory: Tensor | None = None) -> Tensor:
     """2^-exponent · gate · up, (B, S, intermediate) in float16, rounded once: the product itself is never stored.
 
     zero: a float16 zero without dimensions. addcmul takes the factor along and multiplies in fp32: one kernel.
+    memory: where to put it, if given; it may be `gate`.
     """
-    return torch.addcmul(zero, gate, up, value=2.0**-exponent)
+    return torch.addcmul(zero, gate, up, value=2.0**-exponent, out=memory)
 
 
 def token_exponent(activation: Tensor) -> Tensor:

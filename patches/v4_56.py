@@ -66,10 +66,10 @@ class Attention(CentredKeys, Scaled):
             cos, sin = position_embeddings
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, rotation)
-        attend = self.attention_interface(**kwargs)
+        chosen, attend = self.config._attn_implementation, self.attention_interface(**kwargs)
         output, weights = attend(
             self,
-            *operands_for(attend, self.config._attn_implementation, query, key, value, attention_mask),
+            *operands_for(attend, chosen, query, key, value, attention_mask, position_embeddings[0]),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,

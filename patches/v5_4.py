@@ -55,7 +55,7 @@ class Attention(CentredKeys, Scaled):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         output, weights = attend(
             self,
-            *operands_for(attend, chosen, query, key, value, attention_mask),
+            *operands_for(attend, chosen, query, key, value, attention_mask, position_embeddings[0]),
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,

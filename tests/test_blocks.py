@@ -173,3 +173,41 @@ def test_the_output_projection_is_handed_the_models_dtype() -> None:
     with torch.no_grad():
         model(PROMPT)
     assert seen == [torch.float16]
+
+
+def test_a_mask_is_widened_once_a_forward() -> None:
+    """Every layer is handed the same mask. The next forward may bring it again, written to without autograd's notice."""
+    mask, forward, next_forward = torch.zeros(1, 1, 2, 3).half(), torch.zeros(1), torch.zeros(1)
+    widened = blocks.widened_once(mask, 3, forward)
+    assert blocks.widened_once(mask, 3, forward) is widened
+    assert blocks.widened_once(mask, 2, forward).shape[-1] == 2
+    mask.data.fill_(torch.finfo(torch.float16).min)
+    assert (blocks.widened_once(mask, 3, next_forward) == torch.finfo(torch.float32).min).all()
+
+
+@pytest.mark.parametrize("exponent", [0, 3])
+@pytest.mark.parametrize("where", ["gate_proj", "act_fn", "everywhere"])
+def test_what_a_hook_has_seen_is_not_overwritten(where: str, exponent: int) -> None:
+    """The product is put where the gate was, unless somebody may have kept that: nothing would show it."""
+    mlp = qwen2_fp16_fix.fix(build(TINY, ()).half()).model.layers[0].mlp
+    mlp.set_exponent(exponent)
+    hidden, seen = torch.randn(1, 4, TINY.hidden).half(), []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module in (mlp.gate_proj, mlp.act_fn):
+            seen.append((output, output.clone()))
+
+    register = nn.modules.module.register_module_forward_hook
+    handle = register(keep) if where == "everywhere" else getattr(mlp, where).register_forward_hook(keep)
+    with torch.no_grad():
+        hooked = mlp(hidden)
+        handle.remove()
+        assert torch.equal(mlp(hidden), hooked)
+    assert seen
+    assert all(torch.equal(kept, then) for kept, then in seen)
+
+
+def test_an_mlp_that_learns_overwrites_nothing() -> None:
+    mlp = qwen2_fp16_fix.fix(build(TINY, ()).half()).model.layers[0].mlp
+    mlp(torch.randn(1, 4, TINY.hidden).half()).float().sum().backward()
+    assert mlp.gate_proj.weight.grad is not None

@@ -167,15 +167,15 @@ MUTATIONS = (
     Mutation(
         "masks keep float16's minimum",
         NUMERICS,
-        "return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, lowest)",
+        "return torch.nn.functional.threshold(mask.float(), torch.finfo(mask.dtype).min, lowest)",
         "return mask.float()",
         "tests/test_numerics.py::test_masked_keys_weigh_exactly_nothing_among_large_scores",
     ),
     Mutation(
         "masks are widened in float16",
         NUMERICS,
-        "return mask.float().masked_fill",
-        "return mask.masked_fill",
+        "threshold(mask.float(), torch",
+        "threshold(mask, torch",
         "tests/test_numerics.py::test_masked_keys_weigh_exactly_nothing_among_large_scores",
     ),
     Mutation(
@@ -212,6 +212,13 @@ MUTATIONS = (
         "gate.float() * up.float()",
         "(gate * up).float()",
         "tests/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
+    ),
+    Mutation(
+        "a hook's output is overwritten",
+        BLOCKS,
+        "return not any(module._forward_hooks for module in modules)",
+        "return True",
+        "tests/test_blocks.py::test_what_a_hook_has_seen_is_not_overwritten[act_fn-0]",
     ),
     Mutation(
         "output projection by token in float16",

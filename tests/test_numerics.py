@@ -85,7 +85,7 @@ def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int, de
         random(2, h, n, 16, seed=i) for i, (h, n) in enumerate([(heads[0], queries), (heads[1], 7), (heads[1], 7)])
     )
     allowed = torch.ones(queries, 7, dtype=torch.bool).tril(7 - queries)[None, None]
-    output, weights = numerics.grouped_attention(query, key, value, allowed, 0.25)
+    output, weights = numerics.grouped_attention(query, key, value, numerics.widen_mask(allowed, 7), 0.25)
     expected, expected_weights = reference(query, key, value, allowed, 0.25)
     assert weights.dtype == HALF
     assert output.dtype == (torch.float32 if device_kind == "cpu" else HALF)
@@ -147,7 +147,7 @@ def test_masked_keys_weigh_exactly_nothing_among_large_scores() -> None:
     query, key, value = (torch.zeros(1, 1, n, 8, dtype=HALF) for n in (1, 2, 2))
     query[..., 0], key[0, 0, 1, 0] = 300.0, 300.0
     mask = torch.tensor([[[[0.0, torch.finfo(HALF).min]]]], dtype=HALF)
-    _, weights = numerics.grouped_attention(query, key, value, mask, 1.0)
+    _, weights = numerics.grouped_attention(query, key, value, numerics.widen_mask(mask, 2), 1.0)
     assert weights.flatten().tolist() == [1.0, 0.0]
 
 
@@ -156,7 +156,7 @@ def test_a_row_with_every_key_masked_is_finite(lowest: float) -> None:
     """A left-padded query sees no key: with -inf its softmax is NaN, and 0 · NaN spreads to the rows beside it."""
     query, key, value = (random(1, 1, n, 8, seed=n) for n in (2, 3, 3))
     mask = torch.tensor([[[[lowest] * 3, [0.0, 0.0, lowest]]]], dtype=HALF)
-    output, weights = numerics.grouped_attention(query, key, value, mask, 1.0)
+    output, weights = numerics.grouped_attention(query, key, value, numerics.widen_mask(mask, 3), 1.0)
     assert torch.isfinite(output).all()
     assert weights[0, 0, 1, 2] == 0
 

@@ -70,7 +70,8 @@ class Kernels(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name not in views:
             self.names.append(name)
-            touched = tree_leaves((args, kwargs, result))
+            read = {key: value for key, value in (kwargs or {}).items() if key != "out"}  # which is written
+            touched = tree_leaves((args, read, result))
             self.bytes += sum(x.numel() * x.element_size() for x in touched if isinstance(x, torch.Tensor))
         return result
 

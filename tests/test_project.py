@@ -80,7 +80,7 @@ def test_readmes_name_every_way_in_and_every_command(readme: str) -> None:
         assert implementation.help
     for name in ("register()", "unregister()", "registered()", "fix(model)", "unfix(model)", "status(model)"):
         assert name in text
-    for other in ("make demo", "make test", "make matrix", "qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
+    for other in ("make demo", "make test", "make matrix", "make bench", "qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
         assert other in text
     assert version_map.NEWEST_TESTED in text
 
@@ -136,8 +136,10 @@ def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path])
     with tarfile.open(distributions[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
+        "benchmarks/cost.py",
         "docs/hub.md",
         "docs/key-centring.md",
+        "docs/performance.md",
         "docs/range-proof.md",
         "CHANGELOG.md",
         "README.md",

@@ -58,7 +58,7 @@ def sites(weights: dict[str, Tensor], residual: Tensor, dtype: torch.dtype) -> d
     heads_first = [x.view(1, len(x), -1, DIM).transpose(1, 2) for x in (q, k, v)]
     turned = [numerics.rotate(x, angle.cos()[None], angle.sin()[None]).to(dtype) for x in heads_first[:2]]
     out, _ = numerics.grouped_attention(*turned, heads_first[2], None, DIM**-0.5)
-    attended = out.transpose(1, 2).reshape(len(residual), -1)
+    attended = out.transpose(1, 2).reshape(len(residual), -1).to(dtype)
     hidden = numerics.rms_norm(residual, w["post_attention_layernorm.weight"].float(), 1e-6, dtype)
     gate, up = linear(hidden, "mlp.gate_proj"), linear(hidden, "mlp.up_proj")
     product = nn.functional.silu(gate) * up

@@ -1,0 +1,1 @@
+"""What the fix costs: counted exactly (`cost`), and measured in pairs of stock and fixed (`cells`)."""

@@ -1,0 +1,99 @@
+"""The benchmark's command line: `python -m benchmarks`, `… cost` and `… document`."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from . import cells, generation, plot, report, starting
+from .models import WIDTHS, Workshop
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+SECTIONS = ("prefill", "decode", "memory", "starting", "demo")
+Values = Annotated[list[str] | None, typer.Option(help="May be given several times; all of them if not given.")]
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SECTIONS)}.")] = None,
+    width: Values = None,
+    attention: Values = None,
+    variant: Values = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Prompt lengths, or contexts of decode.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    compiled: Annotated[bool | None, typer.Option(help="Compiled cells alone, or none of them.")] = None,
+    full: Annotated[
+        bool, typer.Option(help="All cells, not the quick ones alone. Any other choice implies it.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(help="Layers of the models; else a number for each width.")] = None,
+    seconds: Annotated[float, typer.Option(help="For how long to measure a cell, three pairs at least.")] = 3.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write, and a .png beside it.")] = None,
+) -> None:
+    """Measure stock, fixed and rivals in pairs. Without any choice, the results are kept in benchmarks/results."""
+    if context.invoked_subcommand is not None:
+        return
+    chosen = {
+        "phase": only, "width": width, "attention": attention, "variant": variant, "tokens": tokens, "batch": batch,
+        "compiled": None if compiled is None else [compiled],
+    }  # fmt: skip
+    narrowed = any(value is not None for value in chosen.values())
+    grid = [cell for cell in cells.full_grid() if full or narrowed or cells.is_quick(cell)]
+    wanted = [cell for cell in grid if all(v is None or getattr(cell, k) in v for k, v in chosen.items())]
+    if not wanted and not {"starting", "demo"} & set(only or ()):
+        print("nothing measures that: see the values in benchmarks/cells.py.", file=sys.stderr)
+        raise typer.Exit(2)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found: dict[str, Any] = {"environment": report.environment(where), "cells": [], "starting": [], "generation": []}
+    found["cells"] = list(progress(wanted, where, layers, seconds))
+    if (only is None and not narrowed) or "starting" in (only or ()):
+        found["starting"] = starting.measure("7b" if full else "0.5b", 2, seconds)
+    if (only is None and not narrowed) or "demo" in (only or ()):
+        found["generation"] = generation.measure(where, seconds)
+    report.render(found, Console())
+    path = out or (None if narrowed or layers is not None else report.file_for(found["environment"], full))
+    if path is not None:
+        report.write(path, found)
+        plot.draw(found, path.with_suffix(".png"))
+        print(f"written to {path.name} and {path.with_suffix('.png').name}")
+
+
+def progress(wanted: Iterable[cells.Cell], device: torch.device, layers: int | None, budget: float) -> Any:
+    """Measures cell after cell and says each as it comes."""
+    workshop, console = Workshop(device), Console(stderr=True, highlight=False)
+    for cell in wanted:
+        row = cells.measure(cell, workshop, layers, budget)
+        console.print("  ".join(report.describe(row)), soft_wrap=True)
+        yield row
+
+
+@app.command()
+def cost(
+    width: Annotated[str, typer.Option(help=f"One of {', '.join(WIDTHS)}.")] = "7b",
+    operators: Annotated[bool, typer.Option(help="Also which operators fixed has more and fewer than stock.")] = False,
+    write: Annotated[bool, typer.Option(help="Put the table into docs/performance.md.")] = False,
+) -> None:
+    """Count what a layer costs, stock and fixed: launches, bytes, FLOPs. Nothing is timed."""
+    from . import layer_cost
+
+    rows = layer_cost.table_rows(width)
+    layer_cost.render(rows, Console(), operators)
+    if write:
+        report.replace_between_marks(report.DOCUMENT, "layer-cost", layer_cost.markdown(rows, width))
+
+
+@app.command()
+def document(results: Path) -> None:
+    """Put the measured ratios of a results file into docs/performance.md."""
+    found = json.loads(results.read_text(encoding="utf-8"))
+    report.replace_between_marks(report.DOCUMENT, "measured", report.markdown(found))
+
+
+if __name__ == "__main__":
+    app()

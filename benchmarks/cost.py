@@ -1,0 +1,270 @@
+"""Counts what a run asks of a device: kernel launches, bytes moved and held, FLOPs and waits for the host.
+
+Nothing is timed, so the counts are the same on every machine. An operator that makes new numbers is one launch. One
+that returns another view of the same numbers, or memory without numbers in it, is none.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from qwen2_fp16_fix.patches import numerics
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+#: Operators whose last two arguments are the factors of a product in their dtype.
+MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+#: Operators that read of their first input as much as they return.
+GATHERS = {"embedding", "index", "index_select", "gather"}
+#: In-place operators that write as much as their last input has and read nothing of what they write to.
+STORES = {"copy_", "index_copy_", "index_put_", "_index_put_impl_"}
+#: In-place operators that read nothing.
+FILLS = {"fill_", "zero_", "uniform_", "normal_"}
+#: Calls that read a result on the host. On the CPU no operator shows it.
+HOST_READS = {"tolist", "numpy", "cpu", "__array__"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operator that ran: its name, the types and sizes of what it took, and what it moved and computed."""
+
+    name: str
+    operands: str
+    read: int
+    written: int
+    flops: int
+
+
+@dataclass
+class Cost:
+    """What a run asked for. Subtract the cost of a model with one layer less, and the cost of a layer is left."""
+
+    launches: Counter[Launch]
+    syncs: Counter[str]
+    peak: (
+        int  # the most bytes that tensors made in the run took at once; what a kernel allocates for itself is not seen
+    )
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        """Launch by launch; what only `other` has counts below zero."""
+        launches, syncs = difference(self.launches, other.launches), difference(self.syncs, other.syncs)
+        return Cost(launches, syncs, self.peak - other.peak)
+
+    @property
+    def kernels(self) -> int:
+        """Operators that launch one."""
+        return self.launches.total()
+
+    @property
+    def read(self) -> int:
+        """Bytes."""
+        return sum(launch.read * count for launch, count in self.launches.items())
+
+    @property
+    def written(self) -> int:
+        """Bytes."""
+        return sum(launch.written * count for launch, count in self.launches.items())
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+    @property
+    def flops(self) -> int:
+        """Of matmuls and attention kernels: two for each product that is added up. Causal kernels count in full."""
+        return sum(launch.flops * count for launch, count in self.launches.items())
+
+
+def difference(left: Counter[Any], right: Counter[Any]) -> Counter[Any]:
+    """left - right with what is negative kept and what is zero left out."""
+    return Counter({key: left[key] - right[key] for key in {*left, *right} if left[key] != right[key]})
+
+
+def cost_of(run: Callable[[], Any], compute: bool = True) -> Cost:
+    """What `run` asks of a GPU, without autograd, and run on one or not.
+
+    Without `compute`, matmuls give zeros at once, which makes 7B quick.
+    """
+    launches = Launches(compute)
+    calls = Calls(launches)
+    with mock.patch.object(numerics, "runs_on_cpu", lambda tensor: False), torch.no_grad(), calls, launches:
+        run()
+    return Cost(launches.launches, launches.syncs + calls.syncs, launches.held.peak)
+
+
+class Calls(TorchFunctionMode):
+    """Sees what operators do not show: results read by the host, and calls that are one kernel on a GPU only."""
+
+    def __init__(self, launches: "Launches") -> None:
+        """Nothing read so far."""
+        super().__init__()
+        self.launches = launches
+        self.syncs: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `function`."""
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name in HOST_READS:
+            self.syncs[name] += 1
+        if not is_one_kernel_on_gpus(name, tensors((args, kwargs))):
+            return function(*args, **kwargs)
+        self.launches.paused = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.launches.paused = False
+        self.launches.note(name, tensors((args, kwargs)), tensors(result))
+        self.launches.held.add(tensors(result))
+        return result
+
+
+def is_one_kernel_on_gpus(name: str, inputs: list[Tensor]) -> bool:
+    """A softmax widens its input as it reads it; an RMSNorm of one dtype is fused where torch has the kernel.
+
+    The CPU runs both in parts. The counts are for GPUs, where launches are what costs.
+    """
+    if name == "rms_norm":
+        return hasattr(torch.ops.aten, "_fused_rms_norm") and len({tensor.dtype for tensor in inputs}) == 1
+    return name == "softmax"
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
+    """Sees every operator below autograd, composite ones in the parts they run as."""
+
+    def __init__(self, compute: bool = True) -> None:
+        """Nothing launched so far."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.compute = compute
+        self.paused = False
+        self.held = Held()
+        self.launches: Counter[Launch] = Counter()
+        self.syncs: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `function` and notes it."""
+        kwargs = kwargs or {}
+        skipped = function in MATMULS and not self.compute
+        result = empty_product(*args[-2:]) if skipped else function(*args, **kwargs)
+        name, inputs, outputs = function.overloadpacket.__name__, tensors((args, kwargs)), tensors(result)
+        if waits_for_host(function, name, inputs, outputs):
+            self.syncs[name] += 1
+        if not self.paused and launches_kernel(function, name, inputs, outputs):
+            self.note(name, inputs, outputs, flops_of(function, args, kwargs, result))
+        if not self.paused:
+            self.held.add(made(inputs, outputs))
+        return result
+
+    def note(self, name: str, inputs: list[Tensor], outputs: list[Tensor], flops: int = 0) -> None:
+        """Counts one launch."""
+        read, written = traffic(name, inputs, outputs)
+        self.launches[Launch(name, describe(inputs), read, written, flops)] += 1
+
+
+class Held:
+    """The bytes of the storages it was told of, until each is freed."""
+
+    def __init__(self) -> None:
+        """None so far."""
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def add(self, new: list[Tensor]) -> None:
+        """Counts the storages of these, each once."""
+        for storage in (tensor.untyped_storage() for tensor in new):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _freed(self, identity: int, size: int) -> None:
+        self.known.discard(identity)
+        self.now -= size
+
+
+def empty_product(left: Tensor, right: Tensor) -> Tensor:
+    """Zeros in place of left @ right."""
+    return left.new_zeros((*left.shape[:-1], right.shape[-1]))
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a tree of arguments or results."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def launches_kernel(function: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether numbers were made: into new memory, or in place."""
+    if function._schema.is_mutable:
+        return True
+    if name.startswith(("empty", "new_empty")):
+        return False
+    return bool(made(inputs, outputs))
+
+
+def made(inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """The outputs that lie in memory of their own."""
+    old = {tensor.untyped_storage()._cdata for tensor in inputs}
+    return [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in old]
+
+
+def waits_for_host(function: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether the host has to see a number before it can go on: one it is handed, or the size of what it is handed."""
+    if torch.Tag.data_dependent_output in function.tags:
+        return True
+    if torch.Tag.dynamic_output_shape in function.tags:
+        return name != "index" or any(tensor.dtype in (torch.bool, torch.uint8) for tensor in inputs[1:])
+    leaves = {tensor.device.type for tensor in inputs} - {"cpu"}
+    return bool(leaves) and any(tensor.device.type == "cpu" for tensor in outputs)
+
+
+def traffic(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[int, int]:
+    """Bytes read and written. What is read twice by one kernel is read once; so is what is broadcast."""
+    if name in STORES:
+        return sum_of(inputs[1:]), addressed(inputs[-1])
+    if name in GATHERS:
+        return sum_of(outputs) + sum_of(inputs[1:]), sum_of(outputs)
+    return 0 if name in FILLS else sum_of(inputs), sum_of(outputs)
+
+
+def sum_of(operands: Iterable[Tensor]) -> int:
+    """Bytes of the operands, each part of memory once."""
+    places = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): addressed(t) for t in operands}
+    return sum(places.values())
+
+
+def addressed(tensor: Tensor) -> int:
+    """Bytes that a tensor's strides reach: its numbers, without what is broadcast."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    count = 1 if tensor.numel() else 0
+    for size, stride in sizes:
+        count *= size if stride else 1
+    return count * tensor.element_size()
+
+
+def flops_of(function: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """By torch's own formulas, and for fused attention by 4·B·H·Q·K·D, which theirs does not know for the CPU."""
+    packet = function.overloadpacket
+    if packet.__name__.startswith("_scaled_dot_product"):
+        query, key = args[0], args[1]
+        return int(4 * query.numel() * key.shape[-2])
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def describe(inputs: list[Tensor]) -> str:
+    """Types and sizes of the operands, as `f16[1,512,896] f32[896]`."""
+    return " ".join(f"{short(t.dtype)}{list(t.shape)}".replace(", ", ",") for t in inputs)
+
+
+def short(dtype: torch.dtype) -> str:
+    """`float16` as `f16`."""
+    return str(dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
