@@ -96,7 +96,7 @@ def cost_of(run: Callable[[], Any], compute: bool = True) -> Cost:
     """
     launches = Launches(compute)
     calls = Calls(launches)
-    with mock.patch.object(numerics, "runs_on_cpu", lambda tensor: False), torch.no_grad(), calls, launches:
+    with mock.patch.object(numerics, "runs_on_cpu", return_value=False), torch.no_grad(), calls, launches:
         run()
     return Cost(launches.launches, launches.syncs + calls.syncs, launches.held.peak)
 

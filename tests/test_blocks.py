@@ -176,7 +176,7 @@ def test_the_output_projection_is_handed_the_models_dtype() -> None:
 
 
 def test_a_mask_is_widened_once_a_forward() -> None:
-    """Every layer is handed the same mask. The next forward may bring it again, written to without autograd's notice."""
+    """Every layer is handed the same mask. The next forward may bring it again, changed without autograd's notice."""
     mask, forward, next_forward = torch.zeros(1, 1, 2, 3).half(), torch.zeros(1), torch.zeros(1)
     widened = blocks.widened_once(mask, 3, forward)
     assert blocks.widened_once(mask, 3, forward) is widened
