@@ -18,6 +18,7 @@ if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from .certificate import certify
+    from .diagnosis import doctor
     from .exported_folder import export
     from .in_place import fix, unfix
     from .inspection import status
@@ -59,6 +60,7 @@ __all__ = [
     "verify",
     "export",
     "push",
+    "doctor",
     "Qwen2Model",
     "Qwen2ForCausalLM",
     "Qwen2ForSequenceClassification",
@@ -92,6 +94,7 @@ _HOME = {
     "verify": "verification",
     "export": "exported_folder",
     "push": "publishing",
+    "doctor": "diagnosis",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
 }

@@ -25,6 +25,14 @@ from .patches.errors import (
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
+
+class Language(str, Enum):
+    """A language that a report can be in."""
+
+    ENGLISH = "en"
+    CHINESE = "zh"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
 
 
@@ -164,6 +172,24 @@ def push(
     except KeyboardInterrupt:
         raise PublishError(f"interrupted: {repo} may have part of the weights; push again to go on.") from None
     print(json.dumps(found, indent=2)) if as_json else room.render(found, Console())
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Argument(help="A checkpoint folder, to be examined too.")] = None,
+    as_json: AsJson = False,
+    lang: Annotated[Language, typer.Option(help="Of the sentences.")] = Language.ENGLISH,
+) -> None:
+    """Say how to run Qwen2 on this machine, test the fix on it, and name what is in the way. Safe to paste anywhere."""
+    from . import diagnosis as room
+    from .diagnosis_page import render
+
+    found = room.doctor(path, language=lang.value, progress=Console(stderr=True))
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        render(found, Console(), lang.value)
+    raise typer.Exit(room.exit_code(found))
 
 
 @app.command(
