@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import kl_to
 from stress import KINDS, TINY, build, random_prompt
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
@@ -11,6 +12,7 @@ from transformers import StaticCache
 import qwen2_fp16_fix
 
 PROMPT = random_prompt(TINY, batch=1, length=24)
+ROUNDINGS = 1e-6  # a compiler takes addcmul apart: fp32 roundings of its own, and now and then a float16 one
 
 
 def fixed(attention: str) -> Any:
@@ -35,7 +37,7 @@ def test_decoding_into_a_static_cache_compiles_once(attention: str) -> None:
         for position in range(8, 14):
             token = PROMPT[:, position : position + 1]
             got = compiled(input_ids=token, past_key_values=caches[0]).logits
-            assert torch.equal(got, model(input_ids=token, past_key_values=caches[1]).logits)
+            assert kl_to(model(input_ids=token, past_key_values=caches[1]).logits, got) < ROUNDINGS
     assert torch.isfinite(got).all()
     assert counter.frame_count == 1
 
@@ -60,4 +62,4 @@ def test_export(attention: str) -> None:
         program = torch.export.export(model, (PROMPT,))
         got = program.module()(PROMPT)
         assert torch.isfinite(got).all()
-        assert torch.equal(got, model(PROMPT))
+        assert kl_to(model(PROMPT), got) < ROUNDINGS
