@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
 
-.PHONY: help demo test lint matrix matrix-ci bench clean
+.PHONY: help demo test lint matrix matrix-ci bench dist clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
@@ -13,6 +13,7 @@ help:
 	@echo "make matrix     the conformance suite on every listed transformers release (about 15 minutes)"
 	@echo "make matrix-ci  the same on one release of each family"
 	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
+	@echo "make dist       the wheel and the sdist of a release, the same bits wherever they are built"
 	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
 
 demo: $(INSTALLED)
@@ -37,6 +38,10 @@ matrix-ci: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	$(BIN)/python -m benchmarks $(if $(filter full,$(BENCH)),--full)
+
+dist: $(INSTALLED)
+	$(BIN)/python tools/make_dist.py
+	$(BIN)/twine check --strict dist/*
 
 # torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.
 $(INSTALLED): pyproject.toml

@@ -57,5 +57,13 @@ class PublishError(Qwen2FP16FixError):
     """An exported folder cannot be pushed: it is no export, the repository is another's, or the Hub refuses."""
 
 
+class LockError(Qwen2FP16FixError):
+    """Something that decides a model's numbers is not as its lock says."""
+
+
+class LockFileError(LockError):
+    """A lock file is missing, broken or no lock, cannot be written, or would be lost."""
+
+
 class UntestedTransformersWarning(UserWarning):
     """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""

@@ -19,6 +19,7 @@ from .blocks import COMMON_PARTS  # noqa: F401
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
+from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401
 from .planning import plan_layers
 from .range_plan import LayerShape  # noqa: F401
@@ -34,6 +35,7 @@ from .v5_4 import PARTS as PARTS_5_4
 from .v5_24 import PARTS as PARTS_5_24
 from .version_map import NEWEST_TESTED, is_untested, range_for
 
+check_when_asked()
 RANGE = range_for(transformers.__version__)  # before the imports below, which releases without Qwen2 cannot serve
 
 from transformers import GenerationMixin  # noqa: E402
@@ -79,6 +81,7 @@ class FixedOnConstruction:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """As the stock class."""
+        check_when_asked()
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not is_switched_off():
             check_structure(ORIGINAL, PARTS, transformers.__version__)
@@ -177,6 +180,7 @@ REMOTE: tuple[type, ...] = tuple(
 
 def fix_modules(root: nn.Module) -> None:
     """Fixes every Qwen2 inside `root` in place. Raises, and changes nothing, where one cannot be fixed whole."""
+    check_when_asked()
     check_structure(ORIGINAL, PARTS, transformers.__version__)
     exchange_all(root, ORIGINAL, FIXED)
     plan_modules(root)

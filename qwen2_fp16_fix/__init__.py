@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         ExportError,
         ForeignCacheError,
         HalfPrecisionScoresError,
+        LockError,
+        LockFileError,
         MetaTensorError,
         NotQwen2Error,
         PatchConflictError,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         Qwen2ForTokenClassification,
         Qwen2Model,
     )
+    from .pinning import check, lock
     from .publishing import push
     from .registration import register, registered, unregister
     from .verification import verify
@@ -61,6 +64,8 @@ __all__ = [
     "export",
     "push",
     "doctor",
+    "lock",
+    "check",
     "Qwen2Model",
     "Qwen2ForCausalLM",
     "Qwen2ForSequenceClassification",
@@ -79,6 +84,8 @@ __all__ = [
     "VerificationError",
     "ExportError",
     "PublishError",
+    "LockError",
+    "LockFileError",
     "UntestedTransformersWarning",
     "__version__",
 ]
@@ -95,6 +102,8 @@ _HOME = {
     "export": "exported_folder",
     "push": "publishing",
     "doctor": "diagnosis",
+    "lock": "pinning",
+    "check": "pinning",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
 }

@@ -15,6 +15,8 @@ from .launch import run as run_program
 from .patches.errors import (
     CheckpointError,
     ExportError,
+    LockError,
+    LockFileError,
     MetaTensorError,
     NotQwen2Error,
     PublishError,
@@ -215,14 +217,59 @@ def status(as_json: AsJson = False) -> None:
     raise typer.Exit(3 if found["problem"] else 0)
 
 
+@app.command()
+def lock(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; else it is printed.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it says something else.")] = False,
+) -> None:
+    """Write down what decides the numbers here: versions, and hashes of the patches and of what they rely on."""
+    from . import pinning as room
+
+    if output is None:
+        print(room.as_text(room.make_lock()), end="")
+    else:
+        room.lock(output, force)
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A lock that `qwen2-fp16-fix lock` has made.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Check the files of an exported folder, not the installed ones.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what has drifted from a lock, a sentence each: patch files, transformers and its Qwen2, torch."""
+    from . import pinning as room
+
+    found = room.check(file, folder)
+    if as_json:
+        print(json.dumps({"lock": str(file), "differences": found, "passed": not found}, indent=2))
+    else:
+        print("\n".join(found) if found else f"Nothing differs from {file}.")
+    raise typer.Exit(1 if found else 0)
+
+
 def main() -> None:
     """Runs the command line; an error this project raises becomes one sentence on stderr and its exit code."""
     try:
         app()
     except UsageError as error:
         _fail(error, 2)
-    except (CheckpointError, ExportError, NotQwen2Error, MetaTensorError, PublishError, VerificationError) as error:
+    except (
+        CheckpointError,
+        ExportError,
+        LockFileError,
+        MetaTensorError,
+        NotQwen2Error,
+        PublishError,
+        VerificationError,
+    ) as error:
         _fail(error, 2)
+    except LockError as error:
+        _fail(error, 1)
     except Qwen2FP16FixError as error:
         _fail(error, 3)
 

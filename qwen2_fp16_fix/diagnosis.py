@@ -3,7 +3,6 @@
 `doctor` returns plain data in a language; `diagnosis_page` shows it. Nothing in the data says whose machine it is.
 """
 
-import importlib.util
 import platform
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 
+from . import pinning
 from .advice import WAYS, Advice, advise, lines_of_code
 from .checkpoint_facts import TRAPS, config_of, examine
 from .doctor_texts import TEXTS, Remark, in_words, remark
@@ -24,8 +24,6 @@ from .patches.errors import Qwen2FP16FixError, UnsupportedTransformersError
 from .patches.version_map import range_for
 from .redaction import private_places, redact
 from .self_test import KL_LIMIT, self_test
-
-LOCK_FILE = "qwen2_fp16_fix.lock.json"
 
 
 def doctor(path: str | Path | None = None, *, language: str = "en", progress: Console | None = None) -> dict[str, Any]:
@@ -100,13 +98,14 @@ def facts_of(device: Device) -> dict[str, Any]:
 
 
 def lock_differences(path: Path | None) -> list[str] | None:
-    """What differs from the lock beside a checkpoint, or in the current folder; None where nothing is locked."""
-    places = [Path.cwd()] if path is None else [path if path.is_dir() else path.parent, Path.cwd()]
-    file = next((place / LOCK_FILE for place in places if (place / LOCK_FILE).is_file()), None)
-    if file is None or importlib.util.find_spec(f"{__package__}.pinning") is None:
+    """What differs from the lock in the current folder, and of an exported folder from its own; None without a lock."""
+    own = path if path is not None and (path / pinning.FILE_NAME).is_file() else None
+    here = Path(pinning.FILE_NAME).is_file() and (own is None or not own.samefile(Path.cwd()))
+    if own is None and not here:
         return None
     try:
-        return list(import_module(".pinning", __package__).check(file))
+        found = [] if own is None else pinning.changed_files(own)
+        return [*found, *(pinning.check(pinning.FILE_NAME) if here else [])]
     except Qwen2FP16FixError as error:
         return [str(error)]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import huggingface_hub
 
-from . import model_card
+from . import model_card, pinning
 from .exported_config import check_foreign_code, exported_config, heads_to_check
 from .patches import errors as patches_errors
 from .patches.errors import CheckpointError, ExportError
@@ -88,14 +88,11 @@ def export(
         for name in () if code_name else CODE_FILES:
             shutil.copyfile(PATCHES / name, written / name)
         texts = {"config.json": json.dumps(exported, indent=2, ensure_ascii=False) + "\n", "README.md": card}
-        for name, text in (texts | companion_files()).items():
+        if not code_name:  # the lock of code that lies here
+            texts[pinning.FILE_NAME] = pinning.as_text(pinning.make_lock())
+        for name, text in texts.items():
             (written / name).write_text(text, encoding="utf-8")
     return target
-
-
-def companion_files() -> dict[str, str]:
-    """What else lies in every exported folder: file name to text."""
-    return {}
 
 
 def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | None]:

@@ -10,24 +10,26 @@ from torch import nn
 
 from . import __version__
 from .patches.errors import Qwen2FP16FixError
-from .patches.version_map import SUPPORTED, is_untested, range_for
+from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
 
 
 def status(model: nn.Module | None = None) -> dict[str, Any]:
     """A plain dict, fit for JSON, of what runs here.
 
-    Keys: `package`, `transformers`, `torch` (versions); `supported`; `enabled` (False under QWEN2_FP16_FIX=0);
-    `patch` (the module that serves this release, or None); `tested` (whether the release is in the tested range);
-    `registered` (Auto class name to bool); `problem` (why the fix cannot be used here, or None); and, for a model,
-    `model` with `class`, `fixed`, `code` ("package", or "remote" for code that came with the checkpoint; None while
-    nothing is fixed), `module` (that code's entry module), `parts` (class name to fixed and total counts), `dtype`,
-    `attention`, `ranges` (per layer) and `problem`.
+    Keys: `package`, `transformers`, `torch` (versions); `numerics` (the version of the arithmetic: the same number, the
+    same arithmetic); `supported`; `enabled` (False under QWEN2_FP16_FIX=0); `patch` (the module that serves this
+    release, or None); `tested` (whether the release is in the tested range); `registered` (Auto class name to bool);
+    `problem` (why the fix cannot be used here, or None); and, for a model, `model` with `class`, `fixed`, `code`
+    ("package", or "remote" for code that came with the checkpoint; None while nothing is fixed), `module` (that code's
+    entry module), `parts` (class name to fixed and total counts), `dtype`, `attention`, `ranges` (per layer) and
+    `problem`.
     Never raises for an unsupported release: the sentence is under `problem`.
     """
     found: dict[str, Any] = {
         "package": __version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
+        "numerics": NUMERICS,
         "supported": SUPPORTED,
         "enabled": os.environ.get("QWEN2_FP16_FIX", "").strip() != "0",
         "patch": None,

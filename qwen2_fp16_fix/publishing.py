@@ -20,9 +20,9 @@ from .exported_config import has_own_code, heads_to_check, is_exported
 from .exported_folder import CODE_FILES, is_repo_id
 from .patches.errors import CheckpointError, PublishError
 from .patches.version_map import SUPPORTED
+from .pinning import FILE_NAME as LOCK
 from .weight_sources import FolderSource, read_config
 
-LOCK = "qwen2_fp16_fix.lock.json"
 WEIGHTS = "*.safetensors"
 MARK = "Pushed by qwen2-fp16-fix."  # in every commit, by which a push that goes on knows what is its own
 LARGE = 5 * 10**9  # bytes of weights, from which an upload takes long enough to be interrupted

@@ -4,12 +4,14 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers.models.auto import auto_factory, modeling_auto
 
 from .patches.errors import RegistrationError
 from .patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, is_switched_off
+from .pinning import refuse_drift
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
@@ -19,13 +21,16 @@ _MISSING = object()
 _before: dict[Any, Any] = {}  # Auto class to what its table held for Qwen2 before `register`, or _MISSING
 
 
-def register() -> None:
+def register(lock: str | Path | None = None) -> None:
     """From here on AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the fixed classes.
 
-    Calling it again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and logs a warning.
+    lock: a file made by `qwen2_fp16_fix.lock`; LockError is raised where anything differs from it. Calling `register`
+    again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and logs a warning.
     Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
     RegistrationError where a look-up afterwards does not answer with the fixed class; then nothing is registered.
     """
+    if lock is not None:
+        refuse_drift(lock)
     if is_switched_off():
         logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
         return
@@ -48,10 +53,10 @@ def unregister() -> None:
 
 
 @contextlib.contextmanager
-def registered() -> Iterator[None]:
+def registered(lock: str | Path | None = None) -> Iterator[None]:
     """`register` for the length of a with block; a registration made before it outlives it."""
     was_registered = bool(_before)
-    register()
+    register(lock)
     try:
         yield
     finally:

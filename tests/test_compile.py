@@ -12,7 +12,7 @@ from transformers import StaticCache
 import qwen2_fp16_fix
 
 PROMPT = random_prompt(TINY, batch=1, length=24)
-ROUNDINGS = 1e-6  # a compiler takes addcmul apart: fp32 roundings of its own, and now and then a float16 one
+ROUNDINGS = 5e-6  # a compiler takes addcmul apart, and sdpa another path: a fifth of what float16 itself costs here
 
 
 def fixed(attention: str) -> Any:

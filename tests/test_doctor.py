@@ -1,13 +1,11 @@
 """The doctor says what to do on every kind of hardware, notices what is wrong, and tells nobody whose machine it is."""
 
 import contextlib
-import importlib.machinery
 import io
 import json
 import re
 import shutil
 import string
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from qwen2_fp16_fix import (
     advice,
     checkpoint_facts,
     cli,
+    demo,
     diagnosis,
     diagnosis_page,
     doctor_texts,
@@ -35,6 +34,7 @@ from qwen2_fp16_fix import (
     inspection,
     numeric_settings,
     other_tools,
+    pinning,
     redaction,
     registration,
     self_test,
@@ -469,19 +469,29 @@ def test_a_torch_without_kernels_for_the_card_is_a_finding(healthy: None, monkey
     assert "7.0" in found["verdict"]
 
 
-@pytest.mark.parametrize("differences", [[], ["patches/keys.py is not the file that was locked."]])
-def test_a_lock_is_checked(differences: list[str], healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"{qwen2_fp16_fix.__name__}.pinning"
-    pinning = types.ModuleType(name)
-    pinning.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    pinning.check = lambda file: differences if Path(file).name == diagnosis.LOCK_FILE else 1 / 0  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, pinning)
+@pytest.mark.usefixtures("healthy")
+def test_a_lock_in_the_current_folder_is_checked() -> None:
     assert qwen2_fp16_fix.doctor()["lock"]["state"] == "none"
-    Path(diagnosis.LOCK_FILE).write_text("{}")
+    file = qwen2_fp16_fix.lock(pinning.FILE_NAME)
+    assert qwen2_fp16_fix.doctor()["lock"]["state"] == "kept"
+    file.write_text(file.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     found = qwen2_fp16_fix.doctor()
-    assert found["lock"]["state"] == ("drifted" if differences else "kept")
-    assert found["lock"]["differences"] == differences
-    assert codes(found["findings"]) == (["lock.drifted"] if differences else [])
+    assert found["lock"]["state"] == "drifted"
+    assert "1.0 is locked" in found["lock"]["differences"][0]
+    assert codes(found["findings"]) == ["lock.drifted"]
+
+
+@pytest.mark.usefixtures("healthy")
+def test_an_exported_folder_is_held_against_its_own_lock(tmp_path: Path) -> None:
+    """By its files alone: it was made somewhere else, with another torch."""
+    out = qwen2_fp16_fix.export(demo.CHECKPOINT, tmp_path / "out")
+    lock = out / pinning.FILE_NAME
+    lock.write_text(lock.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    assert qwen2_fp16_fix.doctor(out)["lock"]["state"] == "kept"
+    with (out / "keys.py").open("a") as file:
+        file.write("# edited")
+    found = qwen2_fp16_fix.doctor(out)
+    assert found["lock"]["differences"] == ["keys.py is not the file that was locked."]
 
 
 # --- checkpoints ---
@@ -722,14 +732,14 @@ def test_a_report_does_not_say_whose_it_is(
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     elif state == "empty":
         weights.unlink()
-    error = qwen2_fp16_fix.CheckpointError(f"{somebodys}/{diagnosis.LOCK_FILE} is no lock")
+    error = qwen2_fp16_fix.CheckpointError(f"{somebodys}/{pinning.FILE_NAME} is no lock")
     monkeypatch.setattr(diagnosis, "lock_differences", lambda path: [str(error)])
     reason = doctor_texts.remark("self_test.not_run", device="cpu", reason=f"OSError: {Path.home()}/.cache/x")
     monkeypatch.setattr(diagnosis, "self_test", lambda place: ({"device": place, "rows": [], "passed": False}, reason))
     for language in doctor_texts.TEXTS:
         said = renderings(path, language)
         assert SECRET not in said
-        assert diagnosis.LOCK_FILE in said  # the rest of the sentence is there
+        assert pinning.FILE_NAME in said  # the rest of the sentence is there
 
 
 def test_the_command_does_not_say_whose_it_is(somebodys: Path, python: Callable[..., Any]) -> None:

@@ -89,10 +89,12 @@ def test_the_folder_holds_code_weights_and_tokenizer(strict: bool, tmp_path: Pat
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "qwen2_fp16_fix.lock.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    for name in set(found) - {"README.md", "config.json"}:
+    assert qwen2_fp16_fix.check(out / "qwen2_fp16_fix.lock.json", out) == []
+    for name in set(found) - {"README.md", "config.json", "qwen2_fp16_fix.lock.json"}:
         assert found[name] == source[name]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,15 +1,19 @@
 """The package as a package: its public names, its documents, its wheel."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
 from collections.abc import Callable
+from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
+import make_dist
 import pytest
 import typer.main
 from packaging.version import Version
@@ -80,7 +84,9 @@ def test_readmes_name_every_way_in_and_every_command(readme: str) -> None:
         assert implementation.help
     for name in ("register()", "unregister()", "registered()", "fix(model)", "unfix(model)", "status(model)"):
         assert name in text
-    for other in ("make demo", "make test", "make matrix", "make bench", "qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
+    for target in ("demo", "test", "matrix", "bench", "dist"):
+        assert f"make {target}" in text
+    for other in ("qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
         assert other in text
     assert version_map.NEWEST_TESTED in text
 
@@ -140,6 +146,7 @@ def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path])
         "docs/hub.md",
         "docs/key-centring.md",
         "docs/performance.md",
+        "docs/pinning.md",
         "docs/range-proof.md",
         "CHANGELOG.md",
         "README.md",
@@ -169,6 +176,68 @@ def test_the_wheel_runs_outside_the_checkout(distributions: tuple[Path, Path], t
     done = subprocess.run([str(command), "demo"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "!!!!!!!!" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What `make dist` builds here, and in a copy without git whose files have other times and modes."""
+    folder = tmp_path_factory.mktemp("releases")
+    copy = folder / "copy"
+    for name in make_dist.sources():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+        (copy / name).chmod(0o777)
+        os.utime(copy / name, (1e9, 1e9))
+    (copy / "tests" / "__pycache__").mkdir()
+    (copy / "tests" / "__pycache__" / "stray.txt").touch()
+    (copy / "qwen2_fp16_fix.egg-info").mkdir()
+    (copy / "qwen2_fp16_fix.egg-info" / "SOURCES.txt").write_text("Makefile\n")
+    for root, mask in ((ROOT, 0o022), (copy, 0o077)):
+        command = [sys.executable, str(root / "tools" / "make_dist.py"), str(folder / f"{mask:o}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, umask=mask, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return [folder / "22", folder / "77"]
+
+
+def test_a_release_is_the_same_bits_wherever_it_is_built(releases: list[Path]) -> None:
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in releases)
+    assert sorted(name.rpartition(".")[2] for name in first) == ["gz", "whl"]
+    assert first == second
+
+
+def test_a_release_is_what_build_makes(releases: list[Path], distributions: tuple[Path, Path]) -> None:
+    """Nothing but times, owners, modes and order is normalised away."""
+    wheel, sdist = next(releases[0].glob("*.whl")), next(releases[0].glob("*.tar.gz"))
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(distributions[0]) as plain:
+        generated = {name for name in ours.namelist() if name.endswith((".dist-info/RECORD", ".dist-info/WHEEL"))}
+        assert set(ours.namelist()) == set(plain.namelist())
+        assert all(ours.read(name) == plain.read(name) for name in set(ours.namelist()) - generated)
+    with tarfile.open(sdist) as ours, tarfile.open(distributions[1]) as plain:
+        assert {entry.mode for entry in ours if entry.isfile()} == {0o644}
+        assert {(entry.uid, entry.gid, entry.uname, entry.gname) for entry in ours} == {(0, 0, "", "")}
+        assert len({entry.mtime for entry in ours}) == 1
+        assert set(ours.getnames()) <= set(plain.getnames())  # plain also has strays of this checkout
+
+
+def test_an_index_takes_the_release(releases: list[Path]) -> None:
+    files = [str(path) for path in releases[0].iterdir()]
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_metadata_is_complete(releases: list[Path]) -> None:
+    with zipfile.ZipFile(next(releases[0].glob("*.whl"))) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        metadata = HeaderParser().parsestr(archive.read(name).decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    versions = {f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)}
+    assert versions | {"Typing :: Typed"} <= set(metadata.get_all("Classifier") or [])
+    assert [url.partition(", ")[0] for url in metadata.get_all("Project-URL") or []] == ["Homepage"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
 
 
 def test_the_tests_run_on_the_newest_tested_release() -> None:

@@ -1,5 +1,6 @@
 """Registering, loading and saving, on whichever release is installed."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from qwen2_fp16_fix.patches import errors, version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, RANGE
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, PARTS, RANGE
 from stress import TINY, config
 
 import qwen2_fp16_fix
@@ -59,6 +60,23 @@ def test_every_auto_class_of_the_release_is_registered() -> None:
     qwen2_fp16_fix.register()
     assert set(HEADS) <= set(qwen2_fp16_fix.status()["registered"])
     assert all(qwen2_fp16_fix.status()["registered"].values())
+
+
+def test_a_lock_made_here_checks_clean_until_something_differs(tmp_path: Path) -> None:
+    """Every release has other classes and functions; those the fix lays its parts over are among what is locked."""
+    path = qwen2_fp16_fix.lock(tmp_path / "lock.json")
+    assert qwen2_fp16_fix.check(path) == []
+    content = json.loads(path.read_text())
+    assert {*PARTS, "Qwen2Model", "Qwen2ForCausalLM", "apply_rotary_pos_emb"} <= set(content["upstream"])
+    content["upstream"]["Qwen2MLP"] = content["patches"]["numerics.py"] = "0" * 64
+    path.write_text(json.dumps(content))
+    assert qwen2_fp16_fix.check(path) == [
+        "numerics.py is not the file that was locked.",
+        "Qwen2MLP of transformers is not the code that was locked.",
+    ]
+    with pytest.raises(qwen2_fp16_fix.LockError):
+        qwen2_fp16_fix.register(lock=path)
+    assert not any(qwen2_fp16_fix.status()["registered"].values())
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -1,0 +1,194 @@
+"""Records the arithmetic that the numerics version stands for, in tests/numerics.json; a test compares.
+
+Two things are recorded. Of each patch file a digest of its syntax tree, without comments, docstrings and layout: where
+it changes, somebody has to look. And digests of outputs for inputs where every intermediate is exactly representable,
+so that no order of summation and no CPU makes a difference: where one of these changes, the arithmetic has.
+
+    python tools/numerics.py    records anew; refuses where outputs have changed under the same numerics version
+"""
+
+import ast
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "tests" / "numerics.json"
+
+sys.path.insert(0, str(ROOT))
+from qwen2_fp16_fix.patches import keys, numerics, range_plan, scaling  # noqa: E402
+from qwen2_fp16_fix.patches.version_map import NUMERICS  # noqa: E402
+
+HALF = torch.float16
+WHAT_TO_DO = (
+    "If the arithmetic has changed, raise NUMERICS in patches/version_map.py and the major version, and say so in "
+    "CHANGELOG.md; if it has not, or once you have, record it with `python tools/numerics.py`."
+)
+
+
+def syntax(node: Any) -> Any:
+    """A syntax tree as nested lists, the same on every Python: no positions, no docstrings, no empty fields."""
+    if isinstance(node, list):
+        return [syntax(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        fields["body"] = fields["body"][1:]
+    kept = [[name, syntax(value)] for name, value in sorted(fields.items()) if value not in (None, [])]
+    return [type(node).__name__, *kept]
+
+
+def source_digest(source: str) -> str:
+    """SHA-256 of what Python makes of a source, whatever its comments, docstrings and layout."""
+    return hashlib.sha256(json.dumps(syntax(ast.parse(source))).encode()).hexdigest()
+
+
+def output_digest(output: Tensor) -> str:
+    """SHA-256 of the dtype, the shape and the bits of a tensor."""
+    bits = bytes(output.contiguous().view(torch.uint8).flatten().tolist())
+    return hashlib.sha256(f"{output.dtype} {tuple(output.shape)} ".encode() + bits).hexdigest()
+
+
+def steps(*shape: int, stride: int, modulus: int, dtype: torch.dtype = HALF) -> Tensor:
+    """Whole numbers around 0, of which a sum of some products is exact in fp32 and, small enough, in float16."""
+    numbers = torch.arange(torch.Size(shape).numel()) * stride % modulus - modulus // 2
+    return numbers.view(shape).to(dtype)
+
+
+def outputs(backwards: bool = False) -> dict[str, Tensor]:
+    """What the arithmetic gives, by name. backwards: with the terms of every sum in the opposite order."""
+    return {
+        name: output
+        for case in (norm, rotation, masks, attention, product, linears, plan)
+        for name, output in case(backwards)
+    }
+
+
+def norm(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """The squares add up to 2778², and their mean plus eps is 2^22. 2049/2048, rounded before the gain, would be 1."""
+    hidden = torch.tensor([2049.0, 1501.0, 241.0, 1099.0])
+    gain = torch.tensor([1 + 3 * 2**-10, 3 - 2**-9, 1.5, 1 + 2**-10], dtype=HALF)
+    order = [3, 2, 1, 0] if backwards else [0, 1, 2, 3]
+    yield "rms_norm", numerics.rms_norm(hidden[order], gain[order], 2264983.0, HALF)[order]
+    halves = torch.tensor([60000.0, 1.0, 2.0**-14], dtype=HALF)
+    yield "promote_residual", numerics.promote_residual(halves) + halves
+
+
+def rotation(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Angles whose sine and cosine are eighths; keys of 12 bits and more, once they are turned and shifted."""
+    states = steps(1, 2, 5, 8, stride=37, modulus=2001)
+    cos, sin = (steps(1, 5, 8, stride=stride, modulus=17, dtype=torch.float32) / 8 for stride in (5, 3))
+    shift = steps(1, 2, 1, 8, stride=7, modulus=33, dtype=torch.float32) / 16
+    yield "rotate", numerics.rotate(states, cos, sin)
+    yield "rotate and shift", numerics.rotate(states, cos, sin, shift)
+    yield "rotate and shift, rounded", numerics.rotate(states, cos, sin, shift).to(HALF)
+
+
+def masks(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Boolean and additive, with a row that has everything masked and a column too many."""
+    allowed = torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(1)
+    allowed[..., 2, :] = False
+    lowest = torch.finfo(HALF).min
+    additive = torch.zeros(1, 1, 4, 6, dtype=HALF).masked_fill(~allowed, lowest)
+    yield "widen_mask, boolean", numerics.widen_mask(allowed, 5)
+    yield "widen_mask, additive", numerics.widen_mask(additive, 5)
+    yield "seal_mask", numerics.seal_mask(additive)
+
+
+def attention(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Scores beyond 65504 that are equal or so far apart that a softmax gives 1/2, 1/4 and 0, and nothing else."""
+    query = steps(1, 4, 3, 8, stride=1, modulus=8) + 64 * steps(1, 4, 3, 1, stride=1, modulus=2).mul(2).add(1)
+    key = torch.tensor([128.0, 64.0], dtype=HALF).repeat(4)[None, None, :, None].expand(1, 2, 8, 8)
+    value = steps(1, 2, 8, 8, stride=12, modulus=1004)
+    allowed = torch.ones(1, 1, 3, 8, dtype=torch.bool)
+    allowed[..., [0, 4]] = False  # leaves two keys of one sort and four of the other
+    mask = torch.zeros(1, 1, 3, 8, dtype=HALF).masked_fill(~allowed, torch.finfo(HALF).min)
+    if backwards:
+        query, key, value, mask = query.flip(-1), key.flip(-1, -2), value.flip(-2), mask.flip(-1)
+    output, weights = numerics.grouped_attention(query, key, value, numerics.widen_mask(mask, 8), 0.25)
+    yield "grouped_attention, output", output
+    yield "grouped_attention, weights", weights.flip(-1) if backwards else weights
+
+
+def product(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Products of 22 bits, some past 65504 before they are scaled, rounded once; and exponents by token."""
+    gate, up = steps(1, 6, 8, stride=173, modulus=2047), steps(1, 6, 8, stride=311, modulus=2045)
+    yield "scaled_product", numerics.scaled_product(torch.zeros((), dtype=HALF), gate, up, 5)
+    yield "token_exponent", numerics.token_exponent(gate.float() * up.float())
+
+
+def linears(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Small whole weights, so that every part of a sum is exact in float16; what follows the matmul is not small."""
+    hidden = steps(1, 4, 8, stride=3, modulus=15)
+    weight = steps(6, 8, stride=5, modulus=7)
+    if backwards:
+        hidden, weight = hidden.flip(-1), weight.flip(-1)
+    plain, small, spiked = nn.Linear(8, 6, bias=False), nn.Linear(8, 6), keys.ExactBiasLinear(8, 6)
+    for linear in (plain, small, spiked):
+        linear.weight = nn.Parameter(weight)
+    small.bias = nn.Parameter(torch.tensor([3.25, -1.5, 0.0, 7.0, 5.5, -3.0], dtype=HALF))
+    spiked.bias = nn.Parameter(torch.tensor([300.25, -160.125, 0.0, 7.0, 1000.5, -3.0], dtype=HALF))
+    with torch.no_grad():
+        yield "exact bias", spiked(hidden / 64, exact_bias=True)
+        yield "scaled_linear", scaling.scaled_linear(plain, hidden, torch.full((1,), 2.0**14))
+        yield "unit_range_linear", scaling.unit_range_linear(plain, hidden.float() * 2.0**20, 8)
+        yield "unit_range_linear, bias", scaling.unit_range_linear(small, hidden.float() * 2.0**4, 8)
+
+
+def plan(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Exponents, which are whole numbers, of layers whose bounds lie far from where an exponent ends."""
+    shape = range_plan.LayerShape(hidden=16, heads=4, kv_heads=2, head_dim=4, positions=64)
+    sizes = {"self_attn.q": (16, 16), "self_attn.k": (8, 16), "self_attn.v": (8, 16), "self_attn.o": (16, 16)}
+    sizes |= {"mlp.gate": (32, 16), "mlp.up": (32, 16), "mlp.down": (16, 32)}
+    found = []
+    for scale in (1.0, 24.0, 96.0):
+        weights = {f"{name}_proj.weight": torch.full(size, scale, dtype=HALF) for name, size in sizes.items()}
+        weights |= {f"{name}_layernorm.weight": torch.ones(16, dtype=HALF) for name in ("input", "post_attention")}
+        found.append(list(range_plan.plan_layer(range_plan.bound_layer(weights, shape))))
+    yield "plan_layer", torch.tensor(found)
+
+
+def current() -> dict[str, Any]:
+    """What there is to record."""
+    sources = {path.name: source_digest(path.read_text(encoding="utf-8")) for path in (ROOT / "patches").glob("*.py")}
+    return {
+        "numerics": NUMERICS,
+        "outputs": {name: output_digest(output) for name, output in outputs().items()},
+        "sources": dict(sorted(sources.items())),
+    }
+
+
+def changes(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What differs, a phrase each."""
+    names = {"sources": "patches/", "outputs": "the output of "}
+    return [
+        f"{title}{name} has changed"
+        for kind, title in names.items()
+        for name in sorted({*recorded[kind], *found[kind]})
+        if recorded[kind].get(name) != found[kind].get(name)
+    ]
+
+
+def main() -> int:
+    """0 with the record written, 1 where it would hide a change of the arithmetic."""
+    found = current()
+    if RECORD.exists():
+        recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+        lost = [name for name, digest in recorded["outputs"].items() if found["outputs"].get(name) != digest]
+        if lost and found["numerics"] <= recorded["numerics"]:
+            print(f"not recorded: the output of {', '.join(lost)} has changed under numerics {NUMERICS}. {WHAT_TO_DO}")
+            return 1
+        print("\n".join(changes(recorded, found)) or "nothing has changed")
+    RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
