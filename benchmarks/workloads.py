@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from .models import prompt
 
 Step = Callable[[], Any]
+#: What a model calls its cache.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 def prefill(model: Any, tokens: int, batch: int) -> Step:
@@ -23,7 +27,7 @@ def decode(model: Any, context: int, batch: int) -> Step:
     token = prompt(batch, 1, model.device)
 
     def step() -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **{CACHE: cache})
         cache.crop(-1)
 
     return step
@@ -42,7 +46,7 @@ def decode_statically(model: Any, context: int, batch: int, room: int = 256) -> 
             empty = StaticCache(config=model.config, max_cache_len=context + room)
             caches[:] = [[filled(empty, plain(model), context, batch), room]]
         caches[0][1] -= 1
-        model(input_ids=token, past_key_values=caches[0][0], use_cache=True)
+        model(input_ids=token, use_cache=True, **{CACHE: caches[0][0]})
 
     return step
 
@@ -58,7 +62,7 @@ def filled(cache: Any, model: Any, context: int, batch: int) -> Any:
 
     Time does not depend on what keys say, and reading a long prompt would take longer than the measurement.
     """
-    model(input_ids=prompt(batch, 1, model.device), past_key_values=cache, use_cache=True)
+    model(input_ids=prompt(batch, 1, model.device), use_cache=True, **{CACHE: cache})
     config = model.config
     width = config.hidden_size // config.num_attention_heads
     shape = (batch, config.num_key_value_heads, context - 1, width)

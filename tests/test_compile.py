@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 import qwen2_fp16_fix
+from benchmarks.workloads import CACHE
 
 PROMPT = random_prompt(TINY, batch=1, length=24)
 ROUNDINGS = 5e-6  # a compiler takes addcmul apart, and sdpa another path: a fifth of what float16 itself costs here
@@ -33,11 +34,11 @@ def test_decoding_into_a_static_cache_compiles_once(attention: str) -> None:
     caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
-            model(input_ids=PROMPT[:, :8], past_key_values=cache)
+            model(input_ids=PROMPT[:, :8], **{CACHE: cache})
         for position in range(8, 14):
             token = PROMPT[:, position : position + 1]
-            got = compiled(input_ids=token, past_key_values=caches[0]).logits
-            assert kl_to(model(input_ids=token, past_key_values=caches[1]).logits, got) < ROUNDINGS
+            got = compiled(input_ids=token, **{CACHE: caches[0]}).logits
+            assert kl_to(model(input_ids=token, **{CACHE: caches[1]}).logits, got) < ROUNDINGS
     assert torch.isfinite(got).all()
     assert counter.frame_count == 1
 

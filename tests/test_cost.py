@@ -241,7 +241,7 @@ def test_the_cache_is_stocks_size_to_the_byte(attention: str) -> None:
     def tokens_and_bytes(model: Any) -> list[tuple[torch.dtype, torch.Size, int]]:
         with torch.no_grad():
             cache = model(input_ids=torch.ones(2, 8, dtype=torch.long), use_cache=True).past_key_values
-            model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+            model(input_ids=torch.ones(2, 1, dtype=torch.long), **{workloads.CACHE: cache})
         kept = [tensor for entry in cache.layers for tensor in (entry.keys, entry.values)]
         return [(tensor.dtype, tensor.shape, tensor.untyped_storage().nbytes()) for tensor in kept]
 
