@@ -1,5 +1,6 @@
 """The benchmark's command line: `python -m benchmarks`, `… cost` and `… document`."""
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable
@@ -60,8 +61,17 @@ def run(
     path = out or (None if narrowed or layers is not None else report.file_for(found["environment"], full))
     if path is not None:
         report.write(path, found)
-        plot.draw(found, path.with_suffix(".png"))
-        print(f"written to {path.name} and {path.with_suffix('.png').name}")
+        print(f"written to {path.name}")
+        draw(found, path.with_suffix(".png"))
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A picture of the cells, where matplotlib is: figures that took an hour must not be lost for want of it."""
+    if found["cells"] and importlib.util.find_spec("matplotlib") is not None:
+        plot.draw(found, path)
+        print(f"drawn in {path.name}")
+    elif found["cells"]:
+        print("no picture: install the bench extra for matplotlib.", file=sys.stderr)
 
 
 def progress(wanted: Iterable[cells.Cell], device: torch.device, layers: int | None, budget: float) -> Any:
@@ -80,6 +90,8 @@ def cost(
     write: Annotated[bool, typer.Option(help="Put the table into docs/performance.md.")] = False,
 ) -> None:
     """Count what a layer costs, stock and fixed: launches, bytes, FLOPs. Nothing is timed."""
+    if width not in WIDTHS:
+        raise typer.BadParameter(f"{width!r} is no width: give one of {', '.join(WIDTHS)}.")
     from . import layer_cost
 
     rows = layer_cost.table_rows(width)
@@ -89,7 +101,7 @@ def cost(
 
 
 @app.command()
-def document(results: Path) -> None:
+def document(results: Annotated[Path, typer.Argument(help="A JSON file of a run.", exists=True)]) -> None:
     """Put the measured ratios of a results file into docs/performance.md."""
     found = json.loads(results.read_text(encoding="utf-8"))
     report.replace_between_marks(report.DOCUMENT, "measured", report.markdown(found))

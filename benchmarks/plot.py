@@ -24,6 +24,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [", ".join(describe(row)[:4]) for row in rows], fontsize=7)
     axes.set_xlabel("ratio to the baseline, of time or of memory; median and quartiles over pairs")
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
