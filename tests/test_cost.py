@@ -1,6 +1,7 @@
 """What the fix costs, counted: launches, bytes, memory and host syncs of a layer, against stock's. Nothing is timed."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,15 @@ def test_a_layer_launches_no_more_kernels_than_stock(attention: str, phase: str,
 def test_the_document_counts_what_is_counted_now(attention: str, phase: str) -> None:
     """A table that was written before the code changed. `python -m benchmarks cost --write` writes it anew."""
     stock, fixed, _, _ = layer(attention, phase, 3)
-    document = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert f"| {attention} | {phase} {CASES[phase]:,} | {stock.kernels} → {fixed.kernels} |" in document
+    launches = f"{stock.kernels} → {fixed.kernels}"
+    root = Path(__file__).parents[1]
+    document = (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    case = rf"\| {attention} \| {phase} {CASES[phase]:,} \| {launches} \| ([\d,.]+) → ([\d,.]+) \|"
+    row = re.search(case, document)
+    assert row is not None
+    before, after = (f"{float(megabytes.replace(',', '')):,.0f}" for megabytes in row.groups())
+    for name in ("README.md", "README.zh-CN.md"):
+        assert f"| {launches} | {before} → {after} |" in (root / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
