@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
 
-.PHONY: help demo test lint matrix matrix-ci bench dist clean
+.PHONY: help demo test lint chromium matrix matrix-ci bench dist clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
@@ -19,8 +19,14 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/qwen2-fp16-fix demo
 
-test: lint
+test: lint chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup  # a worker a core: threads of theirs would only wait
+
+# The report's tests look at it in a browser. Installed where it is missing and we may; else said, not skipped.
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || { echo "make test needs the browser chromium: install it (Debian: apt-get install chromium)"; exit 1; }
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

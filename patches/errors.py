@@ -41,22 +41,6 @@ class RegistrationError(Qwen2FP16FixError):
     """transformers did not take the fixed class: a look-up after registering still answers with another one."""
 
 
-class CheckpointError(Qwen2FP16FixError):
-    """A checkpoint folder is missing, empty, incomplete or unreadable."""
-
-
-class VerificationError(Qwen2FP16FixError):
-    """A checkpoint cannot be verified as asked: the text, a setting, the file to resume from or the environment."""
-
-
-class ExportError(Qwen2FP16FixError):
-    """A checkpoint cannot be exported as asked: the place, a link, an option, the disk or a file beside the weights."""
-
-
-class PublishError(Qwen2FP16FixError):
-    """An exported folder cannot be pushed: it is no export, the repository is another's, or the Hub refuses."""
-
-
 class LockError(Qwen2FP16FixError):
     """Something that decides a model's numbers is not as its lock says."""
 

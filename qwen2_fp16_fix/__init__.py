@@ -19,12 +19,11 @@ if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[
 if TYPE_CHECKING:
     from .certificate import certify
     from .diagnosis import doctor
+    from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
     from .exported_folder import export
     from .in_place import fix, unfix
     from .inspection import status
     from .patches.errors import (
-        CheckpointError,
-        ExportError,
         ForeignCacheError,
         HalfPrecisionScoresError,
         LockError,
@@ -32,13 +31,11 @@ if TYPE_CHECKING:
         MetaTensorError,
         NotQwen2Error,
         PatchConflictError,
-        PublishError,
         Qwen2FP16FixError,
         RegistrationError,
         ShardedRangeError,
         UnsupportedTransformersError,
         UntestedTransformersWarning,
-        VerificationError,
     )
     from .patches.modeling_qwen2_fp16 import (
         Qwen2ForCausalLM,
@@ -50,6 +47,7 @@ if TYPE_CHECKING:
     from .pinning import check, lock
     from .publishing import push
     from .registration import register, registered, unregister
+    from .scanning import scan
     from .verification import verify
 
 __all__ = [
@@ -66,6 +64,7 @@ __all__ = [
     "doctor",
     "lock",
     "check",
+    "scan",
     "Qwen2Model",
     "Qwen2ForCausalLM",
     "Qwen2ForSequenceClassification",
@@ -86,6 +85,7 @@ __all__ = [
     "PublishError",
     "LockError",
     "LockFileError",
+    "ScanError",
     "UntestedTransformersWarning",
     "__version__",
 ]
@@ -104,8 +104,10 @@ _HOME = {
     "doctor": "diagnosis",
     "lock": "pinning",
     "check": "pinning",
+    "scan": "scanning",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
+    **dict.fromkeys(("CheckpointError", "VerificationError", "ExportError", "PublishError", "ScanError"), "errors"),
 }
 
 

@@ -8,7 +8,8 @@ import safetensors
 from rich.console import Console
 
 from .doctor_texts import Remark, remark
-from .patches.errors import CheckpointError, Qwen2FP16FixError
+from .errors import CheckpointError
+from .patches.errors import Qwen2FP16FixError
 from .weight_sources import MODEL_TYPES, FolderSource, read_json
 
 OWN_MODULE = "modeling_qwen2_fp16"  # which an export names in its auto_map

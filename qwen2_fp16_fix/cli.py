@@ -4,25 +4,16 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from . import __version__
+from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
 from .launch import UsageError
 from .launch import run as run_program
-from .patches.errors import (
-    CheckpointError,
-    ExportError,
-    LockError,
-    LockFileError,
-    MetaTensorError,
-    NotQwen2Error,
-    PublishError,
-    Qwen2FP16FixError,
-    VerificationError,
-)
+from .patches.errors import LockError, LockFileError, MetaTensorError, NotQwen2Error, Qwen2FP16FixError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -33,6 +24,13 @@ class Language(str, Enum):
 
     ENGLISH = "en"
     CHINESE = "zh"
+
+
+class Attention(str, Enum):
+    """What a scan runs attention through."""
+
+    eager = "eager"
+    sdpa = "sdpa"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
@@ -194,6 +192,51 @@ def doctor(
     raise typer.Exit(room.exit_code(found))
 
 
+@app.command()
+def scan(
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint folder, with its tokenizer; it may be larger than memory.")
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line, or a JSON list of prompts; else four short ones.")
+    ] = None,
+    fixed: Annotated[
+        bool | None,
+        typer.Option("--fixed/--stock", help="Which model to scan; stock, or both for a report or picture."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page to show, one HTML file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the data, as JSON.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    verification: Annotated[Path | None, typer.Option(help="What verify --json printed, for the report.")] = None,
+    lang: Annotated[Language, typer.Option(help="Of what is printed and reported.")] = Language.ENGLISH,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+    attention: Annotated[Attention, typer.Option(help="eager stores raw scores, sdpa does not.")] = Attention.eager,
+    tokens: Annotated[int, typer.Option(help="How many tokens of each prompt to read.")] = 2048,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+) -> None:
+    """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
+    from . import scanning as room
+    from .scan_files import ScanFiles
+    from .wording import render
+
+    files = ScanFiles(report, json_file, png, verification, lang.value)
+    verified = files.check(force)
+    both = fixed is None and (report is not None or png is not None)
+    options: dict[str, Any] = {
+        "attention": attention.value,
+        "tokens": tokens,
+        "device": device,
+        "progress": Console(stderr=True),
+    }
+    found = []
+    for wanted in (False, True) if both else (bool(fixed),):
+        found.append(room.scan(path, prompts, fixed=wanted, **options))
+        render(found[-1], Console(), lang.value)
+    for written in files.write(found, verified):
+        stderr.print(f"wrote {written}", markup=False)
+    raise typer.Exit(0 if all(scan["finite"] for scan in found) else 1)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
@@ -265,6 +308,7 @@ def main() -> None:
         MetaTensorError,
         NotQwen2Error,
         PublishError,
+        ScanError,
         VerificationError,
     ) as error:
         _fail(error, 2)

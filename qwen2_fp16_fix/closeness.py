@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .patches.errors import VerificationError
+from .errors import VerificationError
 
 CHUNK = 2**22  # logits compared at a time: 32 MiB in fp64
 

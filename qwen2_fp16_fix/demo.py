@@ -19,9 +19,9 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
+from .errors import CheckpointError
 from .inspection import status
 from .magnitudes import FLOAT16_MAX, Magnitudes
-from .patches.errors import CheckpointError
 from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"

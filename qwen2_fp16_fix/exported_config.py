@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .errors import ExportError
 from .patches.configuration_qwen2_fp16 import Qwen2FP16Config
-from .patches.errors import ExportError
 
 MODELS = "modeling_qwen2_fp16"
 CONFIGURATION = "configuration_qwen2_fp16"

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import huggingface_hub
 
 from . import model_card, pinning
+from .errors import CheckpointError, ExportError
 from .exported_config import check_foreign_code, exported_config, heads_to_check
 from .patches import errors as patches_errors
-from .patches.errors import CheckpointError, ExportError
 from .weight_sources import FolderSource, read_config, read_json
 from .whole_folder import whole_folder
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .patches.errors import VerificationError
+from .errors import VerificationError
 
 
 class FinishedRows:

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import __version__
+from .errors import ExportError
 from .exported_config import STRICT, heads_of
-from .patches.errors import ExportError
 from .patches.version_map import SUPPORTED
 
 TASKS = {

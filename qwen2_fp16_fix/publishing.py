@@ -16,9 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from rich.console import Console
 
 from . import __version__
+from .errors import CheckpointError, PublishError
 from .exported_config import has_own_code, heads_to_check, is_exported
 from .exported_folder import CODE_FILES, is_repo_id
-from .patches.errors import CheckpointError, PublishError
 from .patches.version_map import SUPPORTED
 from .pinning import FILE_NAME as LOCK
 from .weight_sources import FolderSource, read_config

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from .closeness import OracleLogits, sliding_windows
 from .demo import render_overflows
+from .errors import CheckpointError, VerificationError
 from .finished_rows import FinishedRows, fingerprint_files
 from .inspection import status
-from .patches.errors import CheckpointError, VerificationError
 from .patches.modeling_qwen2_fp16 import is_switched_off
 from .verification_inputs import open_checkpoint, read_text, saved, tokens_of
 from .verification_rows import ORACLE, Bench, Row, measure, planned_rows

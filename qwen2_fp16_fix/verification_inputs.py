@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from .demo import CHECKPOINT, quiet
-from .patches.errors import CheckpointError, NotQwen2Error, VerificationError
+from .errors import CheckpointError, VerificationError
+from .patches.errors import NotQwen2Error
 from .patches.modeling_qwen2_fp16 import ORIGINAL
 from .running_code import plain_linears
 from .weight_sources import FLOATS, FolderSource
@@ -84,7 +85,7 @@ def read_text(text: str | Path | None) -> str:
 def tokens_of(text: str, source: FolderSource, folder: Path, tokenizer: Any = None) -> Tensor:
     """The text as tokens (1, S), int64, by the folder's tokenizer or by one given. Raises CheckpointError."""
     with quiet():
-        tokens: Tensor = (tokenizer or _tokenizer(folder))(text, return_tensors="pt")["input_ids"]
+        tokens: Tensor = (tokenizer or open_tokenizer(folder))(text, return_tensors="pt")["input_ids"]
     tokens = tokens.to("cpu", torch.int64)
     if tokens.shape[1] < 2:
         raise VerificationError("the text is a single token: give one of at least two.")
@@ -97,7 +98,8 @@ def tokens_of(text: str, source: FolderSource, folder: Path, tokenizer: Any = No
     return tokens
 
 
-def _tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. Raises CheckpointError."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(f"{folder} has no tokenizer: copy tokenizer.json of the original checkpoint into it.")
     try:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .closeness import Closeness, OracleLogits, Window
 from .demo import forward, load, quiet
+from .errors import CheckpointError
 from .inspection import model_status
 from .magnitudes import Magnitudes
-from .patches.errors import CheckpointError, PatchConflictError
+from .patches.errors import PatchConflictError
 from .peak_memory import PeakMemory
 from .verification_inputs import first_line
 

@@ -16,7 +16,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .patches.errors import CheckpointError, NotQwen2Error
+from .errors import CheckpointError
+from .patches.errors import NotQwen2Error
 from .patches.range_plan import LayerShape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .patches.errors import ExportError
+from .errors import ExportError
 
 logger = logging.getLogger("qwen2_fp16_fix")
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from qwen2_fp16_fix.patches.errors import CheckpointError, ExportError, NotQwen2Error, PatchConflictError
+from qwen2_fp16_fix.patches.errors import NotQwen2Error, PatchConflictError
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix import cli, demo, exported_folder, model_card, whole_folder
 from qwen2_fp16_fix.demo import CHECKPOINT
+from qwen2_fp16_fix.errors import CheckpointError, ExportError
 from qwen2_fp16_fix.exported_folder import CARRIED, CODE_FILES, PATCHES
 from qwen2_fp16_fix.verification_inputs import open_checkpoint
 

@@ -13,12 +13,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from qwen2_fp16_fix.patches.errors import CheckpointError, NotQwen2Error, PublishError
+from qwen2_fp16_fix.patches.errors import NotQwen2Error
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix import cli, publishing
 from qwen2_fp16_fix.demo import CHECKPOINT
+from qwen2_fp16_fix.errors import CheckpointError, PublishError
 from qwen2_fp16_fix.publishing import LOCK, push
 
 Files = dict[str, bytes]
