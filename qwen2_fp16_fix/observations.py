@@ -166,7 +166,7 @@ class Watch(TorchFunctionMode):
         config = attention.config
         batch = len(key) // config.num_key_value_heads
         query = query.reshape(batch, config.num_attention_heads, -1, query.shape[-1])
-        self._fused(number, attention, query, key.unflatten(0, (batch, -1)))
+        self._fused(number, attention, query, key.view(batch, -1, *key.shape[1:]))
 
     def _fused(self, number: int, attention: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.attend is not None:
