@@ -149,6 +149,8 @@ def test_the_charts_have_their_data(
     stock, fixed = scans
     by_place = {(site["layer"], site["site"]): site for site in stock["sites"]}
     (cells,) = charts["chart-headroom"]["traces"]
+    assert cells["y"] == [str(layer) for layer in range(TINY.layers)]
+    assert cells["x"] == [wording.site_name(name) for name in SITES]
     for layer, row in enumerate(cells["text"]):
         for name, text in zip(SITES, row, strict=True):
             bits = by_place[layer, name]["headroom_bits"]

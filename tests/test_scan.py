@@ -210,12 +210,36 @@ EMPTY_CERTIFICATE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_what_broke_is_not_run_on_and_keys_are_measured_once(
+    folders: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float16 stream of NaN costs minutes and says nothing; stock hands its attention each key head several times."""
+    steps: list[tuple[bool, int]] = []
+    heads: set[int] = set()
+    plain_step, plain_attend = Stream.step, Survey.attend
+
+    def step(self: Stream, number: int, around: Any) -> None:
+        steps.append((self.full_precision, number))
+        plain_step(self, number, around)
+
+    def attend(self: Survey, attended: Attended) -> None:
+        heads.add(attended.key.shape[1])
+        plain_attend(self, attended)
+
+    monkeypatch.setattr(Stream, "step", step)
+    monkeypatch.setattr(Survey, "attend", attend)
+    qwen2_fp16_fix.scan(folders("scores"), [PROMPT], device="cpu")
+    assert steps == [(False, 0), *((True, number) for number in range(TINY.layers))]
+    assert heads == {TINY.kv_heads}
+
+
 def test_scores_are_measured_in_blocks_and_are_the_direct_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor larger than a block is made; magnitude, place and subnormal share are those of the whole product."""
     monkeypatch.setattr(extremes, "BLOCK", 2000)
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 6, 90, 8, generator=generator), torch.randn(1, 2, 90, 8, generator=generator)
     query[:, :, :, 3] *= 40
+    query[:, 3:] *= 3  # so that the largest is in a head of the second key head
     query[0, 4, 33:50] *= 2.0**-12
     found = ScoreExtremes()
     with Largest() as sizes:
