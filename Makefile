@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
 
-.PHONY: help demo test lint chromium matrix matrix-ci bench dist clean
+.PHONY: help demo test lint chromium matrix matrix-ci bench docs dist clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
@@ -13,6 +13,7 @@ help:
 	@echo "make matrix     the conformance suite on every listed transformers release (about 15 minutes)"
 	@echo "make matrix-ci  the same on one release of each family"
 	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
+	@echo "make docs       the handbook, into build/handbook; open its index.html"
 	@echo "make dist       the wheel and the sdist of a release, the same bits wherever they are built"
 	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
 
@@ -44,6 +45,13 @@ matrix-ci: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	$(BIN)/python -m benchmarks $(if $(filter full,$(BENCH)),--full)
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	rm -rf build/documented build/handbook && mkdir -p build/documented
+	cp -r qwen2_fp16_fix build/documented/ && cp -r patches build/documented/qwen2_fp16_fix/patches
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it
 
 dist: $(INSTALLED)
 	$(BIN)/python tools/make_dist.py

@@ -84,7 +84,7 @@ def test_readmes_name_every_way_in_and_every_command(readme: str) -> None:
         assert implementation.help
     for name in ("register()", "unregister()", "registered()", "fix(model)", "unfix(model)", "status(model)"):
         assert name in text
-    for target in ("demo", "test", "matrix", "bench", "dist"):
+    for target in ("demo", "test", "matrix", "bench", "docs", "dist"):
         assert f"make {target}" in text
     for other in ("qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
         assert other in text
@@ -144,6 +144,7 @@ def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path])
     wanted = {
         "benchmarks/cost.py",
         "docs/hub.md",
+        "docs/index.md",
         "docs/key-centring.md",
         "docs/performance.md",
         "docs/pinning.md",
@@ -153,6 +154,7 @@ def test_the_sdist_holds_what_a_packager_needs(distributions: tuple[Path, Path])
         "README.zh-CN.md",
         "LICENSE",
         "Makefile",
+        "mkdocs.yml",
         "tests/test_project.py",
     }
     assert wanted <= names
