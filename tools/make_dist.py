@@ -86,7 +86,8 @@ def build_all(out: Path) -> list[Path]:
         made = build.ProjectBuilder.from_isolated_env(environment, tree).build("sdist", loose)
         sdist = normalise(Path(made), out, time)
         with tarfile.open(sdist) as archive:
-            archive.extractall(unpacked, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # a Python before 3.11.4 knows none
+            archive.extractall(unpacked)
         source = next(unpacked.iterdir())
         wheel = build.ProjectBuilder.from_isolated_env(environment, source).build("wheel", out)
     return [sdist, Path(wheel)]
