@@ -127,7 +127,7 @@ class Calls(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self.launches.paused = False
-        self.launches.note(name, tensors((args, kwargs)), tensors(result))
+        self.launches.note(name, tensors((args, without_out(kwargs))), tensors(result))
         self.launches.held.add(tensors(result))
         return result
 
@@ -163,7 +163,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         if waits_for_host(function, name, inputs, outputs):
             self.syncs[name] += 1
         if not self.paused and launches_kernel(function, name, inputs, outputs):
-            self.note(name, inputs, outputs, flops_of(function, args, kwargs, result))
+            self.note(name, tensors((args, without_out(kwargs))), outputs, flops_of(function, args, kwargs, result))
         if not self.paused:
             self.held.add(made(inputs, outputs))
         return result
@@ -199,6 +199,11 @@ class Held:
 def empty_product(left: Tensor, right: Tensor) -> Tensor:
     """Zeros in place of left @ right."""
     return left.new_zeros((*left.shape[:-1], right.shape[-1]))
+
+
+def without_out(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments but for `out`, which is written to and not read."""
+    return {name: value for name, value in kwargs.items() if name != "out"}
 
 
 def tensors(tree: Any) -> list[Tensor]:

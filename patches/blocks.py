@@ -14,6 +14,8 @@ from transformers import modeling_utils
 from .errors import HalfPrecisionScoresError
 from .numerics import (
     grouped_attention,
+    is_unwatched,
+    laid_out_by_token,
     promote_residual,
     rms_norm,
     runs_in_float16,
@@ -43,10 +45,11 @@ class RMSNorm(nn.Module):
         The second parameter also keeps engines that replace norms by pattern (one tensor in, one out) from
         swapping in one of their own, which would hand the fp32 residual on unrounded.
         """
-        if self.weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
+        weight = self.weight
+        if weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
             stock: Tensor = super().forward(hidden_states)
             return stock if out_dtype is None else stock.to(out_dtype)
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, out_dtype or self.weight.dtype)
+        return rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or weight.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -90,19 +93,12 @@ class MLP(Scaled):
         gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
         if self.exponent is None:
             return unit_range_linear(self.down_proj, gate.float() * up.float(), self.intermediate_size)
-        memory = gate if is_spare(gate, self.gate_proj, self.act_fn) else None
+        memory = gate if is_unwatched(self.gate_proj, self.act_fn) else None
         if self.exponent == 0:
             plain: Tensor = self.down_proj(torch.mul(gate, up, out=memory))
             return plain
         product = scaled_product(self.zero, gate, up, self.exponent, memory)
         return scaled_linear(self.down_proj, product, self.factor)
-
-
-def is_spare(output: Tensor, *modules: nn.Module) -> bool:
-    """Whether what these modules have returned may be overwritten: neither autograd nor a hook wants it any more."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or nn.modules.module._global_forward_hooks:
-        return False
-    return not any(module._forward_hooks for module in modules)
 
 
 class RotaryEmbedding(nn.Module):
@@ -184,7 +180,7 @@ def operands_for(
         return query, key, value, None if mask is None else widened_once(mask, key.shape[-2], forward)
     if name == "sdpa":
         return sdpa_operands(query, key, value, mask)
-    return query.to(value.dtype), key, value, mask
+    return laid_out_by_token(query, value.dtype), key, value, mask
 
 
 def widened_once(mask: Tensor, key_length: int, forward: Tensor) -> Tensor:

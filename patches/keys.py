@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ForeignCacheError
-from .numerics import rotate
+from .numerics import is_unwatched, rotate
 from .swap import exchange
 
 WINDOW = 4096
@@ -38,6 +38,15 @@ class ExactBiasLinear(nn.Linear):
             return plain
         return nn.functional.linear(input, self.weight) + self.bias.float()
 
+    def write(self, input: Tensor, heads: Tensor, one: Tensor) -> None:
+        """The same, with the exact bias, put into fp32 heads (B, H, S, D). Hooks do not see it.
+
+        one: 1.0 in fp32, (1,); times it, the bias is fp32 within the kernel that adds it.
+        """
+        batch, _, length, head_dim = heads.shape
+        product = nn.functional.linear(input, self.weight).view(batch, length, -1, head_dim)
+        torch.addcmul(product.transpose(1, 2), self.bias.view(-1, 1, head_dim), one, out=heads)
+
 
 class CentredKeys(nn.Module):
     """An attention whose queries and keys get their biases in fp32, and whose keys are centred."""
@@ -47,7 +56,16 @@ class CentredKeys(nn.Module):
     v_proj: nn.Module
     head_dim: int
     projects_exactly = True  # whether its forward asks the projections for unrounded biases
-    key_shift: Tensor | None = None  # -c: (1, key heads, 1, head_dim) in fp32, no buffer; None takes nothing off
+    num_key_value_groups: int
+    shift: Tensor | None = None  # 0 for queries, then -c: (1, H + G, 1, D) in fp32, no buffer; None takes nothing off
+    one: Tensor | None = None  # 1.0, (1,) in fp32; there with a shift
+
+    @property
+    def key_shift(self) -> Tensor | None:
+        """-c, (1, G, 1, D)."""
+        return (
+            None if self.shift is None else self.shift[:, -(self.shift.shape[1] // (1 + self.num_key_value_groups)) :]
+        )
 
     def adopt(self, stock: type[nn.Module]) -> None:
         """Takes over from the class `stock`: plain projections learn to add their bias in fp32."""
@@ -57,7 +75,8 @@ class CentredKeys(nn.Module):
 
     def release(self) -> None:
         """Gives the projections their class back and forgets the centre."""
-        self.__dict__.pop("key_shift", None)
+        for constant in ("shift", "one"):
+            self.__dict__.pop(constant, None)
         for projection in (self.q_proj, self.k_proj):
             if type(inner_linear(projection)) is ExactBiasLinear:
                 exchange(inner_linear(projection), nn.Linear)
@@ -69,20 +88,26 @@ class CentredKeys(nn.Module):
         """
         bias = loaded_bias(self.k_proj)
         if bias is None:
-            self.__dict__["key_shift"] = None
+            self.keep_constants(None)
             return
         frequencies = inverse_frequencies.double().cpu()
         cos, sin = (torch.cat((x, x)) * rotation_scale for x in centre_factors(frequencies, positions))
         heads = bias.detach().double().cpu().view(1, -1, 1, self.head_dim)
         centre = rotate(heads, cos.view(1, 1, -1), sin.view(1, 1, -1))
-        self.__dict__["key_shift"] = -centre.float().to(bias.device)
+        nothing = centre.new_zeros(1, centre.shape[1] * self.num_key_value_groups, 1, self.head_dim)
+        self.keep_constants(torch.cat((nothing, -centre), dim=1).float().to(bias.device))
+
+    def keep_constants(self, shift: Tensor | None) -> None:
+        """Takes a shift, or none, and what goes with it: no buffers, so casts pass them by."""
+        self.__dict__["shift"] = shift
+        self.__dict__["one"] = None if shift is None else shift.new_ones(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "CentredKeys":
         """Moves the centre along with the weights; casts pass it by."""
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.key_shift is not None:
-            moved = fn(torch.empty(0, device=self.key_shift.device))
-            self.__dict__["key_shift"] = None if moved.is_meta else self.key_shift.to(moved.device)
+        if self.shift is not None:
+            moved = fn(torch.empty(0, device=self.shift.device))
+            self.keep_constants(None if moved.is_meta else self.shift.to(moved.device))
         return self
 
 
@@ -92,11 +117,33 @@ def rotated_projections(
     """Query (B, H, S, D) in fp32, key and value (B, G, S, D) in the dtype of the matmuls, of `hidden_states`
     (B, S, hidden); query and key rotated in fp32, keys shifted (see `shift_for`) and rounded once.
     """
-    heads_first = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    query = project(attention.q_proj, hidden_states).view(heads_first).transpose(1, 2)
-    key = project(attention.k_proj, hidden_states).view(heads_first).transpose(1, 2)
-    value = attention.v_proj(hidden_states).view(heads_first).transpose(1, 2)
-    return rotate(query, cos, sin), rotate(key, cos, sin, shift).to(value.dtype), value
+    turned = rotate(queries_and_keys(attention, hidden_states), cos, sin, shift)
+    value = attention.v_proj(hidden_states).view(*hidden_states.shape[:-1], -1, attention.head_dim).transpose(1, 2)
+    query, key = turned.split_with_sizes((turned.shape[1] - value.shape[1], value.shape[1]), dim=1)
+    return query, key.to(value.dtype), value
+
+
+def queries_and_keys(attention: Any, hidden_states: Tensor) -> Tensor:
+    """The heads of q_proj and then those of k_proj, (B, H + G, S, D), for one rotation; fp32 where biases are exact."""
+    q_proj, k_proj, head_dim = attention.q_proj, attention.k_proj, attention.head_dim
+    batch, length, _ = hidden_states.shape
+    if attention.one is None or not (can_write(q_proj) and can_write(k_proj) and is_unwatched(q_proj, k_proj)):
+        by_head = (batch, length, -1, head_dim)
+        return torch.cat([project(each, hidden_states).view(by_head).transpose(1, 2) for each in (q_proj, k_proj)], 1)
+    sizes = [q_proj.out_features // head_dim, k_proj.out_features // head_dim]
+    heads = torch.empty((batch, sum(sizes), length, head_dim), dtype=torch.float32, device=hidden_states.device)
+    queries, keys = heads.split_with_sizes(sizes, 1)
+    q_proj.write(hidden_states, queries, attention.one)
+    k_proj.write(hidden_states, keys, attention.one)
+    return heads
+
+
+def can_write(projection: Any) -> bool:
+    """Whether a projection is an ExactBiasLinear with a bias, and with a weight that no rank has only a shard of."""
+    if type(projection) is not ExactBiasLinear:
+        return False
+    parameters = projection._parameters
+    return type(parameters["weight"]) is nn.Parameter and parameters["bias"] is not None
 
 
 def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -145,15 +192,15 @@ def centre_factors(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]
 
 def key_state(attention: CentredKeys) -> str:
     """What `status` says of a layer's keys."""
-    if attention.key_shift is None:
+    if attention.shift is None:
         return "not centred"
     exact = attention.projects_exactly and adds_exact_bias(attention.k_proj)
     return "centred" if exact else "centred, bias rounded before"
 
 
 def shift_for(attention: Any, cache: Any) -> Tensor | None:
-    """-c for this attention's keys. None for a cache that turns its keys later: then c would be no constant."""
-    shift: Tensor | None = attention.key_shift
+    """The shift of this attention's heads. None for a cache that turns its keys later: then c would be no constant."""
+    shift: Tensor | None = attention.shift
     if shift is None or any(kind.__name__ == "SinkCache" for kind in type(cache).__mro__):
         return None
     return shift

@@ -4,7 +4,7 @@ Notation in shapes: B batch, H query heads, G key heads (H is a multiple of G), 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def autocast_device(device_type: str) -> str:
@@ -38,6 +38,19 @@ def runs_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def is_unwatched(*modules: nn.Module) -> bool:
+    """Whether what these modules take and return is their caller's alone: no autograd, compiler or hook wants it."""
+    everywhere = nn.modules.module
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return False
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+    return True
+
+
 def promote_residual(hidden_states: Tensor) -> Tensor:
     """The residual stream in fp32 where it came in float16; any other dtype unchanged.
 
@@ -55,7 +68,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     if not runs_on_cpu(hidden_states):  # one kernel there, in a torch that has it for the device
         return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight.float(), eps).to(out_dtype)
     length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-    return (hidden_states * torch.rsqrt(length.square() / len(weight) + eps) * weight).to(out_dtype)
+    return (hidden_states * torch.rsqrt(length.square() / weight.numel() + eps) * weight).to(out_dtype)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -63,13 +76,21 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None
 
     states (B, heads, S, D); cos and sin (B or 1, S, D) in fp32; shift (1, heads, 1, D) in fp32. Returns fp32.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    exact = states.float()
+    cos, exact = cos.unsqueeze(1), states.float()
     turned = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
-    half = exact.shape[-1] // 2
-    turned.narrow(-1, 0, half).addcmul_(exact.narrow(-1, half, half), sin.narrow(-1, 0, half), value=-1)
-    turned.narrow(-1, half, half).addcmul_(exact.narrow(-1, 0, half), sin.narrow(-1, half, half))
+    (left, right), (sin_left, sin_right) = exact.chunk(2, -1), sin.unsqueeze(1).chunk(2, -1)
+    half = left.shape[-1]
+    turned.narrow(-1, 0, half).addcmul_(right, sin_left, value=-1)  # autograd wants no chunk written to
+    turned.narrow(-1, half, half).addcmul_(left, sin_right)
     return turned
+
+
+def laid_out_by_token(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """heads (B, H, S, D) cast to `dtype`, in the memory order (B, S, H, D): that of a projection's output.
+
+    Fused kernels return their output in the order of the query, and the next matmul wants it by token.
+    """
+    return heads.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def widen_mask(mask: Tensor, key_length: int) -> Tensor:
@@ -106,7 +127,8 @@ def sdpa_operands(
     fp32 on a CPU, where torch's kernel takes up to 30 times as long in float16, elsewhere the dtype of `value`.
     """
     if not runs_on_cpu(value) or autocast_is_on("cpu"):
-        return query.to(value.dtype), key, value, None if mask is None else seal_mask(mask[..., : key.shape[-2]])
+        mask = None if mask is None else seal_mask(mask[..., : key.shape[-2]])
+        return laid_out_by_token(query, value.dtype), key, value, mask
     if mask is not None and mask.dtype != torch.bool:
         mask = widen_mask(mask, key.shape[-2])
     return query.float(), key.float(), value.float(), mask

@@ -67,7 +67,8 @@ def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
 
 def fingerprint(layer: Any) -> tuple[Any, ...]:
     """Changes whenever a weight of the layer is replaced, moved or written to in place (but not through `.data`)."""
-    children = [child for owner in (layer, layer.self_attn, layer.mlp) for child in owner._modules.values()]
+    parts = layer._modules
+    children = [*parts.values(), *parts["self_attn"]._modules.values(), *parts["mlp"]._modules.values()]
     weights = [weight for child in children for weight in child._parameters.values() if weight is not None]
     versions = [0 if weight.is_inference() else weight._version for weight in weights]
     return (*map(id, children), *map(id, weights), *map(Tensor.data_ptr, weights), *versions)

@@ -2,20 +2,22 @@
 
 The bounds hold for every prompt. What they rest on, for the arithmetic of the fixed layer:
 
-1. An RMSNorm returns n_i = γ_i·z_i + η_i with ‖z‖ <= √d, up to rounding, and |η_i| <= 2^-25 where n_i is subnormal. So
-   |n_i| <= √d·|γ_i|, and for a row w, with a = w∘γ, the magnitudes |w_i·n_i| sum to at most √d·‖a‖ + 2^-25·‖w‖₁ (Cauchy
-   and Schwarz), and with them any part of the sum, in any order.
+1. An RMSNorm returns n_i = γ_i·z_i + η_i with ‖z‖ <= √d, up to rounding, and |η_i| <= 2^-25 where n_i is subnormal.
+   With h_i = √(γ_i² + 2^-24), n = h∘y, and ‖y‖ <= ‖z‖ + 2^-13·√d, as |γ_i| <= h_i and |η_i| <= 2^-13·h_i. So
+   |n_i| <= h_i·‖y‖, and for a row w, with a = w∘h, the magnitudes |w_i·n_i| sum to at most ‖a‖·‖y‖ (Cauchy and
+   Schwarz), and with them any part of the sum, in any order.
 2. Matmuls accumulate in fp32, PyTorch's default, and round at most SPLITS partial sums to float16: `computed` bounds
    what the next step sees. Float16 accumulation, a switch that is off by default, is covered where it happens by a
    factor of 2: a float16 s is itself a float16 number at distance |t| from s + t, so rounding s + t moves away from s
    by at most 2|t|, and a chain of additions ends at most at twice the sum of magnitudes. Hence LIMIT.
 3. A rotation turns a pair without lengthening it, and the centre of the keys is no longer than their bias (keys.py);
    attention averages values with weights that sum to 1, up to rounding.
-4. |act(g)| <= |g|, and |g·u| = |⟨a,z⟩⟨b,z⟩| <= ‖z‖²/2·(‖a‖‖b‖ + |⟨a,b⟩|): the largest eigenvalue of (abᵀ + baᵀ)/2.
+4. |act(g)| <= |g|, and |g·u| = |⟨a,y⟩⟨b,y⟩| <= ‖y‖²/2·(‖a‖‖b‖ + |⟨a,b⟩|): the largest eigenvalue of (abᵀ + baᵀ)/2.
 5. An output, and any part of it, is at most Σ_j |w_j|·(bound of input j).
 
-What is done element by element (w∘γ, which is exact, and sums along a row) is fp32 on the weight's own device, widened
-by `slack`, more than fp32 sums can lose in any order; the rest is fp64 on the CPU, widened by MARGIN.
+What is done element by element (w∘h and sums along a row) is fp32 on the weight's own device, widened by `slack`, more
+than that can lose in any order of the sums; the rest is fp64 on the CPU, widened by MARGIN. None of it is a matmul,
+which TF32 and the like, where a user has switched them on, would round.
 """
 
 import math
@@ -29,11 +31,14 @@ from torch import Tensor
 FLOAT16_MAX = 65504.0
 UNIT = 2.0**-11  # relative rounding error of float16
 TINY = 2.0**-25  # absolute rounding error of a float16 below 2^-14
+REST = (
+    2.0**-13
+)  # TINY over the smallest `reach`: what subnormal rounding adds to a norm's output, relative to its reach
 SPLITS = 64  # partial sums of a matmul that a split-K kernel may round
 LIMIT = FLOAT16_MAX / (2 * (1 + UNIT) ** (SPLITS + 1))  # for a sum of magnitudes
 MARGIN = 1 + 2.0**-30
 MAX_EXPONENT = 24  # beyond, small values would sink below float16's smallest number
-CHUNK = {"cpu": 2**19}  # elements of a weight held in fp32 at a time: what stays in a core's cache
+CHUNK = {"cpu": 2**18}  # elements of a weight held in fp32 at a time: what stays in a core's cache
 LARGE_CHUNK = 2**24  # on an accelerator, where a kernel launch costs more than memory
 
 #: Activations with |act(x)| <= |x|, by transformers' names.
@@ -120,7 +125,7 @@ def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds
 
 def bound_norm(gain: Tensor) -> float:
     """The largest magnitude an RMSNorm with `gain` (hidden,) can return: point 1, with all of z in one channel."""
-    return largest(exact(gain).abs().double().cpu() * norm_length(len(gain)) + TINY)
+    return largest(reach(gain).double().cpu() * slack(0) * norm_length(len(gain)))
 
 
 def bound_logits(norm: Tensor, head: Tensor) -> float:
@@ -153,32 +158,28 @@ def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
     return [site for site, bits in headroom_bits(bounds, exponents).items() if not bits >= 0]
 
 
-class NormFed(NamedTuple):
-    """Some rows of a linear behind a norm, as point 1 sees them; fp64 (rows,) but for `a`."""
-
-    a: Tensor  # the rows times the gain, (rows, hidden) in fp32, exact
-    length: Tensor  # ‖a‖
-    spill: Tensor  # what subnormal rounding of the norm's output may add
-    magnitudes: Tensor  # the sum of magnitudes
+def reach(gain: Tensor) -> Tensor:
+    """h of point 1 for a norm's gain (hidden,), in fp32."""
+    magnitudes = exact(gain)
+    return torch.hypot(magnitudes, torch.full_like(magnitudes, TINY / REST))
 
 
-def norm_fed(rows: Tensor, gain: Tensor) -> NormFed:
-    """Point 1, for rows (R, hidden) and gain (hidden,), both fp32 with float16 values."""
-    a, hidden = rows * gain, rows.shape[1]
-    length = wide(a.square().sum(1), hidden).sqrt()
-    spill = TINY * math.sqrt(hidden) * wide(rows.square().sum(1), hidden).sqrt()  # ‖w‖₁ <= √d·‖w‖
-    return NormFed(a, length, spill, norm_length(hidden) * length + spill)
+def row_lengths(a: Tensor) -> Tensor:
+    """‖a‖ of each row, as fp32 computes it."""
+    lengths: Tensor = torch.linalg.vector_norm(a, dim=1)
+    return lengths
 
 
 def project(weight: Tensor, gain: Tensor) -> Tensor:
     """Sums of magnitudes of the outputs (rows,) of a linear behind a norm, in fp64."""
-    on_device = exact(gain).to(weight.device)
-    return torch.cat([norm_fed(rows, on_device).magnitudes for rows in chunks(weight)])
+    reaches, hidden = reach(gain).to(weight.device), len(gain)
+    lengths = torch.cat([row_lengths(rows.mul_(reaches)) for rows in chunks(weight)])
+    return wide(lengths, hidden) * norm_length(hidden)
 
 
 def norm_length(hidden: int) -> float:
-    """The most that ‖z‖ can be: √d, the fp32 rounding of the mean square, and one float16 rounding on the way out."""
-    return math.sqrt(hidden) * (1 + hidden * 2.0**-23) * (1 + UNIT)
+    """The most that ‖y‖ can be: √d, the fp32 rounding of the mean square, one float16 rounding on the way out, REST."""
+    return math.sqrt(hidden) * ((1 + hidden * 2.0**-23) * (1 + UNIT) + REST)
 
 
 def computed(sums: Tensor, terms: int) -> Tensor:
@@ -206,26 +207,25 @@ def attention_sums(values: Tensor, shape: LayerShape) -> Tensor:
 
 def product_bounds(weights: Mapping[str, Tensor], gain: Tensor, shape: LayerShape) -> tuple[Tensor, float, float]:
     """act(gate)·up of each channel (intermediate,) by point 4, and the largest sums of magnitudes of gate and up."""
-    products, gates, ups = [], [], []
-    hidden, square = shape.hidden, norm_length(shape.hidden) ** 2
+    hidden, length = shape.hidden, norm_length(shape.hidden)
     gate_weight, up_weight = weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]
-    on_device = exact(gain).to(gate_weight.device)
+    reaches = reach(gain).to(gate_weight.device)
+    gate_lengths, up_lengths, inners = [], [], []
     for gate_rows, up_rows in zip(chunks(gate_weight), chunks(up_weight), strict=True):
-        gate, up = norm_fed(gate_rows, on_device), norm_fed(up_rows, on_device)
-        lengths = gate.length * up.length
-        inner = (gate.a * up.a).sum(1).abs().double().cpu() + (slack(hidden) - 1) * lengths
-        gate_top, up_top = computed(gate.magnitudes, hidden), computed(up.magnitudes, hidden)
-        gate_error = gate.spill + gate_top - gate.magnitudes  # what rounding adds to the exact gate, and to up
-        up_error = up.spill + up_top - up.magnitudes
-        joint = square / 2 * (lengths + inner) + gate_error * up_top + gate.magnitudes * up_error
-        rounded = torch.minimum(joint, gate_top * up_top) * (1 + UNIT) ** 2 * (1 + 2.0**-20)
-        products.append(rounded + TINY * up_top)  # the last: act(gate) may be subnormal
-        gates.append(largest(gate.magnitudes))
-        ups.append(largest(up.magnitudes))
-    found = torch.cat(products)
+        gate_lengths.append(row_lengths(a := gate_rows.mul_(reaches)))
+        up_lengths.append(row_lengths(b := up_rows.mul_(reaches)))
+        inners.append(a.mul_(b).sum(1))
+    gate_length, up_length = wide(torch.cat(gate_lengths), hidden), wide(torch.cat(up_lengths), hidden)
+    lengths = gate_length * up_length
+    inner = torch.cat(inners).double().cpu().abs() + (slack(hidden) - 1) * lengths
+    gate, up = gate_length * length, up_length * length
+    gate_top, up_top = computed(gate, hidden), computed(up, hidden)
+    joint = length**2 / 2 * (lengths + inner) + (gate_top - gate) * up_top + gate * (up_top - up)
+    products = torch.minimum(joint, gate_top * up_top) * (1 + UNIT) ** 2 * (1 + 2.0**-20)
+    products = products + TINY * up_top  # act(gate) may be subnormal
     if shape.activation not in CONTRACTIONS:
-        found = torch.full_like(found, math.inf)
-    return found, max(gates), max(ups)
+        products = torch.full_like(products, math.inf)
+    return products, largest(gate), largest(up)
 
 
 def output_sums(weight: Tensor, inputs: Tensor) -> Tensor:
@@ -237,11 +237,15 @@ def output_sums(weight: Tensor, inputs: Tensor) -> Tensor:
     columns = weight.shape[1]
     room = 1 + columns * 2.0**-23
     factors = inputs.to(weight.device, torch.float32) * (1 + 2.0**-23)  # not below the fp64 they are rounded from
-    return torch.cat([wide((rows.abs() * factors).sum(1), columns) * room for rows in chunks(weight)])
+    sums = torch.cat([rows.abs_().mul_(factors).sum(1) for rows in chunks(weight)])
+    return wide(sums, columns) * room
 
 
 def slack(terms: int) -> float:
-    """How much larger a sum of `terms` non-negative numbers can be than fp32, in any order, computes it."""
+    """How much larger a sum of `terms` non-negative numbers can be than fp32, in any order, computes it.
+
+    Eight roundings more are for what its terms, or its root, went through.
+    """
     return 1 + (terms + 8) * 2.0**-23
 
 
@@ -251,14 +255,14 @@ def wide(sums: Tensor, terms: int) -> Tensor:
 
 
 def chunks(weight: Tensor) -> Iterator[Tensor]:
-    """The rows of a weight as `exact` gives them, some at a time."""
+    """The rows of a weight as `exact` gives them, some at a time, in memory of their own."""
     elements = CHUNK.get(weight.device.type, LARGE_CHUNK)
-    return (exact(rows) for rows in torch.split(weight, max(1, elements // weight.shape[1])))
+    return (exact(rows, copy=True) for rows in torch.split(weight, max(1, elements // weight.shape[1])))
 
 
-def exact(weight: Tensor) -> Tensor:
-    """The float16 values of a weight, in fp32; infinite where float16 cannot hold them or they are NaN."""
-    return torch.nan_to_num(weight.detach().half().float(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
+def exact(weight: Tensor, copy: bool = False) -> Tensor:
+    """The float16 values of a weight, in fp32: infinite where float16 cannot hold them."""
+    return weight.detach().half().to(torch.float32, copy=copy)
 
 
 def largest(bounds: Tensor) -> float:

@@ -141,10 +141,11 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     expected = numerics.rotate(query, cos[positions], sin[positions])
     arguments = (cos, sin, positions) if whole_tables else (cos[positions], sin[positions])
     attention = Fixed()
-    attention.__dict__["key_shift"] = torch.arange(16.0).view(1, 2, 1, 8)
+    attention.num_key_value_groups = 1
+    attention.keep_constants(torch.arange(32.0).view(1, 4, 1, 8))  # two heads of queries, two of keys
     got, key = attention(query, *arguments)
     assert torch.equal(got, expected.half())
-    assert torch.equal(key, (expected + attention.key_shift).half())
+    assert torch.equal(key, (expected + torch.arange(16.0, 32).view(1, 2, 1, 8)).half())
 
 
 def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:

@@ -47,6 +47,7 @@ N = A.nbytes  # 256
         pytest.param(lambda: torch.empty(9), 0, 0, 0, id="memory without numbers"),
         pytest.param(lambda: torch.zeros(9), 1, 0, 36, id="zeros"),
         pytest.param(lambda: B.add_(A), 1, 2 * N, N, id="in place"),
+        pytest.param(lambda: torch.add(A, A, out=B), 1, N, N, id="what it is told to write to is not read"),
         pytest.param(lambda: B.copy_(A), 1, N, N, id="what is overwritten is not read"),
         pytest.param(lambda: B.zero_(), 1, 0, N, id="what is zeroed is not read"),
         pytest.param(lambda: torch.cat((A, B)), 1, 2 * N, 2 * N, id="cat"),
@@ -144,12 +145,6 @@ def test_layers_cost_the_same_each() -> None:
     assert whole.flops == rest.flops + 4 * one.flops
 
 
-def not_yet(*case: Any, measured: str) -> Any:
-    """A promise that does not hold today. Keeping it turns the test red until this mark is removed."""
-    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"not yet: {measured}")
-    return pytest.param(*case, marks=mark)
-
-
 @pytest.mark.parametrize(
     ("attention", "phase", "exponent"),
     [
@@ -195,7 +190,7 @@ def test_a_forward_besides_its_layers_launches_no_more_kernels_than_stock(attent
 @pytest.mark.parametrize(
     ("attention", "phase", "bound"),
     [
-        not_yet("eager", "prefill", 1.00, measured="1.018 times stock's; 1.002 at 1.5B's width, 0.999 at 7B's"),
+        ("eager", "prefill", 1.00),
         ("sdpa", "prefill", 1.02),
         ("eager", "decode", 1.00),
         ("sdpa", "decode", 1.02),

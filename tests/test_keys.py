@@ -319,6 +319,39 @@ def test_a_cache_that_turns_its_keys_gets_them_uncentred() -> None:
 # --- projections ---
 
 
+@pytest.mark.parametrize("onlooker", ["autograd", "hook", "pre-hook", "hook on all", "wrapper of forward"])
+def test_projections_are_the_same_to_the_bit_whoever_looks_on(onlooker: str) -> None:
+    """Unwatched, heads are written where they are rotated. A hook sees what a projection returns: all of it, in fp32."""
+    attention = fixed("keys").model.layers[0].self_attn
+    hidden = torch.randn(2, 5, TINY.hidden).half()
+    cos, sin = (table.float() for table in tables(7, 8, 9, 10, 11))
+    with torch.no_grad():
+        unwatched = keys.rotated_projections(attention, hidden, cos, sin, attention.shift)
+    seen: list[Tensor] = []
+    q_proj, forward = attention.q_proj, attention.q_proj.forward
+    if onlooker == "hook":
+        q_proj.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    elif onlooker == "pre-hook":
+        q_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    elif onlooker == "wrapper of forward":  # as accelerate's
+        q_proj.forward = lambda *args, **kwargs: seen.append(out := forward(*args, **kwargs)) or out
+    elif onlooker == "hook on all":
+        handle = nn.modules.module.register_module_forward_hook(lambda *call: seen.append(call[2]))
+    with torch.set_grad_enabled(onlooker == "autograd"):
+        watched = keys.rotated_projections(attention, hidden, cos, sin, attention.shift)
+    if onlooker == "hook on all":
+        handle.remove()
+    for one, other in zip(unwatched, watched, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    if onlooker == "autograd":
+        assert all(found.requires_grad for found in watched)
+    else:
+        wanted = hidden if onlooker == "pre-hook" else forward(hidden, exact_bias=True)
+        assert torch.equal(seen[0], wanted)
+        assert seen[0].dtype == wanted.dtype
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks transformers for it
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("first", ["fixed", "wrapped"])
@@ -388,7 +421,8 @@ def test_unfix_gives_the_projections_back() -> None:
     assert torch.equal(attention.k_proj(hidden), plain)  # who calls it as a linear gets a linear
     qwen2_fp16_fix.unfix(model)
     assert type(attention.k_proj) is type(attention.q_proj) is nn.Linear
-    assert "key_shift" not in attention.__dict__
+    assert "shift" not in vars(attention)
+    assert "one" not in vars(attention)
 
 
 def test_the_centre_follows_a_move_and_not_a_cast() -> None:
