@@ -52,10 +52,19 @@ def root(
 
 
 @app.command()
-def demo(as_json: AsJson = False) -> None:
+def demo(
+    as_json: AsJson = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Run nothing: put the checkpoint into this new folder, to scan or certify it.")
+    ] = None,
+) -> None:
     """Show stock float16 printing !!!!!!!! and the fix printing the fp32 text, on a checkpoint inside this package."""
     from . import demo as room
 
+    if save is not None:
+        room.save(save)
+        stderr.print(f"wrote {save}", markup=False)
+        return
     findings = room.measure(progress=Console(stderr=True))
     print(json.dumps(findings, indent=2)) if as_json else room.render(findings, Console())
     raise typer.Exit(0 if findings["as_promised"] else 1)

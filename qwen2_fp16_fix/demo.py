@@ -5,6 +5,7 @@
 
 import gc
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from .errors import CheckpointError
 from .inspection import status
 from .magnitudes import FLOAT16_MAX, Magnitudes
 from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM
+from .whole_folder import whole_folder
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 PROMPT = "And the LORD said unto Moses,"
@@ -70,6 +72,12 @@ def measure(folder: Path = CHECKPOINT, progress: Console | None = None) -> dict[
         del model
         gc.collect()
     return {"versions": status(), "prompt": PROMPT, "rows": rows, "peaks": peaks, "as_promised": _as_promised(rows)}
+
+
+def save(folder: Path) -> None:
+    """Puts the checkpoint into a new folder, for commands that take one. Raises ExportError where that cannot be."""
+    with whole_folder(folder.absolute()) as written:
+        shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
 
 
 def _as_promised(rows: list[dict[str, Any]]) -> bool:

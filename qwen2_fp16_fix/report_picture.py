@@ -47,17 +47,17 @@ def fonts(lang: str) -> list[str]:
 
 
 def draw(scans: Sequence[dict[str, Any]], path: Path, lang: str = "en") -> None:
-    """Writes the picture of one scan, or of stock's and fixed's."""
+    """Writes the picture of one scan, or of stock's and fixed's, with the verdicts as its description."""
     layers = scans[0]["model"]["layers"]
     height = 4.6 + 0.24 * max(layers, 6)
     with matplotlib.rc_context({"font.family": fonts(lang), "font.size": 9, "axes.unicode_minus": False}):
         figure = Figure(figsize=(10, height), dpi=160, layout="constrained", facecolor="white")
         top, bottom = figure.subplots(2, 1, height_ratios=[0.24 * max(layers, 6) + 0.6, 2.2])
-        signs = "\n".join(_wrapped(("✓ " if scan["finite"] else "✗ ") + verdict(scan, lang), lang) for scan in scans)
-        figure.suptitle(signs, x=0.01, ha="left", fontsize=10)
+        signs = [("✓ " if scan["finite"] else "✗ ") + verdict(scan, lang) for scan in scans]
+        figure.suptitle("\n".join(_wrapped(sign, lang) for sign in signs), x=0.01, ha="left", fontsize=10)
         _headroom(top, scans[0], lang)
         _residual(bottom, scans, lang)
-        figure.savefig(path, format="png")
+        figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})  # for who cannot see it
 
 
 def _wrapped(text: str, lang: str) -> str:

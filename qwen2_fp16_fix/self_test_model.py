@@ -2,8 +2,10 @@
 
 Its weights are random but well behaved, and four things are built in:
 
-- *Scores*: biases of q_proj and k_proj in the slowest rotary pair, whose product passes 65504 in every layer.
-- *Keys*: what the keys say in that pair is an eighth of the step that float16 has beside such a bias.
+- *Keys*: biases of q_proj and k_proj in the slowest rotary pair, whose product passes 65504. What the keys say in that
+  pair is an eighth of the step that float16 has beside such a bias; once they are centred, the product is small too.
+- *Scores*: in the last layer the biases are in a pair that turns away from any centre, by 0.075 radians a token: only
+  fp32 holds the products. A token's own score is highest there by 36, which no rounding of its key reaches.
 - *Residual*: one neuron a layer adds 25,000 to a channel at the marker token: no layer passes the limit alone, so none
   is scaled and nothing but the fp32 residual stream saves the sum.
 - *SwiGLU*: in the last layer, act(gate)·up is 90,000 there; down_proj makes it small again.
@@ -27,6 +29,7 @@ MARKER, MASSIVE, QUIET = range(3)  # channels of the residual stream that nothin
 GAIN = 2.0**-4  # of the norms in them: small, as in real models
 KEY_SPIKE, QUERY_SPIKE = 300.0, 240.0
 CONTENT = 2.0**-5  # of the keys beside their spike
+TURNING_PAIR = 3
 STEP, PRODUCT = 25_000.0, 90_000.0
 
 
@@ -75,8 +78,9 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _spike_keys(model: Any) -> None:
-    pair = [HEAD_DIM // 2 - 1, HEAD_DIM - 1]
     for layer in model.model.layers:
+        first = TURNING_PAIR if layer is model.model.layers[-1] else HEAD_DIM // 2 - 1
+        pair = [first, first + HEAD_DIM // 2]
         query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
         query.bias.view(HEADS, HEAD_DIM)[:, pair[0]] = QUERY_SPIKE
         key.bias.view(KEY_HEADS, HEAD_DIM)[:, pair[0]] = KEY_SPIKE

@@ -1,5 +1,6 @@
 """The demonstration shows what it says, and would say so if it did not."""
 
+import filecmp
 import json
 import re
 from collections.abc import Callable
@@ -10,8 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import kl_to
+from typer.testing import CliRunner
 
-from qwen2_fp16_fix import demo
+import qwen2_fp16_fix
+from qwen2_fp16_fix import cli, demo
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
 
@@ -43,6 +46,18 @@ def test_the_demo_says_what_was_wrong_where(findings: dict[str, Any]) -> None:
     for site in ("layer 0, raw scores q·k", "layer 3, raw scores q·k", "layer 3, residual stream"):
         assert sites[site] > demo.FLOAT16_MAX
     assert all(row["first_overflow"] is None for row in findings["rows"] if row["finite"])
+
+
+def test_the_checkpoint_can_be_saved_to_a_new_folder(tmp_path: Path) -> None:
+    """scan, certify and verify take a folder, and where the package lies nobody should have to find out."""
+    out = tmp_path / "new" / "demo"
+    done = CliRunner().invoke(cli.app, ["demo", "--save", str(out)])
+    assert (done.exit_code, done.stdout) == (0, "")
+    names = [path.name for path in demo.CHECKPOINT.iterdir()]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert filecmp.cmpfiles(demo.CHECKPOINT, out, names, shallow=False)[0] == names
+    with pytest.raises(qwen2_fp16_fix.ExportError, match="is not empty: name a new folder"):
+        demo.save(out)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
