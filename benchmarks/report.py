@@ -67,6 +67,8 @@ def describe(row: dict[str, Any]) -> list[str]:
 
 
 HEADS = ("", "width", "size", "what", "each", "ratio", "quartiles")
+STARTING_HEADS = ("before the first token", "ms", "stock ms")
+DEMO_HEADS = ("demo checkpoint", "stock tokens/s", "fixed tokens/s", "ratio of times")
 
 
 def render(found: dict[str, Any], console: Console) -> None:
@@ -75,11 +77,9 @@ def render(found: dict[str, Any], console: Console) -> None:
         console.print(f"{found['environment']['device']}, {found['environment']['threads']} threads")
         console.print(plain(HEADS, [describe(row) for row in found["cells"]]))
     if found["starting"]:
-        console.print(plain(("before the first token", "ms", "stock ms"), starting_rows(found)))
+        console.print(plain(STARTING_HEADS, starting_rows(found)))
     if found["generation"]:
-        console.print(
-            plain(("demo checkpoint", "stock tokens/s", "fixed tokens/s", "ratio of times"), demo_rows(found))
-        )
+        console.print(plain(DEMO_HEADS, demo_rows(found)))
 
 
 def plain(heads: tuple[str, ...], rows: list[list[str]]) -> Table:
@@ -112,11 +112,16 @@ def demo_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The measured cells as a table for the document."""
+    """What was measured as tables for the document."""
     where = found["environment"]
     versions = f"transformers {where['transformers']}, torch {where['torch']}"
     about = f"{where['device']}, {where['threads']} threads, {versions}:"
-    return about + "\n\n" + markdown_table(HEADS, [describe(row) for row in found["cells"]])
+    tables = [
+        (HEADS, [describe(row) for row in found["cells"]]),
+        (STARTING_HEADS, starting_rows(found)),
+        (DEMO_HEADS, demo_rows(found)),
+    ]
+    return "\n\n".join([about, *(markdown_table(heads, rows) for heads, rows in tables if rows)])
 
 
 def markdown_table(heads: tuple[str, ...], rows: list[list[str]]) -> str:

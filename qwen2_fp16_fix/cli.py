@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _show(found: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:
+    """Prints what a command has found. NaN and infinity are no JSON: who finds them says None."""
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        render(found, Console())
+
+
 @app.callback()
 def root(
     version: Annotated[
@@ -66,7 +75,7 @@ def demo(
         stderr.print(f"wrote {save}", markup=False)
         return
     findings = room.measure(progress=Console(stderr=True))
-    print(json.dumps(findings, indent=2)) if as_json else room.render(findings, Console())
+    _show(findings, as_json, room.render)
     raise typer.Exit(0 if findings["as_promised"] else 1)
 
 
@@ -79,7 +88,7 @@ def certify(
     from . import certificate as room
 
     found = room.certify(path, progress=Console(stderr=True))
-    print(json.dumps(found, indent=2)) if as_json else room.render(found, Console())
+    _show(found, as_json, room.render)
     raise typer.Exit(0 if found["proven"] else 1)
 
 
@@ -117,7 +126,7 @@ def verify(
         resume=resume,
         progress=Console(stderr=True),
     )
-    print(json.dumps(found, indent=2, allow_nan=False)) if as_json else room.render(found, Console())
+    _show(found, as_json, room.render)
     raise typer.Exit(0 if found["passed"] else 1)
 
 
@@ -180,7 +189,7 @@ def push(
         found = room.push(folder, repo, private=not public, revision=revision, dry_run=dry_run, overwrite=overwrite)
     except KeyboardInterrupt:
         raise PublishError(f"interrupted: {repo} may have part of the weights; push again to go on.") from None
-    print(json.dumps(found, indent=2)) if as_json else room.render(found, Console())
+    _show(found, as_json, room.render)
 
 
 @app.command()

@@ -6,7 +6,7 @@ of the channel itself, and of the channels the median: what an ordinary channel 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,21 @@ def rounded(rows: Tensor, levels: int) -> Tensor:
     """rows (..., channels) in fp32, each rounded to 2·levels + 1 steps of its own."""
     scale = (rows.abs().amax(-1, keepdim=True) / levels).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).round_().mul_(scale)
+
+
+class LossSummary(NamedTuple):
+    """Of rounded rows: the loss of the median channel, and the largest magnitude over the median of the channels'."""
+
+    median: float
+    outlier_ratio: float
+
+
+class CacheSummary(NamedTuple):
+    """Of a layer's cache, for `int8` and `int4`: losses of keys and values, and by how much scores move."""
+
+    keys: dict[str, float] | None
+    score_error: dict[str, float] | None
+    values: dict[str, float]
 
 
 @dataclass
@@ -51,9 +66,9 @@ class RoundingLoss:
                 self.power += power
                 self.largest = torch.maximum(self.largest, largest)
 
-    def median(self) -> float:
-        """The loss of the median channel, of those that are not zero throughout."""
-        return median_loss([self])
+    def summary(self) -> LossSummary:
+        """In two numbers."""
+        return LossSummary(median_loss([self]), self.outlier_ratio())
 
     def outlier_ratio(self) -> float:
         """The largest magnitude over the median of the channels' largest."""
@@ -63,7 +78,7 @@ class RoundingLoss:
 
 
 def median_loss(parts: list[RoundingLoss]) -> float:
-    """The loss of the median channel over all parts."""
+    """The loss of the median channel over all parts, of those that are not zero throughout."""
     error = torch.cat([part.error for part in parts if part.error is not None])
     power = torch.cat([part.power for part in parts if part.power is not None])
     alive = power != 0  # NaN among them
@@ -77,6 +92,11 @@ class CacheLoss:
         """Nothing seen yet."""
         self.heads: dict[int, list[RoundingLoss]] = {127: [], 7: []}
         self.score_error: dict[int, list[float]] = {127: [], 7: []}
+
+    @property
+    def seen(self) -> bool:
+        """Whether there was anything."""
+        return bool(self.heads[127])
 
     def add(self, states: Tensor) -> None:
         """states (1, G, S, D)."""

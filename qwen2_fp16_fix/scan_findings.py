@@ -157,19 +157,19 @@ def quantisation_found(survey: Survey) -> dict[str, Any]:
             "layer": place.layer,
             "site": place.site,
             "feeds": LINEAR_INPUTS[place.site],
-            "outlier_ratio": finite(loss.outlier_ratio()),
-            "int8_loss": finite(loss.median()),
+            "outlier_ratio": finite(loss.outlier_ratio),
+            "int8_loss": finite(loss.median),
         }
-        for place, loss in sorted(survey.inputs.items(), key=lambda item: execution_order(item[0]))
+        for place, loss in sorted(survey.input_losses.items(), key=lambda item: execution_order(item[0]))
     ]
     cache = [
         {
             "layer": layer,
-            "keys": all_finite(survey.keys[layer].summary()) if layer in survey.keys else None,
-            "score_error": all_finite(survey.keys[layer].score_summary()) if layer in survey.keys else None,
-            "values": all_finite(survey.values[layer].summary()),
+            "keys": None if losses.keys is None else all_finite(losses.keys),
+            "score_error": None if losses.score_error is None else all_finite(losses.score_error),
+            "values": all_finite(losses.values),
         }
-        for layer in sorted(survey.values)
+        for layer, losses in sorted(survey.cache_losses.items())
     ]
     lossy = (found for found in linears if found["int8_loss"] is None or found["int8_loss"] > LOSS_LIMIT)
     keep = sorted({found["layer"] for found in lossy})

@@ -13,6 +13,7 @@ from .errors import CheckpointError, ScanError
 from .layer_walk import LoadedModel, ModelOnDisk, Subject, is_fixed
 from .patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
 from .patches.swap import base_models, check_weights
+from .text_files import read_utf8
 from .verification_inputs import first_line, open_tokenizer
 
 #: What is read where no prompts are given: a question, a story, code and Chinese, as people send them.
@@ -41,12 +42,7 @@ def read_prompts(prompts: Prompts | None) -> list[str | Sequence[int] | Tensor]:
 
 def _read_file(path: Path) -> list[Any]:
     """A JSON file's list of texts, or the lines of any other file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ScanError(f"{path} is not UTF-8: convert it, or name another file of prompts.") from None
-    except OSError as error:
-        raise ScanError(f"{path} cannot be read ({error.strerror}): name a file of prompts.") from None
+    text = read_utf8(path, "a file of prompts", ScanError)
     if path.suffix != ".json":
         return [line for line in text.splitlines() if line.strip()]
     try:

@@ -116,6 +116,7 @@ def walk(
             for stream, observer in running:
                 if not observer.done:
                     stream.step(number, partial(observer.watching, number, layer))
+                    observer.close(number)
         running = [pair for pair in running if not pair[1].done]
     with subject.end():
         for stream, observer in running:

@@ -15,6 +15,7 @@ from .errors import CheckpointError, VerificationError
 from .patches.errors import NotQwen2Error
 from .patches.modeling_qwen2_fp16 import ORIGINAL
 from .running_code import plain_linears
+from .text_files import read_utf8
 from .weight_sources import FLOATS, FolderSource
 
 PASSAGE = CHECKPOINT / "held_out.txt"
@@ -70,13 +71,7 @@ def read_text(text: str | Path | None) -> str:
         found, name = text, "the text"
     else:
         path = PASSAGE if text is None else text
-        name = str(path)
-        try:
-            found = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise VerificationError(f"{name} is not UTF-8: convert the text, or name another file.") from None
-        except OSError as error:
-            raise VerificationError(f"{name} cannot be read ({error.strerror}): name a text file.") from None
+        found, name = read_utf8(path, "a text file", VerificationError), str(path)
     if not found.strip():
         raise VerificationError(f"{name} is empty: give a text of at least two tokens.")
     return found

@@ -226,8 +226,8 @@ def test_every_relative_link_resolves(page: Path) -> None:
 def test_the_picture_shows_the_demo_as_it_is_now() -> None:
     """Its description is the verdicts it was drawn with. To draw it anew, run the commands of the page."""
     verdicts = [wording.verdict(qwen2_fp16_fix.scan(DEMO, fixed=fixed), "en") for fixed in (False, True)]
-    picture = Image.open(DOCS / "demo-scan.png")
-    assert picture.info["Description"].splitlines() == [f"✗ {verdicts[0]}", f"✓ {verdicts[1]}"]
+    with Image.open(DOCS / "demo-scan.png") as picture:
+        assert picture.info["Description"].splitlines() == [f"✗ {verdicts[0]}", f"✓ {verdicts[1]}"]
 
 
 def test_nothing_comes_from_another_host() -> None:

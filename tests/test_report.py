@@ -334,7 +334,8 @@ def test_the_picture(scans: list[dict[str, Any]], tmp_path: Path, monkeypatch: p
     assert written == [tmp_path / "out.png"]
     data = written[0].read_bytes()
     assert data.startswith(b"\x89PNG")
-    assert Image.open(written[0]).info["Description"].startswith("✗ Stock float16 (eager) breaks first in layer")
+    with Image.open(written[0]) as picture:
+        assert picture.info["Description"].startswith("✗ Stock float16 (eager) breaks first in layer")
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert width == 1600
     assert height > 800
