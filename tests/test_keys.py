@@ -321,7 +321,7 @@ def test_a_cache_that_turns_its_keys_gets_them_uncentred() -> None:
 
 @pytest.mark.parametrize("onlooker", ["autograd", "hook", "pre-hook", "hook on all", "wrapper of forward"])
 def test_projections_are_the_same_to_the_bit_whoever_looks_on(onlooker: str) -> None:
-    """Unwatched, heads are written where they are rotated. A hook sees what a projection returns: all of it, in fp32."""
+    """Unwatched, heads are written where they are rotated. A hook sees what a projection returns: all of it."""
     attention = fixed("keys").model.layers[0].self_attn
     hidden = torch.randn(2, 5, TINY.hidden).half()
     cos, sin = (table.float() for table in tables(7, 8, 9, 10, 11))
