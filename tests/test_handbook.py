@@ -1,6 +1,7 @@
 """The handbook: what it shows runs, what it names is there, and every page can be reached."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import benchmarks.__main__
 import qwen2_fp16_fix
+from benchmarks import report
 from qwen2_fp16_fix import cli, wording
 
 ROOT = Path(__file__).parents[1]
@@ -221,6 +223,12 @@ def test_every_relative_link_resolves(page: Path) -> None:
         assert target.is_file(), link
         assert target.parent == DOCS or target.name in READMES, link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_page_shows_the_figures_that_are_kept() -> None:
+    """Nobody types a measurement: `python -m benchmarks document FILE.json` puts them there."""
+    kept = [json.loads(read(path)) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    assert any(report.markdown(found) in read(DOCS / "performance.md") for found in kept)
 
 
 def test_the_picture_shows_the_demo_as_it_is_now() -> None:
