@@ -63,9 +63,10 @@ class CentredKeys(nn.Module):
     @property
     def key_shift(self) -> Tensor | None:
         """-c, (1, G, 1, D)."""
-        return (
-            None if self.shift is None else self.shift[:, -(self.shift.shape[1] // (1 + self.num_key_value_groups)) :]
-        )
+        if self.shift is None:
+            return None
+        key_heads = self.shift.shape[1] // (1 + self.num_key_value_groups)
+        return self.shift[:, -key_heads:]
 
     def adopt(self, stock: type[nn.Module]) -> None:
         """Takes over from the class `stock`: plain projections learn to add their bias in fp32."""

@@ -31,9 +31,7 @@ from torch import Tensor
 FLOAT16_MAX = 65504.0
 UNIT = 2.0**-11  # relative rounding error of float16
 TINY = 2.0**-25  # absolute rounding error of a float16 below 2^-14
-REST = (
-    2.0**-13
-)  # TINY over the smallest `reach`: what subnormal rounding adds to a norm's output, relative to its reach
+REST = 2.0**-13  # TINY over the smallest `reach`: what subnormal rounding adds to a norm's output, relative to that
 SPLITS = 64  # partial sums of a matmul that a split-K kernel may round
 LIMIT = FLOAT16_MAX / (2 * (1 + UNIT) ** (SPLITS + 1))  # for a sum of magnitudes
 MARGIN = 1 + 2.0**-30

@@ -27,7 +27,11 @@ def nothing_registered() -> Iterator[None]:
 
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a Python of its own, with the checkout importable, for what must not touch this process."""
+    """Runs a Python of its own, with the checkout importable, for what must not touch this process.
+
+    It is found as `python`, too, also where the machine has no program of that name.
+    """
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -37,7 +41,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             check=False,
             timeout=300,
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PATH": programs, "PYTHONPATH": path, **environment},
         )
 
     return run

@@ -1,8 +1,6 @@
 """What cannot be fixed ends in one clear sentence, and nothing is left half patched."""
 
-import os
 import subprocess
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +15,6 @@ from stress import TINY, build, config
 from torch import nn
 
 import qwen2_fp16_fix as q
-
-
-@pytest.fixture(autouse=True)
-def python_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`run -- python …` finds the Python of these tests, also where the machine calls none `python`."""
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 
 def classes_of(model: nn.Module) -> list[type]:

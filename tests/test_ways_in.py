@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,12 +18,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 import qwen2_fp16_fix
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
-
-
-@pytest.fixture(autouse=True)
-def python_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`run -- python …` finds the Python of these tests, also where the machine calls none `python`."""
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 
 def stress(attention: str = "eager") -> Any:
