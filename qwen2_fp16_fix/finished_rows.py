@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .errors import VerificationError
+from .user_files import write_whole
 
 
 class FinishedRows:
@@ -43,17 +43,9 @@ class FinishedRows:
         return rows
 
     def _write(self, path: Path) -> None:
-        """Writes beside the file, then renames: what is there is whole at every moment."""
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         text = json.dumps({"key": self.key, "rows": list(self.rows.values())}, indent=2, allow_nan=False)
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise VerificationError(
-                f"{path} cannot be written ({error.strerror}): name another file to resume from."
-            ) from None
+        wanted = "another file to resume from"
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), wanted, VerificationError)
 
 
 def fingerprint_files(files: list[Path]) -> str:

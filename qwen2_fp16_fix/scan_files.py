@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ScanError
+from .user_files import write_whole
 
 #: What each kind of file is made with, from the `report` extra.
 NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
@@ -83,15 +83,7 @@ def _check_path(path: Path, force: bool) -> None:
 
 
 def _write(path: Path, make: Callable[[Path], object]) -> Path:
-    """Writes beside the file, then renames."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        make(part)
-        part.replace(path)
-    except OSError as error:
-        raise ScanError(f"{path} cannot be written ({error.strerror}): name another file.") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, make, "another file", ScanError)
     return path
 
 

@@ -13,7 +13,7 @@ from .errors import CheckpointError, ScanError
 from .layer_walk import LoadedModel, ModelOnDisk, Subject, is_fixed
 from .patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
 from .patches.swap import base_models, check_weights
-from .text_files import read_utf8
+from .user_files import read_utf8
 from .verification_inputs import first_line, open_tokenizer
 
 #: What is read where no prompts are given: a question, a story, code and Chinese, as people send them.

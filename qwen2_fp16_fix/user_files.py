@@ -1,5 +1,7 @@
-"""Text files that a user names: read whole, or refused in one sentence."""
+"""Files that a user names: read whole and written whole, or refused in one sentence."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .patches.errors import Qwen2FP16FixError
@@ -13,3 +15,18 @@ def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
         raise refusal(f"{path} is not UTF-8: convert it, or name another file.") from None
     except OSError as error:
         raise refusal(f"{path} cannot be read ({error.strerror}): name {wanted}.") from None
+
+
+def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal: type[Qwen2FP16FixError]) -> None:
+    """Has `make` write a file beside `path` and renames it: what is there is whole at every moment.
+
+    wanted: what to name instead where it cannot be written, which raises `refusal`.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        make(part)
+        part.replace(path)
+    except OSError as error:
+        raise refusal(f"{path} cannot be written ({error.strerror}): name {wanted}.") from None
+    finally:
+        part.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from .errors import CheckpointError, VerificationError
 from .patches.errors import NotQwen2Error
 from .patches.modeling_qwen2_fp16 import ORIGINAL
 from .running_code import plain_linears
-from .text_files import read_utf8
+from .user_files import read_utf8
 from .weight_sources import FLOATS, FolderSource
 
 PASSAGE = CHECKPOINT / "held_out.txt"
