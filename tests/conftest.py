@@ -18,8 +18,9 @@ os.environ["HF_MODULES_CACHE"] = MODULES.name  # where transformers puts remote 
 
 
 @pytest.fixture(autouse=True)
-def nothing_registered() -> Iterator[None]:
-    """Every test starts and ends with transformers' own Auto classes, so that their order does not matter."""
+def as_in_any_order() -> Iterator[None]:
+    """Every test starts with the same random numbers and with transformers' own Auto classes, whatever ran before."""
+    torch.manual_seed(0)
     yield
     if "qwen2_fp16_fix.registration" in sys.modules:
         sys.modules["qwen2_fp16_fix.registration"].unregister()

@@ -137,15 +137,15 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
 
     query = torch.randn(1, 2, 4, 8).half() * 100
     cos, sin = torch.rand(9, 8), torch.rand(9, 8)
-    positions = torch.tensor([[0, 3, 5, 8]])
-    expected = numerics.rotate(query, cos[positions], sin[positions])
-    arguments = (cos, sin, positions) if whole_tables else (cos[positions], sin[positions])
+    positions, shift = torch.tensor([[0, 3, 5, 8]]), torch.arange(32.0).view(1, 4, 1, 8)
+    turned = cos[positions], sin[positions]
+    arguments = (cos, sin, positions) if whole_tables else turned
     attention = Fixed()
     attention.num_key_value_groups = 1
-    attention.keep_constants(torch.arange(32.0).view(1, 4, 1, 8))  # two heads of queries, two of keys
+    attention.keep_constants(shift)  # two heads of queries, two of keys
     got, key = attention(query, *arguments)
-    assert torch.equal(got, expected.half())
-    assert torch.equal(key, (expected + torch.arange(16.0, 32).view(1, 2, 1, 8)).half())
+    assert torch.equal(got, numerics.rotate(query, *turned).half())
+    assert torch.equal(key, numerics.rotate(query, *turned, shift[:, 2:]).half())  # in one step, which rounds once less
 
 
 def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
