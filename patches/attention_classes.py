@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import PROJECTED, eager_attention, project_output
-from .keys import CentredKeys
+from .keys import CentredKeys, shift_for
 from .numerics import rotate, sdpa_operands, widen_mask
 from .scaling import Scaled
 
@@ -67,7 +67,7 @@ def sdpa_attention(
 
 
 def rotate_pair(
-    attention: CentredKeys,
+    key_shift: Tensor | None,
     query: Tensor,
     key: Tensor,
     cos: Tensor,
@@ -77,12 +77,12 @@ def rotate_pair(
     """What stands in for stock's rotation, which before 4.45 is handed whole tables and the positions."""
     if cos.dim() == 2:
         cos, sin = cos[position_ids], sin[position_ids]
-    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, attention.key_shift).to(key.dtype)
+    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, key_shift).to(key.dtype)
 
 
-def with_exact_rotation(stock_forward: types.FunctionType, attention: CentredKeys) -> Callable[..., Any]:
+def with_exact_rotation(stock_forward: types.FunctionType, key_shift: Tensor | None) -> Callable[..., Any]:
     """The stock function itself, reading `rotate_pair` wherever it names stock's rotation."""
-    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": functools.partial(rotate_pair, attention)}
+    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": functools.partial(rotate_pair, key_shift)}
     code, defaults, closure = stock_forward.__code__, stock_forward.__defaults__, stock_forward.__closure__
     return types.FunctionType(code, names, stock_forward.__name__, defaults, closure)
 
@@ -90,7 +90,7 @@ def with_exact_rotation(stock_forward: types.FunctionType, attention: CentredKey
 class FlashAttention(CentredKeys):
     """Stock's flash attention, unpadding and windows included, with the rotation in fp32 and the keys centred.
 
-    Stock's code calls the projections, so their biases are rounded with the products.
+    Stock's code calls the projections, so their biases are rounded with the products, and o_proj is not scaled.
     """
 
     projects_exactly = False
@@ -98,6 +98,16 @@ class FlashAttention(CentredKeys):
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
     stock_names: ClassVar = {*PROJECTED, "_flash_attention_forward"}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_value: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As the stock class."""
-        return with_exact_rotation(super().forward.__func__, self)(self, *args, **kwargs)  # type: ignore[attr-defined]
+        key_shift = None if shift_for(self, past_key_value) is None else self.key_shift
+        forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]
+        return forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)

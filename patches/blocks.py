@@ -4,6 +4,7 @@ Each class here is laid over the stock class of the same role (`class Fixed(RMSN
 `super()` is the stock code and `isinstance` still sees a stock module.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from transformers import modeling_utils
 from .errors import HalfPrecisionScoresError
 from .numerics import (
     grouped_attention,
+    is_full_precision,
     is_unwatched,
     laid_out_by_token,
     promote_residual,
@@ -24,7 +26,7 @@ from .numerics import (
     widen_mask,
 )
 from .planning import drop_plan, drop_stale_plan, plan_kept
-from .scaling import Scaled, scaled_linear, unit_range_linear
+from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
 ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
@@ -69,6 +71,12 @@ class DecoderLayer(nn.Module):
             super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As nn.Module; weights that are loaded end the plan made for the old ones, which compiled code cannot see."""
+        if any(name.startswith(prefix) for name in state_dict):
+            drop_plan(self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def release(self) -> None:
         """Drops the range plan."""
         drop_plan(self)
@@ -87,12 +95,12 @@ class MLP(Scaled):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, hidden) to the same shape: stock's arithmetic with exponent 0, else fp32 for the residual."""
-        if not runs_in_float16(hidden_states):
+        if not runs_in_float16(hidden_states) and not casts_to_float16(self.down_proj, hidden_states):
             stock: Tensor = super().forward(hidden_states)
             return stock
         gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
         if self.exponent is None:
-            return unit_range_linear(self.down_proj, gate.float() * up.float(), self.intermediate_size)
+            return linear_by_token(self.down_proj, gate.float() * up.float(), self.intermediate_size)
         memory = gate if is_unwatched(self.gate_proj, self.act_fn) else None
         if self.exponent == 0:
             plain: Tensor = self.down_proj(torch.mul(gate, up, out=memory))
@@ -151,15 +159,20 @@ class RotaryEmbedding(nn.Module):
 PROJECTED = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
 
 
+def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
+    """Whether stock's attention computes on this activation in fp32 or wider, its output projection included."""
+    return is_full_precision(hidden_states) and not casts_to_float16(attention.o_proj, hidden_states)
+
+
 def project_output(attention: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
     """o_proj of the heads' outputs (B, S, H·D), rounded to `dtype`, scaled as the layer's plan says: (B, S, hidden)."""
     output, exponent = output.to(dtype), attention.exponent
-    if exponent == 0 or not runs_in_float16(output):
+    if exponent == 0 or not (runs_in_float16(output) or casts_to_float16(attention.o_proj, output)):
         projected: Tensor = attention.o_proj(output)
         return projected
     if exponent is None:
         width = attention.config.num_attention_heads * attention.head_dim
-        return unit_range_linear(attention.o_proj, output.float(), width)
+        return linear_by_token(attention.o_proj, output.float(), width)
     return scaled_linear(attention.o_proj, output * 2.0**-exponent, attention.factor)
 
 
@@ -176,23 +189,24 @@ def operands_for(
 
     forward: the rotation tables, which tell this forward of the model from others.
     """
+    prepared = functools.partial(prepared_once, forward)
     if attend is eager_attention:
-        return query, key, value, None if mask is None else widened_once(mask, key.shape[-2], forward)
+        return query, key, value, None if mask is None else prepared(widen_mask, mask, key.shape[-2])
     if name == "sdpa":
-        return sdpa_operands(query, key, value, mask)
+        return sdpa_operands(query, key, value, mask, prepared)
     return laid_out_by_token(query, value.dtype), key, value, mask
 
 
-def widened_once(mask: Tensor, key_length: int, forward: Tensor) -> Tensor:
-    """`widen_mask`, kept on the mask for the other layers of the same forward."""
+def prepared_once(forward: Tensor, prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_length: int) -> Tensor:
+    """`widen_mask` or `seal_mask`, kept on the mask for the other layers of the same forward."""
     if torch.compiler.is_compiling():
-        return widen_mask(mask, key_length)
-    kept: Any = getattr(mask, "qwen2_fp16_widened", None)
-    if kept is None or kept[0] is not forward or kept[1] != key_length:
-        kept = (forward, key_length, widen_mask(mask, key_length))
-        mask.qwen2_fp16_widened = kept  # type: ignore[attr-defined]
-    widened: Tensor = kept[2]
-    return widened
+        return prepare(mask, key_length)
+    kept: Any = getattr(mask, "qwen2_fp16_prepared", None)
+    if kept is None or kept[0] is not forward or kept[1:3] != (prepare, key_length):
+        kept = (forward, prepare, key_length, prepare(mask, key_length))
+        mask.qwen2_fp16_prepared = kept  # type: ignore[attr-defined]
+    prepared: Tensor = kept[3]
+    return prepared
 
 
 def eager_attention(

@@ -26,6 +26,11 @@ from .swap import exchange
 
 WINDOW = 4096
 FARTHEST = 3.0**0.5
+KEEPING = (
+    "peft.tuners.lora.",
+    "peft.tuners.ia3.",
+    "peft.tuners.road.",
+)  # adapters that return what they wrap unrounded
 
 
 class ExactBiasLinear(nn.Linear):
@@ -143,8 +148,8 @@ def can_write(projection: Any) -> bool:
     """Whether a projection is an ExactBiasLinear with a bias, and with a weight that no rank has only a shard of."""
     if type(projection) is not ExactBiasLinear:
         return False
-    parameters = projection._parameters
-    return type(parameters["weight"]) is nn.Parameter and parameters["bias"] is not None
+    parameters = projection._parameters  # without its weight in a replica, a flat shard or under pruning
+    return type(parameters.get("weight")) is nn.Parameter and parameters.get("bias") is not None
 
 
 def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -160,6 +165,13 @@ def adds_exact_bias(projection: nn.Module) -> bool:
     return isinstance(inner_linear(projection), ExactBiasLinear)
 
 
+def keeps_exact_bias(projection: nn.Module) -> bool:
+    """Whether what a projection returns has the unrounded bias: some adapters round what they wrap, or drop it."""
+    return type(projection) is ExactBiasLinear or (
+        adds_exact_bias(projection) and type(projection).__module__.startswith(KEEPING)
+    )
+
+
 def inner_linear(projection: Any) -> Any:
     """The linear inside a projection: itself, or what a PEFT adapter wraps."""
     return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
@@ -169,7 +181,7 @@ def loaded_bias(projection: nn.Module) -> Tensor | None:
     """The bias of a projection, this rank's part of a sharded one, an offloaded one's from where it waits."""
     linear = inner_linear(projection)
     bias = getattr(linear, "bias", None)
-    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+    if not isinstance(bias, Tensor) or not bias.is_floating_point() or not bias.numel():  # ZeRO-3 leaves it empty
         return None
     if bias.is_meta:
         waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
@@ -195,7 +207,7 @@ def key_state(attention: CentredKeys) -> str:
     """What `status` says of a layer's keys."""
     if attention.shift is None:
         return "not centred"
-    exact = attention.projects_exactly and adds_exact_bias(attention.k_proj)
+    exact = attention.projects_exactly and keeps_exact_bias(attention.k_proj)
     return "centred" if exact else "centred, bias rounded before"
 
 
@@ -207,25 +219,27 @@ def shift_for(attention: Any, cache: Any) -> Tensor | None:
     return shift
 
 
-def claim_cache(cache: Any, layer: int, centred: bool, strict: bool = False) -> None:
-    """Marks a cache as holding centred keys of this layer, or plain ones, from now on.
+def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bool) -> Tensor | None:
+    """The shift for new keys in a cache, which is marked as holding such keys of this layer: `shift`, or none.
 
-    strict: a cache without marks that holds keys is a stock model's. Raises ForeignCacheError where the keys in it are
-    of the other sort: mixed, they would point to the wrong tokens, and nothing would show it.
+    None for a cache that holds uncentred keys: 0 is a constant, too, and all keys have to share one.
+    marks_last: nothing rebuilds a cache without its marks, so that keys in one without are a stock model's, or learned.
+    Raises ForeignCacheError where keys in it are centred and the new ones, of another dtype, cannot be: mixed, they
+    would point to the wrong tokens, and nothing would show it.
     """
     if cache is None or torch.compiler.is_compiling():
-        return
-    marks = cache.__dict__.setdefault("qwen2_fp16_centred", {})
-    before = marks.get(layer)
-    if before is None and not (strict and centred and holds_keys(cache, layer)):
-        before = centred
-    if before is None or before != centred:
+        return shift
+    layer, marks = attention.layer_idx, cache.__dict__.setdefault("qwen2_fp16_centred", {})
+    centred = marks.get(layer)
+    if centred is None:
+        centred = shift is not None and not (marks_last and holds_keys(cache, layer))
+    if centred and shift is None:
         raise ForeignCacheError(
-            f"this cache holds keys of layer {layer} from "
-            + ("a model without the fix" if before is None else "another dtype or another state of the fix")
-            + ", which cannot be mixed with this model's: run the prompt again with a new cache."
+            f"this cache holds keys of layer {layer} from another dtype or another state of the fix, which cannot be "
+            "mixed with this model's: run the prompt again with a new cache."
         )
     marks[layer] = centred
+    return shift if centred else None
 
 
 def holds_keys(cache: Any, layer: int) -> bool:

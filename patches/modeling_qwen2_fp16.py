@@ -182,8 +182,7 @@ def fix_modules(root: nn.Module) -> None:
     """Fixes every Qwen2 inside `root` in place. Raises, and changes nothing, where one cannot be fixed whole."""
     check_when_asked()
     check_structure(ORIGINAL, PARTS, transformers.__version__)
-    exchange_all(root, ORIGINAL, FIXED)
-    plan_modules(root)
+    exchange_all(root, ORIGINAL, FIXED, then=plan_modules)
 
 
 def plan_modules(root: nn.Module) -> None:

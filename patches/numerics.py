@@ -3,6 +3,8 @@
 Notation in shapes: B batch, H query heads, G key heads (H is a multiple of G), Q queries, K keys, D head_dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -108,29 +110,41 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
     return torch.nn.functional.threshold(mask.float(), torch.finfo(mask.dtype).min, lowest)
 
 
-def seal_mask(mask: Tensor) -> Tensor:
-    """An additive mask whose minimum is -inf, for fused kernels that take it in float16 only; boolean ones as they are.
+def seal_mask(mask: Tensor, key_length: int) -> Tensor:
+    """An additive mask of exactly `key_length` columns whose minimum is -inf, for fused kernels that take it in float16
+    only; boolean ones as they are.
 
     Rows with every key masked keep the minimum: a softmax over -inf alone is NaN.
     """
+    mask = mask[..., :key_length]
     if mask.dtype == torch.bool:
         return mask
     masked = mask <= torch.finfo(mask.dtype).min
     return mask.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)
 
 
+def prepare_anew(prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_length: int) -> Tensor:
+    """`prepare` of the mask, as it says."""
+    return prepare(mask, key_length)
+
+
 def sdpa_operands(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prepared: Callable[[Callable[[Tensor, int], Tensor], Tensor, int], Tensor] = prepare_anew,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What torch's fused attention is handed, of a query in fp32, key, value and any mask (see `widen_mask`).
 
+    prepared: asked for the mask as one of the functions above makes it, which it may have kept from another layer.
     fp32 on a CPU, where torch's kernel takes up to 30 times as long in float16, elsewhere the dtype of `value`.
     """
     if not runs_on_cpu(value) or autocast_is_on("cpu"):
-        mask = None if mask is None else seal_mask(mask[..., : key.shape[-2]])
+        mask = None if mask is None else prepared(seal_mask, mask, key.shape[-2])
         return laid_out_by_token(query, value.dtype), key, value, mask
     if mask is not None and mask.dtype != torch.bool:
-        mask = widen_mask(mask, key.shape[-2])
+        mask = prepared(widen_mask, mask, key.shape[-2])
     return query.float(), key.float(), value.float(), mask
 
 
@@ -183,7 +197,10 @@ def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory
     return torch.addcmul(zero, gate, up, value=2.0**-exponent, out=memory)
 
 
-def token_exponent(activation: Tensor) -> Tensor:
-    """The least e >= 0 with |x| <= 2^e in all channels x of a token: fp32 (B, S, channels) to integer (B, S, 1)."""
-    largest = activation.abs().amax(-1, keepdim=True)
-    return torch.frexp(largest).exponent.clamp(min=0)
+def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:
+    """The least e >= 0 with |x| <= 2^(e + bits) in all channels x of a token.
+
+    activation (B, S, channels) in fp32; returns integers (B, S, 1).
+    """
+    exponent = torch.frexp(activation.abs().amax(-1, keepdim=True)).exponent.clamp(min=bits)
+    return exponent - bits if bits else exponent

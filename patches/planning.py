@@ -12,31 +12,39 @@ import torch
 from torch import Tensor, nn
 
 from .keys import ExactBiasLinear
-from .range_plan import LayerShape, bound_layer, plan_layer
+from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
+from .scaling import Scaled
 
 BIASED = ("q_proj", "k_proj", "v_proj")  # the linears a Qwen2 gives a bias, and the bounds know one of
+SCALED = {"product", "down_proj", "o_proj"}  # the sites an exponent is for
 
 
 def plan_layers(base: Any) -> None:
     """Plans every layer of a Qwen2Model whose parts are fixed: the centre of its keys, and its exponents."""
     for layer in base.layers:
-        shape = layer_shape(base, layer)
         rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
+        shape = layer_shape(layer, rotary)
         layer.self_attn.centre_keys(rotary.frequencies(), shape.positions, shape.rotation_scale)
         weights = boundable_weights(layer)
-        if weights is None:
-            drop_plan(layer)
+        bounds = None if weights is None else bound_layer(weights, shape)
+        if bounds is None or SCALED & {*unproven_sites(bounds, exponents := plan_layer(bounds))}:
+            drop_plan(layer)  # an exponent that proves nothing would only sink small values
         else:
-            exponents = plan_layer(bound_layer(weights, shape))
-            device = weights["mlp.down_proj.weight"].device
-            layer.mlp.set_exponent(exponents.mlp, device)
-            layer.self_attn.set_exponent(exponents.o_proj, device)
-            layer.__dict__["planned"] = fingerprint(layer)
+            keep_plan(layer, exponents)
 
 
-def layer_shape(base: Any, layer: Any) -> LayerShape:
+def keep_plan(layer: Any, exponents: Exponents) -> None:
+    """Gives the layer its exponents, for its weights as they are."""
+    device = layer.mlp.down_proj.weight.device
+    layer.mlp.set_exponent(exponents.mlp, device)
+    if isinstance(layer.self_attn, Scaled):  # flash attention before 4.48 is stock's, its o_proj included
+        layer.self_attn.set_exponent(exponents.o_proj, device)
+    layer.__dict__["planned"] = fingerprint(layer)
+
+
+def layer_shape(layer: Any, rotary: Any = None) -> LayerShape:
     """The sizes of a layer, and the factor that yarn and longrope put on the rotation."""
-    config, rotary = base.config, getattr(base, "rotary_emb", None)
+    config = layer.self_attn.config
     return LayerShape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
@@ -49,7 +57,11 @@ def layer_shape(base: Any, layer: Any) -> LayerShape:
 
 
 def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
-    """The weights of a layer by their names in a checkpoint; None if one is wrapped, quantised, sharded or unknown."""
+    """The weights of a layer by their names in a checkpoint; None if one is wrapped, quantised, unknown or not whole.
+
+    Not whole: a shard, a flat parameter's view, a weight that pruning computes, or one that is elsewhere meanwhile.
+    """
+    shapes = layer_shapes(layer_shape(layer), layer.mlp.intermediate_size)
     weights: dict[str, Tensor] = {}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         weights[f"{norm}.weight"] = getattr(layer, norm).weight
@@ -61,6 +73,9 @@ def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
                 for parameter, value in linear.named_parameters():
                     weights[f"{owner}.{name}.{parameter}"] = value
     if not all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and not w.is_meta for w in weights.values()):
+        return None
+    whole = {name: shape for name, shape in shapes.items() if name in weights or name.endswith(".weight")}
+    if {name: tuple(weight.shape) for name, weight in weights.items()} != whole:
         return None
     return {name: weight.detach() for name, weight in weights.items()}
 
@@ -99,7 +114,7 @@ def plan_kept(layer: Any) -> Iterator[None]:
     """
     planned = layer.__dict__.get("planned")
     good = planned is not None and planned == fingerprint(layer)
-    mlp, o_proj = layer.mlp.exponent, layer.self_attn.exponent
+    exponents = Exponents(layer.mlp.exponent, getattr(layer.self_attn, "exponent", 0))
     yield
     if not good:
         return
@@ -107,7 +122,4 @@ def plan_kept(layer: Any) -> Iterator[None]:
     if weights is None or any(w.dtype not in (torch.float16, torch.float32) for w in weights.values()):
         drop_plan(layer)
     else:
-        device = weights["mlp.down_proj.weight"].device
-        layer.mlp.set_exponent(mlp, device)
-        layer.self_attn.set_exponent(o_proj, device)
-        layer.__dict__["planned"] = fingerprint(layer)
+        keep_plan(layer, exponents)

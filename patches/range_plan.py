@@ -56,6 +56,25 @@ class LayerShape:
     rotation_scale: float = 1.0
 
 
+def layer_shapes(shape: LayerShape, intermediate: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight and bias a layer can have, by its name below `layers.N.`."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "self_attn.q_proj": (query, shape.hidden),
+        "self_attn.k_proj": (key, shape.hidden),
+        "self_attn.v_proj": (key, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, query),
+        "mlp.gate_proj": (intermediate, shape.hidden),
+        "mlp.up_proj": (intermediate, shape.hidden),
+        "mlp.down_proj": (shape.hidden, intermediate),
+    }
+    norms = ("input_layernorm", "post_attention_layernorm")
+    found: dict[str, tuple[int, ...]] = {f"{norm}.weight": (shape.hidden,) for norm in norms}
+    for name, size in sizes.items():
+        found |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    return found
+
+
 @dataclass(frozen=True)
 class LayerBounds:
     """The largest bound over the channels of each site.
@@ -158,7 +177,7 @@ def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
 
 def reach(gain: Tensor) -> Tensor:
     """h of point 1 for a norm's gain (hidden,), in fp32."""
-    magnitudes = exact(gain)
+    magnitudes = torch.maximum(exact(gain).abs(), gain.detach().float().abs())  # under autocast an fp32 gain stays so
     return torch.hypot(magnitudes, torch.full_like(magnitudes, TINY / REST))
 
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ShardedRangeError
+from .keys import inner_linear
 from .numerics import token_exponent
+
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights are that stand for themselves
+
+#: The power of two by which quantised linears are handed more than magnitudes of 1. LLM.int8 keeps inputs above 6 in
+#: float16, and activation scales that are fixed beforehand were measured unscaled: what is brought far below is lost.
+#: Nothing is proven there; the worst layers published add up 28 times their largest input, 2^8 of which is a ninth of
+#: float16's range.
+QUANTISED_BITS = 8
 
 
 class Scaled(nn.Module):
@@ -39,13 +48,14 @@ def scaled_linear(linear: nn.Module, scaled: Tensor, factor: Tensor) -> Tensor:
     return output
 
 
-def unit_range_linear(linear: nn.Module, activation: Tensor, width: int) -> Tensor:
+def linear_by_token(linear: nn.Module, activation: Tensor, width: int) -> Tensor:
     """linear(activation) with each token brought to magnitudes of at most 1 and its output brought back, in fp32.
 
+    At most 2^QUANTISED_BITS, for a quantised linear.
     activation (B, S, channels) in fp32, of `width` channels when whole. Where it is a shard, the exponent is the
     largest over the ranks that share the token: the row-parallel reduction adds up what each of them has scaled.
     """
-    exponent = token_exponent(activation)
+    exponent = token_exponent(activation, QUANTISED_BITS if is_quantised(linear) else 0)
     if activation.shape[-1] != width:
         exponent = largest_in_group(exponent, linear)
     scaled = torch.ldexp(activation, -exponent).to(torch.float16)
@@ -54,6 +64,19 @@ def unit_range_linear(linear: nn.Module, activation: Tensor, width: int) -> Tens
         return torch.ldexp(output, exponent)
     bias: Tensor = linear(torch.zeros_like(scaled[:, :1]))  # which is not to be scaled back
     return torch.ldexp(output - bias, exponent) + bias
+
+
+def is_quantised(linear: nn.Module) -> bool:
+    """Whether the weight of a linear, or of what an adapter wraps, is no floating-point number by itself."""
+    return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) not in PLAIN
+
+
+def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:
+    """Whether a quantised linear casts this fp32 activation to float16: bitsandbytes' in 4 bit as told, in 8 always."""
+    if activation.dtype != torch.float32:
+        return False
+    inner = inner_linear(linear)
+    return getattr(inner, "compute_dtype", None) == torch.float16 or type(inner).__name__ == "Linear8bitLt"
 
 
 def has_bias(linear: nn.Module) -> bool:

@@ -5,7 +5,7 @@ becomes a subclass of the stock one. So state dicts, checkpointing, recording an
 """
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,12 +13,19 @@ from torch import nn
 from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
 
 
-def exchange_all(root: nn.Module, stock: Any, classes: Mapping[type, type], built_here: bool = False) -> None:
+def exchange_all(
+    root: nn.Module,
+    stock: Any,
+    classes: Mapping[type, type],
+    built_here: bool = False,
+    then: Callable[[nn.Module], None] = lambda root: None,
+) -> None:
     """Gives every module in `root` whose class is a key of `classes` the class it maps to.
 
     stock: the stock classes, by name, as attributes. built_here: `root` is being constructed, so its weights may
-    still be on the meta device. Everything is checked before the first module changes.
-    Raises NotQwen2Error, PatchConflictError or MetaTensorError, and then leaves `root` as it was.
+    still be on the meta device. then: what belongs to it, and is called with `root` afterwards.
+    Everything is checked before the first module changes. Raises NotQwen2Error, PatchConflictError or MetaTensorError,
+    or what `then` raises, and then leaves `root` as it was.
     """
     check_model(root, stock, {*classes, *classes.values()})
     if not built_here:
@@ -30,6 +37,7 @@ def exchange_all(root: nn.Module, stock: Any, classes: Mapping[type, type], buil
             if before in classes:
                 done.append((module, before))
                 exchange(module, classes[before])
+        then(root)
     except BaseException:
         for module, before in reversed(done):
             exchange(module, before)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
-from .blocks import COMMON_PARTS, PROJECTED
+from .blocks import COMMON_PARTS, PROJECTED, is_safe_in_stock
 from .keys import rotated_projections, shift_for
 from .numerics import is_full_precision
 
@@ -37,7 +37,7 @@ class EagerAttention(AttendEagerly):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        if is_full_precision(hidden_states):
+        if is_safe_in_stock(self, hidden_states):
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states, attention_mask, position_ids, past_key_value, output_attentions, use_cache, **kwargs
             )

@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
-from .blocks import COMMON_PARTS, PROJECTED
+from .blocks import COMMON_PARTS, PROJECTED, is_safe_in_stock
 from .keys import rotated_projections, shift_for
-from .numerics import is_full_precision
 
 
 class EagerAttention(AttendEagerly):
@@ -39,7 +38,7 @@ class EagerAttention(AttendEagerly):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        if is_full_precision(hidden_states):
+        if is_safe_in_stock(self, hidden_states):
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states,
                 attention_mask,

@@ -9,12 +9,12 @@ from .blocks import (
     COMMON_PARTS,
     PROJECTED,
     eager_attention,
+    is_safe_in_stock,
     operands_for,
     project_output,
     refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
-from .numerics import is_full_precision
 from .scaling import Scaled
 
 
@@ -39,9 +39,9 @@ class Attention(CentredKeys, Scaled):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
-        plain = is_full_precision(hidden_states)
+        plain = is_safe_in_stock(self, hidden_states)
         shift = None if plain else shift_for(self, past_key_values)
-        claim_cache(past_key_values, self.layer_idx, shift is not None, strict=True)
+        shift = claim_cache(self, past_key_values, shift, marks_last=True)
         if plain:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs

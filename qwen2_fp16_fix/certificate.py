@@ -28,10 +28,11 @@ from .patches.range_plan import (
     bound_logits,
     bound_norm,
     headroom_bits,
+    layer_shapes,
     plan_layer,
     unproven_sites,
 )
-from .weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape, layer_shapes
+from .weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
 
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 CHUNK = 2**19  # numbers counted at a time: what stays in a core's cache

@@ -85,8 +85,9 @@ def model_status(model: nn.Module) -> dict[str, Any]:
 def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     """How each fixed layer keeps its MLP and its output projection in range, and how it stores its keys.
 
-    An exponent of the plan, or "by token"; "centred", "centred, bias rounded before" (the key projection is quantised,
-    or called by stock's code) or "not centred" (its bias could not be read).
+    An exponent of the plan, "by token", or "not scaled" (o_proj under flash attention before 4.48); "centred",
+    "centred, bias rounded before" (the key projection is quantised, adapted so, or called by stock's code) or "not
+    centred" (its bias could not be read).
     """
     from .running_code import code_of, sibling
 
@@ -97,7 +98,7 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
         for index, layer in enumerate(base.layers):
             if type(layer) in code.STOCK:
                 drop_stale_plan(layer)
-                exponents = {"mlp": layer.mlp.exponent, "o_proj": layer.self_attn.exponent}
+                exponents = {"mlp": layer.mlp.exponent, "o_proj": getattr(layer.self_attn, "exponent", "not scaled")}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}
                 found.append({"layer": index, **named, "keys": key_state(layer.self_attn)})
     return found

@@ -34,24 +34,6 @@ class Unbounded(Exception):
     """A weight whose values cannot be bounded: not loaded, wrapped or quantised."""
 
 
-def layer_shapes(shape: LayerShape, intermediate: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight and bias a layer can have, by its name below `layers.N.`."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {
-        "self_attn.q_proj": (query, shape.hidden),
-        "self_attn.k_proj": (key, shape.hidden),
-        "self_attn.v_proj": (key, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, query),
-        "mlp.gate_proj": (intermediate, shape.hidden),
-        "mlp.up_proj": (intermediate, shape.hidden),
-        "mlp.down_proj": (shape.hidden, intermediate),
-    }
-    found: dict[str, tuple[int, ...]] = {f"{norm}.weight": (shape.hidden,) for norm in NORMS}
-    for name, size in sizes.items():
-        found |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
-    return found
-
-
 def check_shape(name: str, weight: Tensor, wanted: tuple[int, ...]) -> Tensor:
     """The weight. Raises CheckpointError where it has another shape: broadcasting would bound something else."""
     if tuple(weight.shape) != wanted:
@@ -100,7 +82,7 @@ class ModelSource:
                 if isinstance(head, nn.Module):
                     self.outputs.setdefault(name, head)
         self.layers = len(base.layers)
-        self.shape = layer_shape(base, base.layers[0])
+        self.shape = layer_shape(base.layers[0], getattr(base, "rotary_emb", None))
         self.intermediate: int = base.config.intermediate_size
 
     def layer_names(self, number: int) -> list[str]:

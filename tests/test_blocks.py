@@ -179,11 +179,12 @@ def test_the_output_projection_is_handed_the_models_dtype() -> None:
 def test_a_mask_is_widened_once_a_forward() -> None:
     """Every layer is handed the same mask. The next forward may bring it again, changed without autograd's notice."""
     mask, forward, next_forward = torch.zeros(1, 1, 2, 3).half(), torch.zeros(1), torch.zeros(1)
-    widened = blocks.widened_once(mask, 3, forward)
-    assert blocks.widened_once(mask, 3, forward) is widened
-    assert blocks.widened_once(mask, 2, forward).shape[-1] == 2
+    widened = blocks.prepared_once(forward, numerics.widen_mask, mask, 3)
+    assert blocks.prepared_once(forward, numerics.widen_mask, mask, 3) is widened
+    assert blocks.prepared_once(forward, numerics.widen_mask, mask, 2).shape[-1] == 2
+    assert blocks.prepared_once(forward, numerics.seal_mask, mask, 2).dtype == mask.dtype
     mask.data.fill_(torch.finfo(torch.float16).min)
-    assert (blocks.widened_once(mask, 3, next_forward) == torch.finfo(torch.float32).min).all()
+    assert (blocks.prepared_once(next_forward, numerics.widen_mask, mask, 3) == torch.finfo(torch.float32).min).all()
 
 
 @pytest.mark.parametrize("exponent", [0, 3])

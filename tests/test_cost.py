@@ -168,7 +168,7 @@ def test_a_layer_launches_no_more_kernels_than_stock(attention: str, phase: str,
 
 @pytest.fixture(scope="module")
 def workshop_7b() -> Workshop:
-    """With three layers whose large weights nobody has written to: they take no memory, and no count depends on them."""
+    """Three layers whose large weights nobody has written to: they take no memory, and no count depends on them."""
     settings = stress.config(replace(WIDTHS["7b"], layers=3, vocab=VOCABULARY), max_position_embeddings=32768)
     with torch.device("meta"):
         model = modeling_qwen2.Qwen2ForCausalLM(settings)

@@ -295,14 +295,24 @@ def test_a_cache_of_another_sort_is_refused() -> None:
     """Keys with and without a centre in one cache: finite, fluent and wrong."""
     stock, model = build(TINY, ("keys",)).half(), fixed("keys")
     with torch.no_grad():
-        theirs = stock(input_ids=PROMPT, use_cache=True).past_key_values
-        with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="without the fix"):
-            model(input_ids=PROMPT[:, :1], **{CACHE: theirs})
         ours = model(input_ids=PROMPT, use_cache=True).past_key_values
         with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="another dtype"):
             model.float()(input_ids=PROMPT[:, :1], **{CACHE: ours})
         full = model(input_ids=PROMPT, use_cache=True).past_key_values  # fp32 is stock's, cache and all
         assert torch.isfinite(stock.float()(input_ids=PROMPT[:, :1], **{CACHE: full}).logits).all()
+
+
+def test_a_cache_of_plain_keys_is_gone_on_with() -> None:
+    """A stock model's, or a prefix that PEFT has learned: 0 is a constant, too, if all keys in the cache share it."""
+    tokens = random_prompt(TINY, batch=1, length=48)
+    stock, model = build(TINY, ("keys",)).half(), fixed("keys")
+    theirs = transformers.DynamicCache()
+    logits(stock, tokens[:, :32], **{CACHE: theirs})
+    ours = copy.deepcopy(theirs)
+    expected = logits(stock, tokens[:, 32:40], **{CACHE: theirs}), logits(stock, tokens[:, 40:], **{CACHE: theirs})
+    found = logits(model, tokens[:, 32:40], **{CACHE: ours}), logits(model, tokens[:, 40:], **{CACHE: ours})
+    # 5e-4: other roundings of the 16 new keys, beside 32 that both have; 6e-2 were these centred
+    assert kl_to(torch.cat(expected, 1), torch.cat(found, 1)) < 2e-3
 
 
 def test_a_cache_that_turns_its_keys_gets_them_uncentred() -> None:
@@ -371,6 +381,19 @@ def test_adapters_leave_the_bias_unrounded(first: str, dora: bool) -> None:
     assert states(model) == {"centred"}
     assert kl_to(oracle, logits(model)) < 4e-5  # DoRA's own norms are float16's
     assert kl_to(oracle, logits(wrap(build(TINY, ("keys",)).half()))) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks transformers for it
+@pytest.mark.parametrize("kind", ["LoHa", "OFT"])
+def test_an_adapter_that_rounds_what_it_wraps_is_named(kind: str) -> None:
+    """The bias inside is added in fp32, and then the adapter brings all of it to float16, or leaves it out of it."""
+    peft = pytest.importorskip("peft")
+    sizes = {"LoHa": {"r": 4}, "OFT": {"oft_block_size": 32}}[kind]
+    chosen = getattr(peft, f"{kind}Config")(target_modules=["k_proj"], **sizes)
+    model = qwen2_fp16_fix.fix(peft.get_peft_model(build(TINY, ("keys",)).half(), chosen).eval())
+    projection = model.base_model.model.model.layers[0].self_attn.k_proj
+    assert keys.project(projection, torch.randn(1, 4, TINY.hidden).half()).dtype == torch.float16
+    assert states(model) == {"centred, bias rounded before"}
 
 
 class Opaque(nn.Module):

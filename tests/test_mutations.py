@@ -223,8 +223,8 @@ MUTATIONS = (
     Mutation(
         "output projection by token in float16",
         BLOCKS,
-        "unit_range_linear(attention.o_proj, output.float(), width)",
-        "unit_range_linear(attention.o_proj, output, width)",
+        "linear_by_token(attention.o_proj, output.float(), width)",
+        "linear_by_token(attention.o_proj, output, width)",
         "tests/test_planning.py::test_scaling_by_token_is_handed_fp32",
     ),
     Mutation(
@@ -296,6 +296,13 @@ MUTATIONS = (
         "    marks[layer] = centred\n",
         "",
         "tests/test_keys.py::test_a_cache_of_another_sort_is_refused",
+    ),
+    Mutation(
+        "new keys are centred beside a stock model's",
+        KEYS,
+        "return shift if centred else None",
+        "return shift",
+        "tests/test_keys.py::test_a_cache_of_plain_keys_is_gone_on_with",
     ),
     Mutation(
         "a kernel of the user's is handed an fp32 query",

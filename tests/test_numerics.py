@@ -184,9 +184,9 @@ def test_a_sealed_mask_holds_against_any_score() -> None:
     """float16's minimum in a fused kernel leaves 24,496 of a score of 90,000; a row of -inf alone would be NaN."""
     lowest = torch.finfo(HALF).min
     mask = torch.tensor([[[[0.0, lowest, -2.5], [lowest] * 3]]], dtype=HALF)
-    assert numerics.seal_mask(mask).tolist() == [[[[0.0, -torch.inf, -2.5], [lowest] * 3]]]
+    assert numerics.seal_mask(mask, 3).tolist() == [[[[0.0, -torch.inf, -2.5], [lowest] * 3]]]
     boolean = torch.tensor([[[[True, False]]]])
-    assert torch.equal(numerics.seal_mask(boolean), boolean)
+    assert torch.equal(numerics.seal_mask(boolean, boolean.shape[-1]), boolean)
 
 
 def test_full_precision_means_fp32_without_autocast() -> None:

@@ -154,6 +154,15 @@ def test_load_state_dict_ends_a_plan() -> None:
     check_after_growth(model, "by token")
 
 
+def test_load_state_dict_ends_a_plan_before_anything_runs() -> None:
+    """What is compiled next would take the old exponents for constants, and does not look at weights."""
+    model = fixed()
+    model.load_state_dict({"lm_head.weight": model.lm_head.weight}, strict=False)
+    assert [layer.mlp.exponent for layer in model.model.layers] == [0] * TINY.layers
+    model.load_state_dict(grown(model))
+    assert [layer.mlp.exponent for layer in model.model.layers] == [None] * TINY.layers
+
+
 def test_load_state_dict_of_a_drop_in_class_plans_anew() -> None:
     model = qwen2_fp16_fix.Qwen2ForCausalLM(build(TINY, ()).config).half().eval()
     model.load_state_dict(grown(build(TINY, ()).half()))
@@ -255,7 +264,7 @@ def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
         handed.append(activation.dtype)
         return torch.zeros(*activation.shape[:-1], TINY.hidden)
 
-    monkeypatch.setattr(sys.modules[project_output.__module__], "unit_range_linear", spy)
+    monkeypatch.setattr(sys.modules[project_output.__module__], "linear_by_token", spy)
     layer = fixed().model.layers[0]
     layer.mlp.set_exponent(None)
     layer.self_attn.set_exponent(None)

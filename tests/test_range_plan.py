@@ -323,7 +323,7 @@ def planned(model: Any) -> list[Exponents]:
         layer.self_attn.head_dim = TINY.head_dim
         weights = boundable_weights(layer)
         assert weights is not None
-        bounds = bound_layer(weights, layer_shape(model.model, layer))
+        bounds = bound_layer(weights, layer_shape(layer))
         assert unproven_sites(bounds, plan_layer(bounds)) == []
         found.append(plan_layer(bounds))
     return found

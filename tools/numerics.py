@@ -99,7 +99,7 @@ def masks(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     additive = torch.zeros(1, 1, 4, 6, dtype=HALF).masked_fill(~allowed, lowest)
     yield "widen_mask, boolean", numerics.widen_mask(allowed, 5)
     yield "widen_mask, additive", numerics.widen_mask(additive, 5)
-    yield "seal_mask", numerics.seal_mask(additive)
+    yield "seal_mask", numerics.seal_mask(additive, 6)
 
 
 def attention(backwards: bool) -> Iterator[tuple[str, Tensor]]:
@@ -138,8 +138,8 @@ def linears(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     with torch.no_grad():
         yield "exact bias", spiked(hidden / 64, exact_bias=True)
         yield "scaled_linear", scaling.scaled_linear(plain, hidden, torch.full((1,), 2.0**14))
-        yield "unit_range_linear", scaling.unit_range_linear(plain, hidden.float() * 2.0**20, 8)
-        yield "unit_range_linear, bias", scaling.unit_range_linear(small, hidden.float() * 2.0**4, 8)
+        yield "linear_by_token", scaling.linear_by_token(plain, hidden.float() * 2.0**20, 8)
+        yield "linear_by_token, bias", scaling.linear_by_token(small, hidden.float() * 2.0**4, 8)
 
 
 def plan(backwards: bool) -> Iterator[tuple[str, Tensor]]:

@@ -49,6 +49,39 @@ def test_float16_is_finite_and_close_where_stock_is_neither(kinds: tuple[str, ..
     assert kl(oracle, logits(fixed_half(kinds, attention))) < CLOSE
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Stands for the flash kernel, which needs a GPU: exact causal attention of (B, S, heads, D)."""
+    repeats = query.shape[2] // key.shape[2]
+    operands = [query, key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)]
+    exact = [operand.transpose(1, 2).float() for operand in operands]
+    output = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True)
+    return output.transpose(1, 2).to(query.dtype)
+
+
+if RELEASE < Version("4.48"):  # a class of its own for each backend
+
+    def test_flash_attention_is_fixed_planned_and_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Around the kernel all is fixed but o_proj: that forward is stock's, and says no exponent."""
+        import transformers.models.qwen2.modeling_qwen2 as stock
+
+        monkeypatch.setattr(stock, "_flash_attention_forward", attend, raising=False)  # from 4.43; a method before
+        method = lambda self, *tensors, **options: attend(*tensors)  # noqa: E731
+        monkeypatch.setattr(stock.Qwen2FlashAttention2, "_flash_attention_forward", method, raising=False)
+        model = stress(("swiglu", "residual"), "eager").half()
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = stock.Qwen2FlashAttention2
+            layer.self_attn._flash_attn_uses_top_left_mask = False
+        model.config._attn_implementation = model.model._attn_implementation = "flash_attention_2"
+        oracle = logits(stress(("swiglu", "residual"), "eager"))
+        for cast in (model.half, model.float, model.half):
+            cast()
+            assert kl(oracle, logits(qwen2_fp16_fix.fix(model))) < CLOSE
+            found = qwen2_fp16_fix.status(model)["model"]
+            assert found["fixed"]
+            assert {row["o_proj"] for row in found["ranges"]} == {"not scaled"}
+            assert all(isinstance(row["mlp"], int) for row in found["ranges"])
+
+
 def scaled_rope(kind: str) -> dict[str, Any]:
     """Settings for a long-context RoPE that begins to matter beyond 8 positions."""
     scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 8}
