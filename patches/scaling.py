@@ -85,11 +85,11 @@ def has_bias(linear: nn.Module) -> bool:
 
 
 def largest_in_group(exponent: Tensor, linear: nn.Module) -> Tensor:
-    """The largest exponent over the ranks with the other shards of `linear`, found by its weight's device mesh.
+    """The largest exponent over the ranks with the other shards of `linear`, found by the device mesh.
 
-    Raises ShardedRangeError where the weight does not say who they are.
+    Its weight has it, or from transformers 5.3 to 5.14 the linear. Raises ShardedRangeError where neither has.
     """
-    mesh = getattr(linear.weight, "device_mesh", None)
+    mesh = getattr(linear.weight, "device_mesh", None) or getattr(linear, "_hf_device_mesh", None)
     if mesh is None:
         raise ShardedRangeError(
             "this linear holds a shard of its weight and does not say which ranks hold the others, so its range cannot "

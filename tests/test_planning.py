@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,6 +305,17 @@ def test_a_shard_that_knows_no_others_is_an_error() -> None:
     attention.o_proj = nn.Linear(TINY.hidden // 2, TINY.hidden, bias=False).half()
     with pytest.raises(qwen2_fp16_fix.ShardedRangeError, match="which ranks"):
         project_output(attention, torch.randn(1, 2, TINY.hidden // 2).half(), torch.float16)
+
+
+def test_a_plain_shard_finds_the_others_by_its_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.3 to 5.14 keep the mesh on the module, and a rank's part of the weight as a plain parameter."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda exponent, how, group: asked.append((how, group)))
+    attention = fixed().model.layers[0].self_attn
+    attention.o_proj = nn.Linear(TINY.hidden // 2, TINY.hidden, bias=False).half()
+    attention.o_proj._hf_device_mesh = SimpleNamespace(get_group=lambda: "all ranks")
+    project_output(attention, torch.randn(1, 2, TINY.hidden // 2).half(), torch.float16)
+    assert asked == [(torch.distributed.ReduceOp.MAX, "all ranks")]
 
 
 def test_scaling_by_token_looks_at_no_other_token() -> None:

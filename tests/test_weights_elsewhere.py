@@ -1,4 +1,4 @@
-"""Weights that are not where, or not what, a layer has them: replicas, pruning, shards, linears that cast by themselves.
+"""Weights that are not where, or not what, a layer has: replicas, pruning, shards, linears that cast by themselves.
 
 With each of these a stock model runs, so a fixed one has to, without a plan where its weights cannot be bounded.
 """
