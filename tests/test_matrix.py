@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -125,8 +126,21 @@ def test_requirements_of_extras_are_left_out() -> None:
     assert matrix.core_requirements(metadata) == ["numpy>=1.17"]
 
 
-def test_the_digest_sees_every_patch() -> None:
+@pytest.mark.parametrize(
+    "name", ["patches/keys.py", "qwen2_fp16_fix/in_place.py", "tests/conformance/conftest.py", "tools/stress.py"]
+)
+def test_the_digest_sees_what_decides_the_outcome(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch, what applies it or the suite changed after the run, and the table went on claiming it."""
+    before = matrix.digest()
+    for folder in ("patches", "qwen2_fp16_fix", "tests", "tools"):
+        ignored = shutil.ignore_patterns("__pycache__", "demo_checkpoint")
+        shutil.copytree(matrix.ROOT / folder, tmp_path / folder, ignore=ignored)
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "SUITE", tmp_path / "tests" / "conformance")
+    assert matrix.digest() == before
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"#")
     assert re.fullmatch(r"[0-9a-f]{16}", matrix.digest())
+    assert matrix.digest() != before
 
 
 def test_an_unlisted_release_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
