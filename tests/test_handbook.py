@@ -1,4 +1,4 @@
-"""The handbook: what it shows runs, what it names is there, and every page can be reached."""
+"""The handbook and the READMEs: what they show runs, what it names is there, and every page can be reached."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ TRANSLATED = ("index", "troubleshooting")
 FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 TYPED = {
     "qwen2-fp16-fix": typer.main.get_command(cli.app),
-    "python -m benchmarks": typer.main.get_command(benchmarks.__main__.app),
+    ".venv/bin/python -m benchmarks": typer.main.get_command(benchmarks.__main__.app),
 }
 UNCHECKED = {"pip", "pip-compile"}  # programs of others, in blocks that are not run
 # What a command is given besides, so that it asks no Hub and takes seconds.
@@ -58,7 +58,8 @@ def code_only(code: str) -> str:
 
 
 PAGES = sorted(DOCS.glob("*.md"))
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+SHOWN = [*(ROOT / name for name in READMES), *PAGES]
+BLOCKS = [block for page in SHOWN for block in blocks_of(page)]
 RUN = {block.language + code_only(block.code): block for block in reversed(BLOCKS) if block.reason is None}  # once each
 SHELL = [block for block in RUN.values() if block.language == "sh"]
 PYTHON = [block for block in RUN.values() if block.language == "python"]
@@ -82,8 +83,8 @@ def name_of(block: Block) -> str:
 def test_no_block_escapes() -> None:
     """A fence in a language no test knows would rot unseen, and so would one that the pattern does not match."""
     assert {block.language for block in BLOCKS} <= {"sh", "python", "dockerfile", ""}
-    assert 2 * len(BLOCKS) == sum(len(re.findall(r"^ *```", read(page), re.M)) for page in PAGES)
-    assert not re.search(r"<!-- not run: .*-->\n(?!```)", "".join(map(read, PAGES)))
+    assert 2 * len(BLOCKS) == sum(len(re.findall(r"^ *```", read(page), re.M)) for page in SHOWN)
+    assert not re.search(r"<!-- not run: .*-->\n(?!```)", "".join(map(read, SHOWN)))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_what_is_not_run_is_read(block: Block) -> None:
         ast.parse(block.code)
         return
     for words in commands_of(block.code):
-        program = " ".join(words[:3]) if words[0] == "python" else words[0]
+        program = " ".join(words[:3]) if words[0].endswith("python") else words[0]
         if program == "make":
             phony = re.search(r"^\.PHONY: (.*)$", read(ROOT / "Makefile"), re.M)
             assert phony is not None
@@ -209,7 +210,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *map(ROOT.joinpath, READMES)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
 def test_every_relative_link_resolves(page: Path) -> None:
     """In a checkout as on the site: what leaves docs/ may only be a README, which the site has too."""
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(FENCE, "", read(page))):
