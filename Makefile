@@ -1,4 +1,4 @@
-# make demo, make test: on a fresh clone with nothing but Python. `make help` lists the rest.
+# make demo, make test: on a fresh clone with nothing but Python, 3.11 or newer. `make help` lists the rest.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv

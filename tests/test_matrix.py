@@ -58,6 +58,19 @@ def test_the_readmes_show_the_record(readme: Path) -> None:
     assert shown.strip() == matrix.table(json.loads(matrix.RECORD.read_text())), "run `make matrix`"
 
 
+@pytest.mark.parametrize("readme", matrix.READMES, ids=lambda path: path.name)
+def test_the_readmes_say_which_python(readme: Path) -> None:
+    """They promised `make test` on 3.10, where the release it installs cannot be had."""
+    text = readme.read_text(encoding="utf-8")
+    oldest = {release.version: min(SpecifierSet(release.python), key=str).version for release in LISTED}
+    newest_on_310 = max((v for v in VERSIONS if Version(oldest[v]) < Version("3.11")), key=Version)
+    assert f"Python {oldest[NEWEST_TESTED].removesuffix('.0')}" in text.partition("```")[0]
+    supported = next(part for part in text.split("\n## ") if matrix.BEGIN in part)
+    record = json.loads(matrix.RECORD.read_text())
+    for said in ("Python 3.10", newest_on_310, record["python"], record["torch"].removesuffix(".0")):
+        assert said in supported.partition(matrix.BEGIN)[0]
+
+
 def report(tmp_path: Path, *cases: str) -> Path:
     path = tmp_path / "report.xml"
     path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
