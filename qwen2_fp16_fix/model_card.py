@@ -35,7 +35,7 @@ CARD = """
 {what}
 with [qwen2-fp16-fix](https://pypi.org/project/qwen2-fp16-fix/) {version} as remote code. Qwen2's attention
 scores and residual stream pass what float16 can hold (65504), and stock transformers then prints
-`!!!!!!!!`. This code keeps them in range, on V100, T4 and every other card.
+`!!!!!!!!`. This code keeps them in range.
 
 ## What changed
 

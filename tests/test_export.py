@@ -575,6 +575,11 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     assert "Not measured" in (qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "plain") / "README.md").read_text()
 
 
+def test_the_card_vouches_for_no_device() -> None:
+    """It named cards that no test has run on; what `verify` measured says where by itself."""
+    assert not re.search(r"V100|T4|GPU|CUDA|\bcards?\b", model_card.CARD)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(findings() | {"rows": []}), '{"rows": [{"name": 1}]}'])
 def test_another_file_is_no_verification(text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text)
