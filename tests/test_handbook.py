@@ -4,7 +4,8 @@ import ast
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import benchmarks.__main__
 import qwen2_fp16_fix
 from benchmarks import report
+from benchmarks.cells import full_grid
 from qwen2_fp16_fix import cli, wording
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +229,39 @@ def test_the_page_shows_the_figures_that_are_kept() -> None:
     """Nobody types a measurement: `python -m benchmarks document FILE.json` puts them there."""
     kept = [json.loads(read(path)) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
     assert any(report.markdown(found) in read(DOCS / "performance.md") for found in kept)
+
+
+KEPT = json.loads(read(ROOT / "benchmarks" / "results" / "x86_64-cpu-2-threads.json"))
+
+
+def fixed_ratios(phase: str, tokens: Iterable[int], batches: Iterable[int] = (1,)) -> list[float]:
+    """Of fixed float16 against stock, not compiled, by width, attention and batch in the order of the grid."""
+    wanted = set(product((phase,), tokens, batches, ("fixed fp16",), (False,)))
+    fields = ("phase", "tokens", "batch", "variant", "compiled")
+    return [cell["median"] for cell in KEPT["cells"] if tuple(cell[field] for field in fields) in wanted]
+
+
+def span(ratios: list[float], to: str = "to") -> str:
+    return f"{min(ratios):.2f} {to} {max(ratios):.2f}"
+
+
+def test_the_page_sums_up_the_figures_that_are_kept() -> None:
+    """It said "the longer the context, the less", which a row denies, and nothing of the cells that were left out."""
+    page = " ".join(read(DOCS / "performance.md").split())
+    assert f"{len(KEPT['cells'])} cells of the {len(list(full_grid()))} that" in page
+    shorter, longer = (fixed_ratios("decode", (context,), (1, 8)) for context in (1024, 4096))
+    assert span(shorter) in page
+    assert span(longer) in page
+    assert sum(after >= before for before, after in zip(shorter, longer, strict=True)) == 1
+    assert "less again in every row but one" in page
+
+
+@pytest.mark.parametrize(("readme", "to"), [("README.md", "to"), ("README.zh-CN.md", "至")])
+def test_the_readmes_sum_up_the_figures_that_are_kept(readme: str, to: str) -> None:
+    text = read(ROOT / readme)
+    assert span(fixed_ratios("prefill", (128, 512, 2048)), to) in text
+    for context in (64, 1024):
+        assert span(fixed_ratios("decode", (context,)), to) in text
 
 
 def test_the_picture_shows_the_demo_as_it_is_now() -> None:
