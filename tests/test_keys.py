@@ -12,7 +12,6 @@ import transformers
 from conftest import kl_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from qwen2_fp16_fix.patches import keys, range_plan
 from qwen2_fp16_fix.patches.keys import centre_factors
 from qwen2_fp16_fix.patches.numerics import grouped_attention, rotate
@@ -20,8 +19,8 @@ from stress import QWEN2_7B_SLIM, ROPE_THETA, TINY, Shape, build, random_prompt
 from torch import Tensor, nn
 
 import qwen2_fp16_fix
+from benchmarks.workloads import CACHE
 
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 PROMPT = random_prompt(TINY, batch=2, length=48)
 
 

@@ -16,10 +16,9 @@ from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
 from qwen2_fp16_fix.patches.planning import plan_layers
 from stress import KINDS, TINY, build, random_prompt
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import qwen2_fp16_fix
+from benchmarks.cost import cost_of
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 
@@ -56,39 +55,13 @@ def test_ordinary_layers_need_no_exponent() -> None:
     assert exponents(fixed()) == [0] * TINY.layers
 
 
-class Kernels(TorchDispatchMode):
-    """Names the kernels that run, and counts the bytes that each reads and writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        views = {"view", "t", "transpose", "expand", "_unsafe_view", "unsqueeze", "detach", "alias"}
-        name = function.overloadpacket.__name__
-        if name not in views:
-            self.names.append(name)
-            read = {key: value for key, value in (kwargs or {}).items() if key != "out"}  # which is written
-            touched = tree_leaves((args, read, result))
-            self.bytes += sum(x.numel() * x.element_size() for x in touched if isinstance(x, torch.Tensor))
-        return result
-
-
-def kernels(run: Callable[[], Any]) -> Kernels:
-    with torch.no_grad(), Kernels() as mode:
-        run()
-    return mode
-
-
 def test_an_exponent_of_zero_costs_nothing() -> None:
     """A layer that needs no exponent runs stock's arithmetic, kernel for kernel."""
     stock, ours = build(TINY, ()).half().model.layers[0].mlp, fixed().model.layers[0].mlp
     hidden = torch.randn(1, 4, TINY.hidden).half()
-    before, after = kernels(lambda: stock(hidden)), kernels(lambda: ours(hidden))
-    assert (after.names, after.bytes) == (before.names, before.bytes)
-    assert before.bytes > 2 * 3 * TINY.hidden * TINY.intermediate  # the weights at least
+    before, after = cost_of(lambda: stock(hidden)), cost_of(lambda: ours(hidden))
+    assert after.launches == before.launches
+    assert before.moved > 2 * 3 * TINY.hidden * TINY.intermediate  # the weights at least
     assert torch.equal(ours(hidden), stock(hidden))
 
 
@@ -97,9 +70,9 @@ def test_an_exponent_costs_one_kernel() -> None:
     stock, ours = build(TINY, ()).half().model.layers[0].mlp, fixed().model.layers[0].mlp
     hidden = torch.randn(1, 4, TINY.hidden).half()
     ours.set_exponent(3)
-    before, after = kernels(lambda: stock(hidden)).names, kernels(lambda: ours(hidden)).names
-    assert len(after) == len(before) + 1
-    assert "addcmul" in after
+    before, after = cost_of(lambda: stock(hidden)), cost_of(lambda: ours(hidden))
+    assert after.kernels == before.kernels + 1
+    assert "addcmul" in {launch.name for launch in after.launches}
     assert ours(hidden).dtype == torch.float32
     torch.testing.assert_close(
         ours(hidden), stock(hidden).float(), rtol=2e-3, atol=1e-5
