@@ -44,8 +44,9 @@ def certify(model_or_path: nn.Module | str | Path, progress: Console | None = No
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 
     model_or_path: a loaded model with a Qwen2Model inside, a checkpoint folder, or a .safetensors file with config.json
-    beside it. Returns a dict fit for JSON: `proven`, `verdict` (a sentence), `reasons`, `layers` (each with `layer`,
-    `exponents`, `bounds`, `headroom_bits`, `proven`, `stock_headroom_bits`, `stock_proven`, `reasons`), `logits`,
+    beside it. progress: a rich Console to show a bar on.
+    Returns a dict fit for JSON: `proven`, `verdict` (a sentence), `reasons`, `layers` (each with `layer`, `exponents`,
+    `bounds`, `headroom_bits`, `proven`, `stock_headroom_bits`, `stock_proven`, `reasons`), `logits`,
     `casting` (what the cast of the stored weights to float16 loses, by tensor, where it loses anything),
     `scaled_layers` and `max_exponent`, `config` (the sizes), `seconds`.
     Bounds are in units of the values themselves; the float16 range ends at 65504. One that is infinite is None.

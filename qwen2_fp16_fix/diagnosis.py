@@ -29,7 +29,8 @@ from .self_test import KL_LIMIT, self_test
 def doctor(path: str | Path | None = None, *, language: str = "en", progress: Console | None = None) -> dict[str, Any]:
     """Examines this environment and process and, with `path`, a checkpoint; a plain dict, fit for JSON.
 
-    path: a checkpoint folder or a .safetensors file. language: of the sentences, "en" or "zh".
+    path: a checkpoint folder or a .safetensors file. language: of the sentences, "en" or "zh". progress: a rich Console
+    to say on what is being tested.
     Keys: `healthy`, `supported`, `verdict` (a sentence), `findings` (what breaks) and `warnings` (what may), each a
     list of `code` and `text`; `versions`, `devices`, `advice`, `fix`, `lock`, `tools`, `settings`, `self_test`,
     `checkpoint` (None without a path). Paths, user names and tokens are left out.

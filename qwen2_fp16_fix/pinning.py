@@ -43,7 +43,8 @@ def _installed() -> dict[str, Any]:
 def lock(path: str | Path, force: bool = False) -> Path:
     """Writes the lock of what runs here to `path`, whole or not at all.
 
-    Raises LockFileError where it cannot be written, or where `path` holds anything else and `force` is not given.
+    Raises LockFileError where it cannot be written, or where `path` holds anything else and `force` is not given, and
+    UnsupportedTransformersError where there is nothing to lock.
     """
     path, text = Path(path), as_text(make_lock())
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")

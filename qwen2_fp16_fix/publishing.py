@@ -43,11 +43,12 @@ def push(
     overwrite: bool = False,
     api: HfApi | None = None,
 ) -> dict[str, Any]:
-    """Uploads what `export` has written to the model repository OWNER/NAME, which is made if there is none.
+    """Uploads what `export` has written to a model repository, which is made if there is none.
 
-    private: whether a repository made here is; one that is there stays as it is. revision: a branch, made if missing.
-    overwrite: also into a repository that holds something else than an export. dry_run: only checks the folder and
-    lists, without the network.
+    repo_id: OWNER/NAME. private: whether a repository made here is; one that is there stays as it is. revision: a
+    branch, made if missing. overwrite: also into a repository that holds something else than an export. dry_run: only
+    checks the folder and lists, without the network. message: of the commit; by default it names the versions. api: a
+    HfApi to upload with, by default one with this machine's login.
     Returns a dict fit for JSON: `repo`, `revision`, `private`, `message`, `files` (each `path` and `bytes`), `deleted`
     (files of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
     Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, PublishError for the rest.

@@ -24,8 +24,9 @@ _before: dict[Any, Any] = {}  # Auto class to what its table held for Qwen2 befo
 def register(lock: str | Path | None = None) -> None:
     """From here on AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the fixed classes.
 
-    lock: a file made by `qwen2_fp16_fix.lock`; LockError is raised where anything differs from it. Calling `register`
-    again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and logs a warning.
+    lock: a file made by `qwen2_fp16_fix.lock`; LockError is raised where anything differs from it, LockFileError where
+    it is none. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and
+    logs a warning.
     Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
     RegistrationError where a look-up afterwards does not answer with the fixed class; then nothing is registered.
     """
@@ -54,7 +55,10 @@ def unregister() -> None:
 
 @contextlib.contextmanager
 def registered(lock: str | Path | None = None) -> Iterator[None]:
-    """`register` for the length of a with block; a registration made before it outlives it."""
+    """`register` for the length of a with block; a registration made before it outlives it.
+
+    lock and errors: as of `register`, before the block begins.
+    """
     was_registered = bool(_before)
     register(lock)
     try:

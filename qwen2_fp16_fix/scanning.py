@@ -48,7 +48,9 @@ def scan(
     model_or_path: a checkpoint folder, run as stock float16 unless `fixed`, or a loaded float16 model, taken as it is.
     prompts: a text, texts or lists of token ids, or a Path to a file (a prompt a line, or a JSON list); by default four
     short ones. Texts go through the tokenizer's chat template if it has one. tokens: how many of a prompt's are read.
-    attention: "eager", where stock stores raw scores, or "sdpa", for a folder.
+    attention: "eager", where stock stores raw scores, or "sdpa", for a folder. tokenizer: in place of the folder's; a
+    loaded model needs one for texts. device: for a folder; by default cuda where there is one. progress: a rich Console
+    to show a bar on.
     Returns a dict fit for JSON: `versions` (as `status()`), `checkpoint`, `settings`, `model` (sizes), `prompts`,
     `sites`, `first_nonfinite`, `massive_activations`, `bias_spikes`, `quantisation`, `certificate`, `finite`,
     `verdict` (a sentence) and `seconds`. A site has `layer` (None at the ends), `site`, `largest`, `stored_as` (None

@@ -53,7 +53,8 @@ def verify(
     model_or_path: a checkpoint folder, or a loaded Qwen2ForCausalLM, which is saved to a temporary folder first.
     text: the text, or a Path to a UTF-8 file; by default a passage that comes with the package. tokenizer: used in
     place of the folder's; a loaded model needs one. window and stride: see `sliding_windows`; tokens: how many of the
-    text's are read.
+    text's are read. device: "cpu" or "cuda"; by default cuda where there is one. progress: a rich Console to show the
+    rows and a bar on.
     Returns a dict fit for JSON: `versions` (as `status()`), `checkpoint`, `settings`, `rows`, `reasons`, `passed`,
     `verdict` (a sentence) and `seconds`. A row has `name`, `dtype`, `attention`, `fixed`, `finite` (all logits),
     `perplexity`, `drift` (relative to the oracle's), `kl_mean` and `kl_max` (KL(oracle || row) of a token, in nats),

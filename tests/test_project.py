@@ -1,5 +1,6 @@
 """The package as a package: its public names, its documents, its wheel."""
 
+import inspect
 import os
 import re
 import shutil
@@ -52,6 +53,14 @@ def test_public_names_are_there_and_documented() -> None:
         assert name == "__version__" or thing.__doc__
     with pytest.raises(AttributeError, match="no_such_name"):
         qwen2_fp16_fix.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PROMISED if name.islower() and name != "__version__"))
+def test_docstrings_say_what_each_parameter_is(name: str) -> None:
+    """`device`, `progress`, `api` and others stood in signatures alone, which is all that the API page then shows."""
+    function = getattr(qwen2_fp16_fix, name)
+    words = set(re.findall(r"\w+", function.__doc__ or ""))
+    assert set(inspect.signature(function).parameters) <= words
 
 
 def test_public_names_are_the_types_a_checker_sees() -> None:
