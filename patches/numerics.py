@@ -138,7 +138,7 @@ def sdpa_operands(
     """What torch's fused attention is handed, of a query in fp32, key, value and any mask (see `widen_mask`).
 
     prepared: asked for the mask as one of the functions above makes it, which it may have kept from another layer.
-    fp32 on a CPU, where torch's kernel takes up to 30 times as long in float16, elsewhere the dtype of `value`.
+    fp32 on a CPU, where torch's kernel takes several times as long in float16, elsewhere the dtype of `value`.
     """
     if not runs_on_cpu(value) or autocast_is_on("cpu"):
         mask = None if mask is None else prepared(seal_mask, mask, key.shape[-2])
@@ -156,7 +156,7 @@ def grouped_attention(
     query (B, H, Q, D), key and value (B, G, K, D); mask as `widen_mask` returns it, or None to mask nothing.
     Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
     Product, scale, mask and softmax are fp32, autocast or not. The weights are rounded for the product with `value`,
-    but not on a CPU, where a float16 product takes 20 times as long as one in fp32.
+    but not on a CPU, where a float16 product takes 8 to 40 times as long as one in fp32.
     """
     device = autocast_device(query.device.type)
     if torch.is_autocast_enabled(device):

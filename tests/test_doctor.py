@@ -238,7 +238,10 @@ BREAKS: dict[str, list[tuple[Any, str, Any]]] = {
     "the fix does nothing": [(modeling_qwen2_fp16, "exchange_all", lambda *args, **kwargs: None)],
     "the residual stays float16": [(blocks, "promote_residual", lambda hidden_states: hidden_states)],
     "keys are not centred": [(keys.CentredKeys, "centre_keys", lambda *args: None)],
-    "no exponents": [(planning, "plan_layer", lambda bounds: range_plan.Exponents(0, 0))],
+    "no exponents": [
+        (planning, "plan_layer", lambda bounds: range_plan.Exponents(0, 0)),
+        (planning, "unproven_sites", lambda bounds, exponents: []),
+    ],
     "scores as stock has them": [(blocks, "grouped_attention", half_scores)],
 }
 

@@ -202,9 +202,30 @@ MUTATIONS = (
     Mutation(
         "masks one column too wide",
         NUMERICS,
-        "mask = mask[..., :key_length]",
-        "mask = mask",
-        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut",
+        "mask = mask[..., :key_length]\n    lowest",
+        "lowest",
+        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[widen_mask]",
+    ),
+    Mutation(
+        "sealed masks one column too wide",
+        NUMERICS,
+        "mask = mask[..., :key_length]\n    if mask.dtype == torch.bool:\n        return mask",
+        "if mask.dtype == torch.bool:\n        return mask",
+        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[seal_mask]",
+    ),
+    Mutation(
+        "linears that cast by themselves are taken for fp32",
+        SCALING,
+        'return getattr(inner, "compute_dtype", None) == torch.float16',
+        "return False",
+        "tests/test_weights_elsewhere.py::test_linears_that_cast_fp32_to_float16_are_scaled[down_proj]",
+    ),
+    Mutation(
+        "a gain in fp32 is bounded by its rounding",
+        "patches/range_plan.py",
+        "torch.maximum(exact(gain).abs(), gain.detach().float().abs())",
+        "exact(gain).abs()",
+        "tests/test_weights_elsewhere.py::test_a_gain_in_fp32_is_not_bounded_by_its_rounding",
     ),
     Mutation(
         "SwiGLU product by token in float16",
@@ -349,14 +370,14 @@ MUTATIONS = (
     Mutation(
         "flash of old releases is handed fp32",
         "patches/attention_classes.py",
-        "return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, attention.key_shift).to(key.dtype)",
-        "return rotate(query, cos, sin), rotate(key, cos, sin, attention.key_shift)",
+        "return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, key_shift).to(key.dtype)",
+        "return rotate(query, cos, sin), rotate(key, cos, sin, key_shift)",
         "tests/test_blocks.py::test_flash_attention_of_old_releases_rotates_in_fp32[before 4.45]",
     ),
     Mutation(
         "flash of old releases goes uncentred",
         "patches/attention_classes.py",
-        "rotate(key, cos, sin, attention.key_shift)",
+        "rotate(key, cos, sin, key_shift)",
         "rotate(key, cos, sin)",
         "tests/test_blocks.py::test_flash_attention_of_old_releases_rotates_in_fp32[before 4.45]",
     ),
@@ -465,7 +486,7 @@ MUTATIONS = (
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a mutated run needs."""
     copy = tmp_path_factory.mktemp("sources")
-    for folder in ("patches", "qwen2_fp16_fix", "tools"):
+    for folder in ("patches", "qwen2_fp16_fix", "tools", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "tests").mkdir()
     for name in (
@@ -477,6 +498,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_range_plan.py",
         "test_keys.py",
         "test_verify.py",
+        "test_weights_elsewhere.py",
     ):
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)

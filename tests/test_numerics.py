@@ -1,5 +1,7 @@
 """The arithmetic of patches/numerics.py against fp64, one upcast at a time."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from qwen2_fp16_fix.patches import numerics
@@ -175,9 +177,10 @@ def test_a_boolean_mask_means_allowed() -> None:
     assert mask.tolist() == [[[[0.0, torch.finfo(torch.float32).min]]]]
 
 
-def test_a_mask_one_column_too_wide_is_cut() -> None:
+@pytest.mark.parametrize("prepare", [numerics.widen_mask, numerics.seal_mask], ids=lambda prepare: prepare.__name__)
+def test_a_mask_one_column_too_wide_is_cut(prepare: Callable[[Tensor, int], Tensor]) -> None:
     """Releases 4.42 to 4.52 hand one over when the caller gives no mask."""
-    assert numerics.widen_mask(torch.zeros(1, 1, 2, 4, dtype=HALF), 3).shape == (1, 1, 2, 3)
+    assert prepare(torch.zeros(1, 1, 2, 4, dtype=HALF), 3).shape == (1, 1, 2, 3)
 
 
 def test_a_sealed_mask_holds_against_any_score() -> None:
