@@ -1,7 +1,11 @@
-"""The command line. Exit codes: 0 good, 1 a finding, 2 wrong usage, 3 unsupported."""
+"""The command line. Exit codes: 0 good, 1 a finding, 2 wrong usage, 3 unsupported.
+
+Besides, 70 is a crash, with its traceback, and 141 a stdout that was closed: neither says anything of the checkpoint.
+"""
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -15,9 +19,12 @@ from .errors import CheckpointError, ExportError, PublishError, ScanError, Verif
 from .launch import UsageError
 from .launch import run as run_program
 from .patches.errors import LockError, LockFileError, MetaTensorError, NotQwen2Error, Qwen2FP16FixError
+from .terminal import Notices, PrintError, printing, replace_unknown_signs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Notices()
+
+CRASH = 70  # EX_SOFTWARE of sysexits.h
 
 
 class Language(str, Enum):
@@ -39,16 +46,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        with printing():
+            print(__version__)
         raise typer.Exit
 
 
 def _show(found: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:
     """Prints what a command has found. NaN and infinity are no JSON: who finds them says None."""
-    if as_json:
-        print(json.dumps(found, indent=2, allow_nan=False))
-    else:
-        render(found, Console())
+    with printing() as page:
+        if as_json:
+            print(json.dumps(found, indent=2, allow_nan=False))
+        else:
+            render(found, page)
 
 
 @app.callback()
@@ -74,7 +83,7 @@ def demo(
         room.save(save)
         stderr.print(f"wrote {save}", markup=False)
         return
-    findings = room.measure(progress=Console(stderr=True))
+    findings = room.measure(progress=Notices())
     _show(findings, as_json, room.render)
     raise typer.Exit(0 if findings["as_promised"] else 1)
 
@@ -87,7 +96,7 @@ def certify(
     """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
     from . import certificate as room
 
-    found = room.certify(path, progress=Console(stderr=True))
+    found = room.certify(path, progress=Notices())
     _show(found, as_json, room.render)
     raise typer.Exit(0 if found["proven"] else 1)
 
@@ -124,7 +133,7 @@ def verify(
         max_kl=max_kl,
         max_ppl_drift=max_ppl_drift,
         resume=resume,
-        progress=Console(stderr=True),
+        progress=Notices(),
     )
     _show(found, as_json, room.render)
     raise typer.Exit(0 if found["passed"] else 1)
@@ -167,7 +176,8 @@ def export(
         )
     except KeyboardInterrupt:
         raise ExportError(f"interrupted: {out} was not written, and what was begun is removed.") from None
-    print(made)
+    with printing():
+        print(made)
 
 
 @app.command()
@@ -202,11 +212,12 @@ def doctor(
     from . import diagnosis as room
     from .diagnosis_page import render
 
-    found = room.doctor(path, language=lang.value, progress=Console(stderr=True))
-    if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        render(found, Console(), lang.value)
+    found = room.doctor(path, language=lang.value, progress=Notices())
+    with printing() as page:
+        if as_json:
+            print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        else:
+            render(found, page, lang.value)
     raise typer.Exit(room.exit_code(found))
 
 
@@ -244,14 +255,18 @@ def scan(
         "attention": attention.value,
         "tokens": tokens,
         "device": device,
-        "progress": Console(stderr=True),
+        "progress": Notices(),
     }
     found = []
     for wanted in (False, True) if both else (bool(fixed),):
         found.append(room.scan(path, prompts, fixed=wanted, **options))
-        render(found[-1], Console(), lang.value)
-    for written in files.write(found, verified):
-        stderr.print(f"wrote {written}", markup=False)
+    try:
+        for written in files.write(found, verified):
+            stderr.print(f"wrote {written}", markup=False)
+    finally:  # of minutes of work, what cannot be written is at least shown, and what cannot be shown is written
+        with printing() as page:
+            for each in found:
+                render(each, page, lang.value)
     raise typer.Exit(0 if all(scan["finite"] for scan in found) else 1)
 
 
@@ -269,12 +284,13 @@ def status(as_json: AsJson = False) -> None:
     from .inspection import status as found_status
 
     found = found_status()
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            if name != "registered":  # a process of its own has nothing registered
-                print(f"{name:>12}  {'' if value is None else value}")
+    with printing():
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            for name, value in found.items():
+                if name != "registered":  # a process of its own has nothing registered
+                    print(f"{name:>12}  {'' if value is None else value}")
     raise typer.Exit(3 if found["problem"] else 0)
 
 
@@ -289,7 +305,8 @@ def lock(
     from . import pinning as room
 
     if output is None:
-        print(room.as_text(room.make_lock()), end="")
+        with printing():
+            print(room.as_text(room.make_lock()), end="")
     else:
         room.lock(output, force)
 
@@ -306,18 +323,20 @@ def check(
     from . import pinning as room
 
     found = room.check(file, folder)
-    if as_json:
-        print(json.dumps({"lock": str(file), "differences": found, "passed": not found}, indent=2))
-    else:
-        print("\n".join(found) if found else f"Nothing differs from {file}.")
+    with printing():
+        if as_json:
+            print(json.dumps({"lock": str(file), "differences": found, "passed": not found}, indent=2))
+        else:
+            print("\n".join(found) if found else f"Nothing differs from {file}.")
     raise typer.Exit(1 if found else 0)
 
 
 def main() -> None:
     """Runs the command line; an error this project raises becomes one sentence on stderr and its exit code."""
+    replace_unknown_signs()
     try:
         app()
-    except UsageError as error:
+    except (UsageError, PrintError) as error:
         _fail(error, 2)
     except (
         CheckpointError,
@@ -334,6 +353,9 @@ def main() -> None:
         _fail(error, 1)
     except Qwen2FP16FixError as error:
         _fail(error, 3)
+    except Exception:  # Python's own exit code for it is 1, which is a finding
+        traceback.print_exc()
+        sys.exit(CRASH)
 
 
 def _fail(error: Exception, code: int) -> None:

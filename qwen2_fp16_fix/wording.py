@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .observations import FLOAT16_MAX
 from .report_texts import TEXTS
@@ -133,13 +134,14 @@ def render(found: dict[str, Any], console: Console, lang: str = "en") -> None:
     table = Table(*(texts[f"column_{name}"] for name in ("layer", "site", "largest", "bits", "bound", "where")))
     for site in tightest_by_layer(found):
         bits, past = site["headroom_bits"], site in passing(found)
+        where = place_name({**site, "layer": None}, lang).partition(texts["comma"])[2]
         table.add_row(
             "" if site["layer"] is None else str(site["layer"]),
             site_name(site["site"], lang),
             number(site["largest"], lang),
             texts["not_finite"] if bits is None else f"{bits:+.1f}",
             "" if site["bound"] is None else f"{site['bound']:,.4g}",
-            place_name({**site, "layer": None}, lang).partition(texts["comma"])[2],
+            Text(where),  # no markup, whatever a token says
             style="red" if past else None,
         )
     console.print(table)

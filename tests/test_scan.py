@@ -1,5 +1,6 @@
 """The scan: it names what the stress checkpoints have planted, and measures what a plain run has, a layer at a time."""
 
+import copy
 import json
 import math
 import re
@@ -425,6 +426,34 @@ def test_findings_are_json_and_are_rendered_in_both_languages(
             wording.render(found, wording.Console(width=160), lang)
             assert " ".join(wording.verdict(found, lang).split()) in " ".join(capsys.readouterr().out.split())
     assert "All of them are raw scores" in " ".join(wording.consequences(scans("scores")))
+
+
+def test_a_token_that_is_markup_to_rich_is_printed_as_it_stands(
+    scans: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer with a token `[/INST]` ended in rich's MarkupError, after the run; `[b]` was swallowed."""
+    found = copy.deepcopy(scans("scores"))
+    for token in ("[/INST]", "[b]"):
+        for each in found["sites"]:
+            each["token"] = token
+        wording.render(found, wording.Console(width=200))
+        assert f"`{token}`" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_after_all_costs_no_verdict(
+    folders: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may fill during the run: what was found is printed all the same."""
+
+    def fail(*_: object) -> None:
+        raise qwen2_fp16_fix.ScanError("the disk is full.")
+
+    monkeypatch.setattr(scan_files.ScanFiles, "write", fail)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("AB")
+    done = command(folders("keys"), "--prompts", prompts, "--json", tmp_path / "scan.json")
+    assert isinstance(done.exception, qwen2_fp16_fix.ScanError)
+    assert "tightest" in done.stdout
 
 
 def test_both_languages_have_the_same_keys_and_placeholders() -> None:

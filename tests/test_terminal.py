@@ -1,0 +1,87 @@
+"""What a command has found outlives its printing, whatever stdout is; and a crash is not taken for a finding."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from qwen2_fp16_fix import cli, demo
+
+COMMAND = ("-m", "qwen2_fp16_fix")
+SCAN = ("scan", str(demo.CHECKPOINT), "--fixed", "--device", "cpu", "--json")
+FULL = Path("/dev/full")
+
+
+def into(stdout: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command whose stdout is this file descriptor."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *COMMAND, *arguments]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+
+
+def into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return into(writer, *arguments)
+    finally:
+        os.close(writer)
+
+
+def test_signs_that_stdout_lacks_cost_no_scan(python: Callable[..., Any], tmp_path: Path) -> None:
+    """A token's `␣` on a stdout in cp1252 was a UnicodeEncodeError after the run, and the file was not written."""
+    data = tmp_path / "scan.json"
+    done = python(*COMMAND, *SCAN, str(data), PYTHONIOENCODING="cp1252", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["verdict"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
+def test_a_closed_pipe_costs_no_file(tmp_path: Path) -> None:
+    """`scan --json a.json | head -1` printed first, died of that and wrote nothing."""
+    data = tmp_path / "scan.json"
+    done = into_a_closed_pipe(*SCAN, str(data))
+    assert done.returncode == 141, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["finite"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
+@pytest.mark.parametrize("arguments", [("status", "--json"), ("status",), ("--version",)])
+def test_a_closed_pipe_is_no_finding(arguments: tuple[str, ...]) -> None:
+    """What was printed last was written when Python ended, with a complaint and the exit code 120."""
+    done = into_a_closed_pipe(*arguments)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("arguments", [("status", "--json"), ("--version",)])
+def test_a_full_stdout_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    """It was a traceback, or a complaint of Python's and the exit code 120."""
+    with FULL.open("w") as full:
+        done = into(full.fileno(), *arguments)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "qwen2-fp16-fix: stdout cannot be written (No space left on device): send it somewhere else.\n"
+    )
+
+
+def test_a_crash_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python ends it with 1, which a CI job reads as a verdict on the checkpoint."""
+
+    def crash() -> None:
+        raise ZeroDivisionError("of a kind that nobody foresaw")
+
+    monkeypatch.setattr(cli, "app", crash)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 70
+    assert "ZeroDivisionError: of a kind that nobody foresaw" in capsys.readouterr().err
