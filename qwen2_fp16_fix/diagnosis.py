@@ -36,7 +36,7 @@ def doctor(path: str | Path | None = None, *, language: str = "en", progress: Co
     `checkpoint` (None without a path). Paths, user names and tokens are left out.
     Raises CheckpointError for a `path` that holds no checkpoint.
     """
-    place = None if path is None else Path(path)
+    place = None if path is None else Path(path).absolute()  # so that it can be found in every sentence
     if place is not None:
         config_of(place)  # before the self-test: a wrong path is said at once
     said = Remarks(language)

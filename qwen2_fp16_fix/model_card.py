@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -173,8 +173,9 @@ def _measured(verification: Mapping[str, Any] | None) -> str:
     if verification is None:
         return "Not measured: `qwen2-fp16-fix verify` on the folder does."
     versions, settings = verification["versions"], verification["settings"]
+    name = PureWindowsPath(str(verification["checkpoint"])).name  # of any system's path, whose folders are private
     lines = [
-        f"By `qwen2-fp16-fix verify` on `{verification['checkpoint']}`, against stock fp32 eager: {settings['tokens']} "
+        f"By `qwen2-fp16-fix verify` on `{name or '.'}`, against stock fp32 eager: {settings['tokens']} "
         f"tokens in windows of {settings['window']} on {settings['device']}, transformers {versions['transformers']}, "
         f"torch {versions['torch']}.",
         "",

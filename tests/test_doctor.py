@@ -742,6 +742,28 @@ def test_a_report_does_not_say_whose_it_is(
         assert pinning.FILE_NAME in said  # the rest of the sentence is there
 
 
+@pytest.mark.usefixtures("healthy")
+def test_a_relative_path_is_private_too(somebodys: Path) -> None:
+    """A name alone cannot be searched for in every text ("m" is in most), so no sentence may have it to begin with."""
+    path = checkpoint(somebodys / SECRET)
+    (path / "model.safetensors").unlink()
+    said = renderings(Path(SECRET), "en")
+    assert SECRET not in said
+    assert "PATH has no model.safetensors" in " ".join(said.split())
+
+
+@pytest.mark.usefixtures("healthy")
+def test_the_owner_of_foreign_code_is_private(tmp_path: Path) -> None:
+    """An export whose configuration names code in somebody's repository differs from its lock, which is quoted."""
+    out = qwen2_fp16_fix.export(demo.CHECKPOINT, tmp_path / "out")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": [f"{SECRET}/a--tok.T", None]}})
+    )
+    said = renderings(out, "en")
+    assert SECRET not in said
+    assert "names tok.T, which is not in the lock" in " ".join(said.split())
+
+
 def test_the_command_does_not_say_whose_it_is(somebodys: Path, python: Callable[..., Any]) -> None:
     path = checkpoint(somebodys / f"{SECRET}-model")
     done = python("-m", "qwen2_fp16_fix", "doctor", str(path))

@@ -580,6 +580,16 @@ def test_the_card_vouches_for_no_device() -> None:
     assert not re.search(r"V100|T4|GPU|CUDA|\bcards?\b", model_card.CARD)
 
 
+@pytest.mark.parametrize("place", ["/home/jane-doe/qwen2", "C:\\Users\\jane-doe\\qwen2", "../jane-doe/qwen2/"])
+def test_the_card_does_not_say_where_it_was_measured(place: str, tmp_path: Path) -> None:
+    """`push` publishes the card, and `verify` prints the path that it was given."""
+    measured = findings() | {"checkpoint": place}
+    out = qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out", weights="none", verification=measured)
+    card = (out / "README.md").read_text()
+    assert "jane-doe" not in card
+    assert "verify` on `qwen2`, against" in card
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(findings() | {"rows": []}), '{"rows": [{"name": 1}]}'])
 def test_another_file_is_no_verification(text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text)
