@@ -33,12 +33,25 @@ def command_for(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse_isolation(switches: Sequence[str]) -> None:
-    """Raises UsageError for -E, -I and -S, with which Python reads neither PYTHONPATH nor sitecustomize."""
-    for switch in switches:
-        if not switch.startswith("-") or switch in ("-", "-c", "-m"):
+    """Raises UsageError for -E, -I and -S, with which Python reads neither PYTHONPATH nor sitecustomize.
+
+    Read letter by letter, as Python does: what follows -W or -X is theirs, what follows -c or -m is the program's.
+    """
+    rest = iter(switches)
+    for switch in rest:
+        if switch in ("-", "--") or not switch.startswith("-"):
             return
-        if not switch.startswith("--") and set("EIS") & set(switch):
-            raise UsageError(f"python {switch} keeps the fix out of the process: leave -E, -I and -S away.")
+        if switch == "--check-hash-based-pycs":  # the one long switch that takes an argument
+            next(rest, None)
+        for place, letter in enumerate("" if switch.startswith("--") else switch[1:], start=2):
+            if letter in "EIS":
+                raise UsageError(f"python {switch} keeps the fix out of the process: leave -E, -I and -S away.")
+            if letter in "cm":
+                return
+            if letter in "WX":
+                if not switch[place:]:
+                    next(rest, None)
+                break
 
 
 def environment_for(environment: Mapping[str, str]) -> dict[str, str]:
@@ -50,7 +63,10 @@ def environment_for(environment: Mapping[str, str]) -> dict[str, str]:
 def run(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code; on POSIX it takes this process's place and does not return."""
     command, environment = command_for(arguments), environment_for(os.environ)
-    if os.name == "posix":
-        sys.stdout.flush()
-        os.execve(command[0], command, environment)
-    return subprocess.run(command, env=environment, check=False).returncode
+    try:
+        if os.name == "posix":
+            sys.stdout.flush()
+            os.execve(command[0], command, environment)
+        return subprocess.run(command, env=environment, check=False).returncode
+    except OSError as error:
+        raise UsageError(f"{command[0]} cannot be run ({error.strerror}): name the program that runs it.") from None

@@ -1,6 +1,8 @@
 """What cannot be fixed ends in one clear sentence, and nothing is left half patched."""
 
+import os
 import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from stress import TINY, build, config
 from torch import nn
 
 import qwen2_fp16_fix as q
+from qwen2_fp16_fix import launch
 
 
 def classes_of(model: nn.Module) -> list[type]:
@@ -282,6 +285,41 @@ def test_exit_codes(
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "switches",
+    ["-W ignore -I", "-X faulthandler -S", "-Bq -uE", "-OWignore -I", "--check-hash-based-pycs never -S", "-vWX -Sc"],
+)
+def test_a_switch_that_keeps_the_fix_out_is_found_behind_others(switches: str) -> None:
+    """The argument of -W ended the search, and `python -W ignore -I` ran stock Qwen2 without a word."""
+    with pytest.raises(launch.UsageError, match="keeps the fix out"):
+        launch.command_for([sys.executable, *switches.split(), "x.py"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("-Wignore::ImportWarning x.py", "-Werror::SyntaxWarning x.py", "-W Error -u x.py", "-XSIE x.py", "-X E x.py"),
+        *("x.py -I", "-cimport.SIE", "-c SIE -I", "-um pytest -S", "-mEIS", "- -I", "-- -I", "-u", "-W"),
+        *("--version -b", "--check-hash-based-pycs -S x.py"),
+    ],
+)
+def test_letters_in_arguments_are_no_switches(arguments: str) -> None:
+    """`-Wignore::ImportWarning` was refused for its I."""
+    assert launch.command_for([sys.executable, *arguments.split()])[1:] == arguments.split()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a suffix says what can be run")
+def test_a_program_that_the_system_cannot_run_is_wrong_usage(tmp_path: Path, python: Callable[..., Any]) -> None:
+    """An executable without its first line `#!/bin/sh` was a traceback."""
+    program = tmp_path / "program"
+    program.write_text("echo ran")
+    program.chmod(0o755)
+    done = python(*COMMAND, "run", "--", str(program))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"qwen2-fp16-fix: {program} cannot be run (Exec format error)")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_run_with_an_unsupported_release_ends_the_program(
