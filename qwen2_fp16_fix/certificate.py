@@ -58,6 +58,8 @@ def certify(model_or_path: nn.Module | str | Path, progress: Console | None = No
     source: WeightSource = (
         ModelSource(model_or_path) if isinstance(model_or_path, nn.Module) else FolderSource(Path(model_or_path))
     )
+    if isinstance(source, FolderSource):
+        source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
     losses: dict[str, Counter[str]] = {}
 
     def cast(name: str, stored: Tensor) -> Tensor:

@@ -19,10 +19,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import Qwen2Config
 
 from .demo import quiet
+from .errors import CheckpointError
 from .patches.blocks import ALL_ATTENTION_FUNCTIONS
+from .patches.errors import Qwen2FP16FixError
 from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK, Qwen2ForCausalLM
 from .patches.planning import plan_layers
 from .patches.swap import base_models
+from .verification_inputs import first_line
 from .weight_sources import HEADS, FolderSource
 
 CHUNK = 2**22  # numbers of a weight widened at a time
@@ -82,14 +85,20 @@ class ModelOnDisk:
     """A checkpoint folder as a model without weights, which are read for the part that runs and dropped after it."""
 
     def __init__(self, folder: Path, source: FolderSource, fixed: bool, attention: str, device: torch.device) -> None:
-        """source: of the same folder."""
+        """source: of the same folder. Raises CheckpointError where transformers builds no model by its config."""
         self.folder, self.source, self.fixed, self.device = folder, source, fixed, device
         model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
         keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-        with quiet(), _Weightless():
-            config = Qwen2Config.from_pretrained(folder)
-            options = {"attn_implementation": attention, keyword: torch.float32}  # of rotation tables, before 4.45
-            model = model_class._from_config(config, **options).eval()
+        options = {"attn_implementation": attention, keyword: torch.float32}  # of rotation tables, before 4.45
+        try:
+            with quiet(), _Weightless():
+                model = model_class._from_config(Qwen2Config.from_pretrained(folder), **options).eval()
+        except Qwen2FP16FixError:
+            raise
+        except Exception as error:  # a bad config ends in whatever transformers trips over, or its validators raise
+            raise CheckpointError(
+                f"transformers builds no model by the config.json of {folder} ({first_line(error)})."
+            ) from None
         self.base: Any = model.model
         self.head: nn.Module | None = model.lm_head
         if hasattr(self.base, "rotary_emb"):

@@ -16,7 +16,7 @@ from .demo import forward, load, quiet
 from .errors import CheckpointError
 from .inspection import model_status
 from .magnitudes import Magnitudes
-from .patches.errors import PatchConflictError
+from .patches.errors import PatchConflictError, Qwen2FP16FixError
 from .peak_memory import PeakMemory
 from .verification_inputs import first_line
 
@@ -119,7 +119,9 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
     """
     try:
         model = load(folder, row.fixed, DTYPES[row.dtype], row.attention)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Qwen2FP16FixError:
+        raise
+    except Exception as error:  # as many kinds as there are ways for a config to be wrong
         raise CheckpointError(f"transformers cannot load {folder} as {row.name} ({first_line(error)}).") from None
     model = model.to(device)
     found = model_status(model)

@@ -27,6 +27,7 @@ HEADS = ("lm_head", "score", "qa_outputs", "classifier")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 PROJECTIONS = (*BIASED, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NUMBERS = ("rms_norm_eps", "rope_theta")  # of config.json, besides the sizes
 ROWS = 8192  # of an embedding or a head read at a time
 
 
@@ -36,9 +37,14 @@ class Unbounded(Exception):
 
 def check_shape(name: str, weight: Tensor, wanted: tuple[int, ...]) -> Tensor:
     """The weight. Raises CheckpointError where it has another shape: broadcasting would bound something else."""
-    if tuple(weight.shape) != wanted:
-        raise CheckpointError(f"{name} has shape {list(weight.shape)}, but its config asks for {list(wanted)}.")
+    compare_shapes(name, tuple(weight.shape), wanted)
     return weight
+
+
+def compare_shapes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raises CheckpointError where they differ."""
+    if found != wanted:
+        raise CheckpointError(f"{name} has shape {list(found)}, but its config asks for {list(wanted)}.")
 
 
 def check_values(name: str, weight: Tensor) -> Tensor:
@@ -137,25 +143,33 @@ class FolderSource:
         self.prefix = next((p for p in PREFIXES if f"{p}norm.weight" in self.files), "model.")
 
     def check_complete(self, head: str | None = "lm_head.weight") -> None:
-        """Raises CheckpointError where a tensor of a Qwen2 is missing or a shard cannot be opened.
+        """Raises CheckpointError where a tensor of a Qwen2 is missing or of a shape that its config does not ask for.
 
         head: the weight of the output layer that must be there; an lm_head may be tied. Of a quantised checkpoint,
         whose tensors have other names, only what its files or its index say is checked.
         """
-        layers = [f"layers.{number}.{name}" for number in range(self.layers) for name in self.layer_names(number)]
-        names = [f"{self.prefix}{name}" for name in ("embed_tokens.weight", "norm.weight", *layers)]
-        if head and not (head == "lm_head.weight" and self.config.get("tie_word_embeddings", False)):
-            names.append(head)
-        if self.config.get("quantization_config"):
-            names = []
-        held: dict[Path, set[str]] = {}
-        for name in (*names, *self.files):
+        wanted = {} if self.config.get("quantization_config") else self._wanted_shapes(head)
+        held: dict[Path, dict[str, tuple[int, ...]]] = {}
+        for name in (*wanted, *self.files):
             file = self._file(name)
             if file not in held:
                 with _opened(file) as tensors:
-                    held[file] = set(tensors.keys())
+                    held[file] = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
             if name not in held[file]:
                 raise CheckpointError(f"{file.name} does not hold {name}, which its index says: it is another's.")
+            compare_shapes(name, held[file][name], wanted.get(name) or held[file][name])
+
+    def _wanted_shapes(self, head: str | None) -> dict[str, tuple[int, ...] | None]:
+        """The tensors that must be there and, where the config says it, their shapes."""
+        hidden, rows = self.shape.hidden, (self._size("vocab_size"), self.shape.hidden)
+        layer = layer_shapes(self.shape, self.intermediate)
+        found: dict[str, tuple[int, ...] | None] = {"embed_tokens.weight": rows, "norm.weight": (hidden,)}
+        for number in range(self.layers):
+            found |= {f"layers.{number}.{name}": layer[name] for name in self.layer_names(number)}
+        found = {f"{self.prefix}{name}": size for name, size in found.items()}
+        if head and not (head == "lm_head.weight" and self.config.get("tie_word_embeddings", False)):
+            found[head] = rows if head == "lm_head.weight" else None  # a classifier's rows are its labels
+        return found
 
     def _index(self, path: Path, folder: Path) -> dict[str, Path]:
         """Tensor name to the shard that holds it."""
@@ -196,6 +210,9 @@ class FolderSource:
             scale = rotation_scale(scaling, positions)
         except (AttributeError, TypeError, ValueError, ZeroDivisionError):
             raise CheckpointError(f"config.json has a rope scaling that cannot be read: {scaling!r}.") from None
+        for place in (self.config, scaling):
+            for key in NUMBERS:
+                _check_number(key, place.get(key))
         activation = str(self.config.get("hidden_act", "silu"))
         return LayerShape(hidden, heads, kv_heads, head_dim, positions, activation, scale)
 
@@ -255,6 +272,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") not in MODEL_TYPES:
         raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
     return config
+
+
+def _check_number(key: str, found: Any) -> None:
+    """Raises CheckpointError for what a model would fail at later, in arithmetic; null is a default."""
+    if found is not None and (type(found) not in (int, float) or not 0 <= found < math.inf):
+        raise CheckpointError(f"config.json has {key} = {found!r}, not a finite number from 0.")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The certificate: what it proves, what it reads, and what it says of a checkpoint that cannot be read."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,6 +248,49 @@ def test_shapes_that_would_broadcast_are_refused(name: str, folder: Path) -> Non
     edit(folder, lambda t: t.update({name: t[name][:1].contiguous()}))
     with pytest.raises(qwen2_fp16_fix.CheckpointError, match="has shape"):
         qwen2_fp16_fix.certify(folder)
+
+
+@pytest.mark.parametrize("command", ["certify", "scan", "export"])
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("vocab_size", TINY.vocab + 2, "embed_tokens.weight has shape"),
+        ("vocab_size", None, "config.json has vocab_size = None"),
+        ("vocab_size", "many", "config.json has vocab_size = 'many'"),
+        ("intermediate_size", 2 * TINY.intermediate, "_proj.weight has shape"),
+        ("rms_norm_eps", "x", "config.json has rms_norm_eps = 'x'"),
+        ("rope_theta", -1, "config.json has rope_theta = -1"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}, "config.json has rope_theta = 'x'"),
+    ],
+)
+def test_a_config_of_other_weights_is_refused_by_every_command(
+    command: str, key: str, value: Any, sentence: str, folder: Path
+) -> None:
+    """certify and export called such a folder good, and scan ended in a traceback of torch's."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    arguments = {"certify": (folder,), "scan": (folder, [[1, 2]]), "export": (folder, folder.parent / "out")}
+    with pytest.raises(qwen2_fp16_fix.CheckpointError, match=re.escape(sentence)) as caught:
+        getattr(qwen2_fp16_fix, command)(*arguments[command])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "foo"),
+        ("hidden_act", 5),
+        ("layer_types", ["bad"]),
+        ("rope_scaling", {"rope_type": "nonsense", "factor": 2.0}),
+    ],
+)
+def test_a_config_that_transformers_trips_over_is_one_sentence(key: str, value: Any, folder: Path) -> None:
+    """A scan builds its model itself, and let through what transformers raised."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value} | {"rope_parameters": None}))
+    with pytest.raises(qwen2_fp16_fix.CheckpointError, match="transformers builds no model") as caught:
+        qwen2_fp16_fix.scan(folder, [[1, 2]])
+    assert "\n" not in str(caught.value)
 
 
 def test_another_architecture(folder: Path) -> None:

@@ -349,7 +349,10 @@ BAD_FOLDERS: dict[str, Callable[[Path], Any]] = {
     "has no tensor lm_head.weight": lambda f: damage(f, "lm_head.weight"),
     "has no tensor model.layers.3.mlp.up_proj": lambda f: damage(f, "model.layers.3.mlp.up_proj.weight"),
     "is damaged or half written": lambda f: (f / "model.safetensors").write_bytes(b"12345678901"),
-    "transformers cannot load": lambda f: edit_config(f, intermediate_size=128),
+    "gate_proj.weight has shape": lambda f: edit_config(f, intermediate_size=128),
+    "rope_theta = 'x', not a finite number": lambda f: edit_config(f, rope_theta="x"),
+    "vocab_size = None, not a whole number": lambda f: edit_config(f, vocab_size=None),
+    "transformers cannot load": lambda f: edit_config(f, hidden_act="foo"),
 }
 
 
