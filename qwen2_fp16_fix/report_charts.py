@@ -12,7 +12,7 @@ from .report_headroom import headroom_map, stock_against_fixed
 from .report_style import DASHES, STAND_INS, SYMBOLS, colour_of, hover_text, scan_name
 from .report_texts import TEXTS
 from .survey import LINEAR_INPUTS
-from .wording import number
+from .wording import bias_text, number
 
 LEAST_LOSS = 1e-4  # drawn for less
 
@@ -63,19 +63,21 @@ def spikes(scan: dict[str, Any], lang: str) -> Chart:
         points = [spike for spike in scan["bias_spikes"] if spike["projection"] == projection]
         figure.add_scatter(
             x=[spike["layer"] for spike in points],
-            y=[abs(spike["bias"]) for spike in points],
+            y=[None if spike["bias"] is None else abs(spike["bias"]) for spike in points],
             mode="markers",
             name=projection,
             marker={"color": STAND_INS[colour], "symbol": SYMBOLS[index], "size": 10, "opacity": 0.8},
             hovertext=[
-                f"{spike['bias']:,.1f}: "
+                f"{bias_text(spike, ',.1f', lang)}: "
                 + texts["comma"].join(texts[key].format(**spike) for key in ("layer", "head", "channel"))
                 for spike in points
             ],
             hoverinfo="text",
         )
     top = scan["bias_spikes"][0]
-    spoken = texts["spikes"].format(**{**top, "count": scan["bias_spikes_found"], "number": f"{top['bias']:,.0f}"})
+    spoken = texts["spikes"].format(
+        **{**top, "count": scan["bias_spikes_found"], "number": bias_text(top, ",.0f", lang)}
+    )
     return Chart("chart-spikes", texts["spikes_title"], texts["spikes_caption"], spoken, figure, 320)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .report_texts import TEXTS
-from .wording import number, passing, place_name, site_name, token_name
+from .wording import bias_text, number, passing, place_name, site_name, token_name
 
 CALM = 8.0  # bits of headroom from which a row is left out on paper
 
@@ -85,7 +85,7 @@ def spike_table(scan: dict[str, Any], lang: str) -> Table:
                 str(spike["head"]),
                 str(spike["channel"]),
                 str(spike["rotary_pair"]),
-                f"{spike['bias']:,.1f}".replace("-", "−"),
+                bias_text(spike, ",.1f", lang).replace("-", "−"),
                 "–" if spike["times_median"] is None else f"{spike['times_median']:,.0f}",
             )
         )

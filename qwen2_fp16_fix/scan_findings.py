@@ -45,7 +45,7 @@ def findings(
         "first_nonfinite": broken,
         "finite": broken is None,
         "massive_activations": massive_found(survey, read),
-        "bias_spikes": spikes[:LISTED],
+        "bias_spikes": [spike_found(spike) for spike in spikes[:LISTED]],
         "bias_spikes_found": len(spikes),
         "quantisation": quantisation_found(survey),
         "certificate": {key: certificate[key] for key in ("proven", "verdict", "scaled_layers", "max_exponent")},
@@ -137,6 +137,11 @@ def prompt_found(read: Readable, index: int) -> dict[str, Any]:
     """A prompt: its text, if it was one, and how many tokens were read."""
     asked = read.asked[index]
     return {"text": asked if isinstance(asked, str) else None, "tokens": read.ids[index].shape[1]}
+
+
+def spike_found(spike: dict[str, Any]) -> dict[str, Any]:
+    """A spike of a bias, which a checkpoint in a wider type may have past float16's range."""
+    return spike | {key: None if spike[key] is None else finite(spike[key]) for key in ("bias", "times_median")}
 
 
 def massive_found(survey: Survey, read: Readable) -> list[dict[str, Any]]:

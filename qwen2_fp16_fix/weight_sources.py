@@ -295,13 +295,22 @@ def _opened(file: Path) -> Iterator[Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A file with a JSON object. Raises CheckpointError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, parse_constant=_finite_number, parse_float=_finite_number)
+    except ValueError as error:
         raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path.name} is not a JSON object.")
+    return found
+
+
+def _finite_number(text: str) -> float:
+    """Raises ValueError for NaN and infinity, which Python's JSON knows and no other's."""
+    found = float(text)
+    if not math.isfinite(found):
+        raise ValueError(f"{text} is no finite number")
     return found
 
 

@@ -24,6 +24,11 @@ def number(value: float | None, lang: str = "en") -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def bias_text(spike: dict[str, Any], form: str, lang: str = "en") -> str:
+    """A spike's bias; one past float16's range is infinite in it, which JSON has as null."""
+    return TEXTS[lang]["not_finite"] if spike["bias"] is None else format(spike["bias"], form)
+
+
 def token_name(token_id: int, token: str | None) -> str:
     """A token as `text`, its spaces made visible, or by its id."""
     if token is None:
@@ -125,7 +130,7 @@ def _spikes(found: dict[str, Any], lang: str) -> str:
         return texts["no_spikes"]
     top = spikes[0]
     names = {key: top[key] for key in ("layer", "projection", "head", "channel")}
-    return texts["spikes"].format(count=found["bias_spikes_found"], number=f"{top['bias']:,.0f}", **names)
+    return texts["spikes"].format(count=found["bias_spikes_found"], number=bias_text(top, ",.0f", lang), **names)
 
 
 def render(found: dict[str, Any], console: Console, lang: str = "en") -> None:

@@ -644,7 +644,9 @@ def test_what_cannot_be_proven_is_a_warning(healthy: None, tmp_path: Path) -> No
     assert found["checkpoint"]["stored"] == {"F32": found["checkpoint"]["parameters"]}
 
 
-@pytest.mark.parametrize("content", [None, "[]", "{", "{}"])
+@pytest.mark.parametrize(
+    "content", [None, "[]", "{", '{"hidden_size": NaN}', '{"rope_theta": -Infinity}', '{"hidden_size": 1e999}', "{}"]
+)
 def test_a_path_without_a_checkpoint_is_wrong_usage(
     content: str | None, healthy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import cli, demo, extremes, report_texts, scan_files, wording
+from qwen2_fp16_fix import cli, demo, extremes, report, report_texts, scan_files, wording
 from qwen2_fp16_fix.extremes import Extremes, ScoreExtremes
 from qwen2_fp16_fix.layer_walk import ModelOnDisk, Stream
 from qwen2_fp16_fix.observations import FLOAT16_MAX, Attended
@@ -130,6 +130,23 @@ def test_bias_spikes_are_listed(scans: Callable[..., Any], kind: str) -> None:
     wanted = {(layer, head, c) for layer in (0, LAST) for head in range(TINY.kv_heads) for c in channels}
     assert {(spike["layer"], spike["head"], spike["channel"]) for spike in spikes} == wanted
     assert {spike["rotary_pair"] for spike in spikes} == pairs
+
+
+def test_a_bias_past_float16_is_null_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its infinity was no JSON: after the run, the files of a scan could not be written."""
+    build(TINY, ("keys",)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.bias"][3] = -1e5
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = qwen2_fp16_fix.scan(tmp_path, [[1, 2, 3]], device="cpu")
+    top = json.loads(json.dumps(found, allow_nan=False))["bias_spikes"][0]
+    assert (top["layer"], top["channel"], top["bias"], top["times_median"]) == (1, 3, None, None)
+    for lang in wording.LANGUAGES:
+        wording.render(found, wording.Console(width=160), lang)
+        assert report_texts.TEXTS[lang]["not_finite"] in next(
+            sentence for sentence in wording.consequences(found, lang) if "k_proj" in sentence
+        )
+        assert "<html" in report.page([found], lang=lang)
 
 
 @pytest.mark.parametrize("kind", stress.KINDS)
