@@ -24,9 +24,13 @@ def config_of(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError, without the path in its sentence, where there is none to read.
     """
-    if not path.exists():
+    try:
+        found, folder = path.exists(), path if path.is_dir() else path.parent
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint cannot be read ({error.strerror}): change its rights.") from None
+    if not found:
         raise CheckpointError("there is no such checkpoint: give a folder, or a .safetensors file.")
-    return read_json((path if path.is_dir() else path.parent) / "config.json")
+    return read_json(folder / "config.json")
 
 
 def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any], list[Remark], list[Remark]]:

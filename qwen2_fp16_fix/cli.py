@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -353,11 +353,20 @@ def main() -> None:
         _fail(error, 1)
     except Qwen2FP16FixError as error:
         _fail(error, 3)
-    except Exception:  # Python's own exit code for it is 1, which is a finding
-        traceback.print_exc()
-        sys.exit(CRASH)
+    except OSError as error:
+        if error.filename is None:
+            _crash()
+        _fail(f"{error.filename}: {error.strerror}: name another file or folder, or change its rights.", 2)
+    except Exception:
+        _crash()
 
 
-def _fail(error: Exception, code: int) -> None:
+def _crash() -> NoReturn:
+    """Ends with the traceback. Python's own exit code is 1, which is a finding here."""
+    traceback.print_exc()
+    sys.exit(CRASH)
+
+
+def _fail(error: Exception | str, code: int) -> None:
     stderr.print(f"qwen2-fp16-fix: {error}", markup=False)
     sys.exit(code)

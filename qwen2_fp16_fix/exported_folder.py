@@ -18,7 +18,7 @@ from . import model_card, pinning
 from .errors import CheckpointError, ExportError
 from .exported_config import check_foreign_code, exported_config, heads_to_check
 from .patches import errors as patches_errors
-from .weight_sources import FolderSource, read_config, read_json
+from .weight_sources import FolderSource, reachable, read_config, read_json
 from .whole_folder import whole_folder
 
 PATCHES = Path(patches_errors.__file__).parent
@@ -115,10 +115,11 @@ def is_repo_id(name: str) -> bool:
 def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
     """The checkpoint's folder, absolute, and the repository it came from if that is known."""
     folder = Path(path_or_repo)
-    if folder.is_dir():
-        return folder.resolve(), _cached_repo(folder.resolve())
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file: give the folder it lies in.")
+    with reachable(folder):
+        if folder.is_dir():
+            return folder.resolve(), _cached_repo(folder.resolve())
+        if folder.exists():
+            raise CheckpointError(f"{folder} is a file: give the folder it lies in.")
     if isinstance(path_or_repo, Path) or not is_repo_id(path_or_repo):
         raise CheckpointError(f"there is no {path_or_repo}: give a checkpoint folder, or OWNER/NAME on the Hub.")
     wanted = ["config.json", "README.md", *CARRIED, *((INDEX, "*.safetensors") if weights != "none" else ())]

@@ -21,7 +21,7 @@ from .exported_config import has_own_code, heads_to_check, is_exported
 from .exported_folder import CODE_FILES, is_repo_id
 from .patches.version_map import SUPPORTED
 from .pinning import FILE_NAME as LOCK
-from .weight_sources import FolderSource, read_config
+from .weight_sources import FolderSource, reachable, read_config
 
 WEIGHTS = "*.safetensors"
 MARK = "Pushed by qwen2-fp16-fix."  # in every commit, by which a push that goes on knows what is its own
@@ -74,7 +74,9 @@ def push(
 
 def check_export(folder: Path) -> list[str]:
     """The paths of the folder's files. Raises PublishError unless it is an export, and whole."""
-    if not folder.is_dir():
+    with reachable(folder):
+        found = folder.is_dir()
+    if not found:
         raise CheckpointError(f"there is no folder {folder}: give one that `qwen2-fp16-fix export` has written.")
     config = read_config(folder)
     if not is_exported(config):

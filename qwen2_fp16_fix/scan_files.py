@@ -71,11 +71,11 @@ def _check_extra(kind: str) -> None:
 
 def _check_path(path: Path, force: bool) -> None:
     """Raises where a file cannot be written, or would be overwritten."""
-    if path.is_dir():
-        raise ScanError(f"{path} is a folder: name a file in it.")
-    if path.exists() and not force:
-        raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
     try:
+        if path.is_dir():
+            raise ScanError(f"{path} is a folder: name a file in it.")
+        if path.exists() and not force:
+            raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:

@@ -16,7 +16,7 @@ from .patches.errors import NotQwen2Error
 from .patches.modeling_qwen2_fp16 import ORIGINAL
 from .running_code import plain_linears
 from .user_files import read_utf8
-from .weight_sources import FLOATS, FolderSource
+from .weight_sources import FLOATS, FolderSource, reachable
 
 PASSAGE = CHECKPOINT / "held_out.txt"
 VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empty tokenizer where there is neither
@@ -24,7 +24,9 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empt
 
 def open_checkpoint(folder: Path) -> FolderSource:
     """The folder, checked: a Qwen2 whole, in plain floating-point weights. Raises CheckpointError or NotQwen2Error."""
-    if folder.is_file():
+    with reachable(folder):
+        is_file = folder.is_file()
+    if is_file:
         raise CheckpointError(f"{folder} is a file: give the folder it lies in, which is what transformers loads.")
     source = FolderSource(folder)
     if source.config.get("quantization_config"):

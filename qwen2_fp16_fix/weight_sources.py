@@ -133,9 +133,10 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         """path: a folder, or a file with its config.json beside it. Raises CheckpointError or NotQwen2Error."""
-        folder = path if path.is_dir() else path.parent
-        if not path.exists():
-            raise CheckpointError(f"there is no {path}: give a checkpoint folder or a .safetensors file.")
+        with reachable(path):
+            folder = path if path.is_dir() else path.parent
+            if not path.exists():
+                raise CheckpointError(f"there is no {path}: give a checkpoint folder or a .safetensors file.")
         self.config = read_config(folder)
         self.layers, self.intermediate = self._size("num_hidden_layers"), self._size("intermediate_size")
         self.shape = self._shape()
@@ -266,12 +267,25 @@ WeightSource = ModelSource | FolderSource
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint. Raises CheckpointError, or NotQwen2Error where it is another model's."""
-    if not (folder / "config.json").is_file():
+    with reachable(folder):
+        found = (folder / "config.json").is_file()
+    if not found:
         raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
     config = read_json(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
     return config
+
+
+@contextmanager
+def reachable(path: Path) -> Iterator[None]:
+    """Around questions about a path that the system may refuse to answer. Raises CheckpointError for that."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): change the rights, or name another folder."
+        ) from None
 
 
 def _check_number(key: str, found: Any) -> None:

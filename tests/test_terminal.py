@@ -1,5 +1,6 @@
 """What a command has found outlives its printing, whatever stdout is; and a crash is not taken for a finding."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from qwen2_fp16_fix import cli, demo
+from qwen2_fp16_fix import cli, demo, pinning
 
 COMMAND = ("-m", "qwen2_fp16_fix")
 SCAN = ("scan", str(demo.CHECKPOINT), "--fixed", "--device", "cpu", "--json")
@@ -72,6 +73,54 @@ def test_a_full_stdout_is_one_sentence(arguments: tuple[str, ...]) -> None:
     assert (
         done.stderr == "qwen2-fp16-fix: stdout cannot be written (No space left on device): send it somewhere else.\n"
     )
+
+
+LONG = "x" * 300  # no file system has names of that length
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("scan", LONG), ("verify", LONG), ("certify", LONG), ("doctor", LONG), ("export", LONG, "out")),
+        *(("push", LONG, "a/b", "--dry-run"), ("check", "lock.json", "--folder", LONG), ("lock", "-o", LONG)),
+        *(("scan", str(demo.CHECKPOINT), "--json", LONG), ("verify", str(demo.CHECKPOINT), "--resume", LONG)),
+        *(("scan", str(demo.CHECKPOINT), "--prompts", LONG), ("demo", "--save", LONG)),
+        ("scan", "locked"),
+    ],
+    ids=lambda arguments: " ".join(arguments).replace(LONG, "LONG").replace(str(demo.CHECKPOINT), "DEMO"),
+)
+def test_a_path_that_the_system_refuses_is_one_sentence(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before Python 3.14, asking whether it is there raises, with a traceback; so do folders one may not look into."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lock.json").write_text(pinning.as_text(pinning.make_lock()))
+    monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", *arguments])
+    monkeypatch.setattr("qwen2_fp16_fix.verification._fill", lambda *_: pytest.fail("the run before the check"))
+    monkeypatch.setattr("qwen2_fp16_fix.scanning.walk", lambda *_: pytest.fail("the run before the check"))
+    if "locked" in arguments:
+        monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("reading")]
+    assert (ended.value.code, len(said)) == (2, 1), said
+    assert said[0].startswith("qwen2-fp16-fix: ")
+
+
+def denied(path: Path) -> bool:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_an_error_of_the_system_names_its_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever call it comes from: rights, full disks and the like are no crash."""
+    monkeypatch.setattr(cli, "app", lambda: denied(Path("/x/y")))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    sentence = f"{Path('/x/y')}: Permission denied: name another file or folder, or change its rights."
+    assert capsys.readouterr().err == f"qwen2-fp16-fix: {sentence}\n"
 
 
 def test_a_crash_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
