@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def lock(path: str | Path, force: bool = False) -> Path:
     UnsupportedTransformersError where there is nothing to lock.
     """
     path, text = Path(path), as_text(make_lock())
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".qwen2-fp16-fix-{os.getpid()}.part")  # however long the name of the lock is
     try:
         if path.exists() and not force:
             if path.read_bytes() == text.encode():
@@ -56,7 +57,8 @@ def lock(path: str | Path, force: bool = False) -> Path:
         beside.write_bytes(text.encode())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, it cannot be removed either
+            beside.unlink()
         raise LockFileError(f"{path} cannot be written ({error.strerror}): name another file.") from None
     return path
 

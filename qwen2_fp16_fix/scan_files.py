@@ -4,6 +4,7 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def _check_path(path: Path, force: bool) -> None:
             raise ScanError(f"{path} is a folder: name a file in it.")
         if path.exists() and not force:
             raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
+        with suppress(FileNotFoundError):
+            path.lstat()  # from Python 3.14, the questions above keep it to themselves that no file can have this name
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:

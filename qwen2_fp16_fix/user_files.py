@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .patches.errors import Qwen2FP16FixError
@@ -22,11 +23,12 @@ def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal
 
     wanted: what to name instead where it cannot be written, which raises `refusal`.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".qwen2-fp16-fix-{os.getpid()}.part")  # however long the name of the file is
     try:
         make(part)
         part.replace(path)
     except OSError as error:
         raise refusal(f"{path} cannot be written ({error.strerror}): name {wanted}.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, it cannot be removed either
+            part.unlink()

@@ -406,6 +406,14 @@ def test_a_full_disk_leaves_the_old_lock(locked: Path, tmp_path: Path, monkeypat
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("lock.json", "old")]
 
 
+def test_a_lock_in_an_impossible_place_is_one_sentence(tmp_path: Path) -> None:
+    """What was begun could not be removed either, and that was the traceback shown."""
+    (tmp_path / "file").touch()
+    with pytest.raises(q.LockFileError, match="cannot be written"):
+        q.lock(tmp_path / "file" / "lock.json")
+    assert q.lock(tmp_path / ("锁" * 84)).is_file()  # 252 bytes of the 255 that a name may have
+
+
 def test_an_unsupported_release_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning.transformers, "__version__", "4.36.0")
     with pytest.raises(q.UnsupportedTransformersError):

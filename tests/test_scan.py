@@ -553,6 +553,11 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
     assert there.read_text() == "mine"
     assert "cannot be written (No such file" in refused(folder, "--json", tmp_path / "no" / "x.json")
     assert "is a folder: name a file in it" in refused(folder, "--png", tmp_path)
+    assert "cannot be written (Not a directory" in refused(folder, "--json", there / "x.json")
+    with monkeypatch.context() as later:
+        later.setattr(Path, "is_dir", lambda path: False)  # as from Python 3.14
+        later.setattr(Path, "exists", lambda path: False)
+        assert "cannot be written (File name too long" in refused(folder, "--json", tmp_path / ("x" * 300))
     both = tmp_path / "one"
     assert "have the same name" in refused(folder, "--json", both, "--report", both)
     assert "add --report OUT.html" in refused(folder, "--verification", there)
@@ -590,6 +595,15 @@ def test_force_overwrites_and_a_failed_write_leaves_the_old_file(
     assert "No space left on device" in sentence
     assert data.read_text() == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.json", "scan.json"]
+
+
+def test_a_name_that_is_just_short_enough_is_written(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """The longer name that it had while it was written was one too long: a refusal after the run."""
+    data, prompts = tmp_path / ("n" * 250), tmp_path / "prompts.txt"
+    prompts.write_text("AB")
+    assert command(folders("keys"), "--prompts", prompts, "--json", data).exit_code == 0
+    assert json.loads(data.read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([data.name, prompts.name])
 
 
 @pytest.mark.usefixtures("never_run")

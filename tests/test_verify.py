@@ -292,6 +292,13 @@ def test_a_file_of_something_else_is_refused(checkpoint: Path, tmp_path: Path, m
         table(checkpoint, resume=tmp_path / "no folder" / "rows.json")
 
 
+def test_rows_in_an_impossible_place_are_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    """What was begun could not be removed either, and that was the traceback shown."""
+    (tmp_path / "file").touch()
+    with pytest.raises(qwen2_fp16_fix.VerificationError, match=r"cannot be written \(Not a directory"):
+        table(checkpoint, resume=tmp_path / "file" / "rows.json")
+
+
 @pytest.mark.usefixtures("few_rows")
 def test_a_loaded_model_is_verified(checkpoint: Path) -> None:
     """Its rows are those of its folder, also when it is fixed, and it stays as it was."""
