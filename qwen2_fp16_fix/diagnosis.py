@@ -3,6 +3,7 @@
 `doctor` returns plain data in a language; `diagnosis_page` shows it. Nothing in the data says whose machine it is.
 """
 
+import os
 import platform
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,6 +22,7 @@ from .inspection import status
 from .numeric_settings import Setting, settings
 from .other_tools import Tool, tools
 from .patches.errors import Qwen2FP16FixError, UnsupportedTransformersError
+from .patches.lock import VARIABLE
 from .patches.version_map import range_for
 from .redaction import private_places, redact
 from .self_test import KL_LIMIT, self_test
@@ -99,16 +101,22 @@ def facts_of(device: Device) -> dict[str, Any]:
 
 
 def lock_differences(path: Path | None) -> list[str] | None:
-    """What differs from the lock in the current folder, and of an exported folder from its own; None without a lock."""
+    """What differs from the locks in the current folder and the environment, and of an exported folder from its own.
+
+    None without a lock.
+    """
     own = path if path is not None and (path / pinning.FILE_NAME).is_file() else None
     here = Path(pinning.FILE_NAME).is_file() and (own is None or not own.samefile(Path.cwd()))
-    if own is None and not here:
+    named = os.environ.get(VARIABLE, "").strip()
+    named = os.path.abspath(named) if named else ""  # so that it is found in a sentence
+    locks = [lock for lock in (pinning.FILE_NAME if here else "", named) if lock]
+    if own is None and not locks:
         return None
     try:
         found = [] if own is None else pinning.changed_files(own)
-        return [*found, *(pinning.check(pinning.FILE_NAME) if here else [])]
+        return list(dict.fromkeys([*found, *(sentence for lock in locks for sentence in pinning.check(lock))]))
     except Qwen2FP16FixError as error:
-        return [str(error)]
+        return [str(error).replace(named, VARIABLE) if named else str(error)]
 
 
 def _advice(item: Advice, said: "Remarks", among_others: bool) -> dict[str, Any]:

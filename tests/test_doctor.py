@@ -482,6 +482,22 @@ def test_a_lock_in_the_current_folder_is_checked() -> None:
 
 
 @pytest.mark.usefixtures("healthy")
+def test_the_lock_that_the_environment_names_is_checked(somebodys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process was pinned, and doctor said "not pinned: no lock here"."""
+    lock = qwen2_fp16_fix.lock(somebodys / f"{SECRET}.json")
+    monkeypatch.setenv("QWEN2_FP16_FIX_LOCK", f" {lock.name} ")
+    assert qwen2_fp16_fix.doctor()["lock"]["state"] == "kept"
+    lock.write_text(lock.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    shutil.copy(lock, pinning.FILE_NAME)  # the same difference is said once
+    assert qwen2_fp16_fix.doctor()["lock"]["differences"] == [f"torch {torch.__version__} is installed, 1.0 is locked."]
+    lock.unlink()
+    Path(pinning.FILE_NAME).unlink()
+    found = qwen2_fp16_fix.doctor()["lock"]
+    assert "cannot be read as a lock" in found["differences"][0]
+    assert SECRET not in found["differences"][0]
+
+
+@pytest.mark.usefixtures("healthy")
 def test_an_exported_folder_is_held_against_its_own_lock(tmp_path: Path) -> None:
     """By its files alone: it was made somewhere else, with another torch."""
     out = qwen2_fp16_fix.export(demo.CHECKPOINT, tmp_path / "out")
