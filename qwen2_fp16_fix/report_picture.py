@@ -54,7 +54,8 @@ def draw(scans: Sequence[dict[str, Any]], path: Path, lang: str = "en") -> None:
         figure = Figure(figsize=(10, height), dpi=160, layout="constrained", facecolor="white")
         top, bottom = figure.subplots(2, 1, height_ratios=[0.24 * max(layers, 6) + 0.6, 2.2])
         signs = [("✓ " if scan["finite"] else "✗ ") + verdict(scan, lang) for scan in scans]
-        figure.suptitle("\n".join(_wrapped(sign, lang) for sign in signs), x=0.01, ha="left", fontsize=10)
+        title = "\n".join(_wrapped(sign, lang) for sign in signs)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)  # a token may be a dollar sign
         _headroom(top, scans[0], lang)
         _residual(bottom, scans, lang)
         figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})  # for who cannot see it

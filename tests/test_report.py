@@ -344,6 +344,14 @@ def test_the_picture(scans: list[dict[str, Any]], tmp_path: Path, monkeypatch: p
         ScanFiles(png=tmp_path / "zh.png", lang="zh").check(force=False)
 
 
+def test_a_token_of_dollars_is_no_formula_in_the_picture(scans: list[dict[str, Any]], tmp_path: Path) -> None:
+    """matplotlib sets what stands between dollars as mathematics, and raised: after the run, no picture."""
+    found = json.loads(json.dumps(scans[0]))
+    for place in (found["first_nonfinite"], *found["sites"]):
+        place.update(token="$^$", key_token="$^$")
+    report_picture.draw([found], tmp_path / "out.png")
+
+
 def test_axes_have_ticks_between_their_ends() -> None:
     for values in ([65504.0, 70000.0], [1.0, 1e9], [None, 3e-4, 0.1], [5.0], [None]):
         low, high, ticks = report_style.log_ticks(values)
