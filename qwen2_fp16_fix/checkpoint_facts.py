@@ -10,7 +10,7 @@ from rich.console import Console
 from .doctor_texts import Remark, remark
 from .errors import CheckpointError
 from .patches.errors import Qwen2FP16FixError
-from .weight_sources import MODEL_TYPES, FolderSource, read_json
+from .weight_sources import MODEL_TYPES, FolderSource, check_architectures, read_json
 
 OWN_MODULE = "modeling_qwen2_fp16"  # which an export names in its auto_map
 QUICK = 2**26  # bytes of weights that are bounded in about a second
@@ -30,7 +30,9 @@ def config_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint cannot be read ({error.strerror}): change its rights.") from None
     if not found:
         raise CheckpointError("there is no such checkpoint: give a folder, or a .safetensors file.")
-    return read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    check_architectures(config)
+    return config
 
 
 def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any], list[Remark], list[Remark]]:

@@ -19,6 +19,8 @@ from . import __version__
 from .errors import CheckpointError, PublishError
 from .exported_config import has_own_code, heads_to_check, is_exported
 from .exported_folder import CODE_FILES, is_repo_id
+from .patches.errors import LockFileError
+from .patches.lock import read_lock
 from .patches.version_map import SUPPORTED
 from .pinning import FILE_NAME as LOCK
 from .weight_sources import FolderSource, reachable, read_config
@@ -97,10 +99,15 @@ def _is_hidden(name: str) -> bool:
 
 
 def commit_message(folder: Path) -> str:
-    """Names the versions that decide the numbers."""
-    lock = folder / LOCK
-    numerics = json.loads(lock.read_text(encoding="utf-8")).get("numerics") if lock.is_file() else None
-    known = "" if numerics is None else f", numerics {numerics}"
+    """Names the versions that decide the numbers. Raises PublishError where the folder's lock does not say them."""
+    known = ""
+    if (folder / LOCK).is_file():
+        try:
+            known = f", numerics {read_lock(folder / LOCK)['numerics']}"
+        except LockFileError:
+            raise PublishError(
+                f"{folder} has a {LOCK} that this version cannot read: export the checkpoint anew."
+            ) from None
     return f"Export with qwen2-fp16-fix {__version__}{known}, for {SUPPORTED}"
 
 

@@ -51,6 +51,8 @@ def _read_file(path: Path) -> list[Any]:
         raise ScanError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
         raise ScanError(f'{path} is not a list of texts: write ["first prompt", "second prompt"].')
+    if any("\ud800" <= letter <= "\udfff" for prompt in found for letter in prompt):
+        raise ScanError(f"{path} has a surrogate without its other half, which is no letter: escape both, or write it.")
     return found
 
 

@@ -274,7 +274,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
+    check_architectures(config)
     return config
+
+
+def check_architectures(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless they are a list of names, or none."""
+    found = config.get("architectures")
+    if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise CheckpointError(f"config.json has architectures = {found!r}, not a list of names.")
 
 
 @contextmanager

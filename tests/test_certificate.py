@@ -250,7 +250,7 @@ def test_shapes_that_would_broadcast_are_refused(name: str, folder: Path) -> Non
         qwen2_fp16_fix.certify(folder)
 
 
-@pytest.mark.parametrize("command", ["certify", "scan", "export"])
+@pytest.mark.parametrize("command", ["certify", "scan", "export", "verify"])
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
@@ -258,6 +258,8 @@ def test_shapes_that_would_broadcast_are_refused(name: str, folder: Path) -> Non
         ("vocab_size", None, "config.json has vocab_size = None"),
         ("vocab_size", "many", "config.json has vocab_size = 'many'"),
         ("intermediate_size", 2 * TINY.intermediate, "_proj.weight has shape"),
+        ("architectures", 5, "config.json has architectures = 5, not a list of names"),
+        ("architectures", [["Qwen2ForCausalLM"]], "not a list of names"),
         ("rms_norm_eps", "x", "config.json has rms_norm_eps = 'x'"),
         ("rope_theta", -1, "config.json has rope_theta = -1"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}, "config.json has rope_theta = 'x'"),
@@ -269,9 +271,9 @@ def test_a_config_of_other_weights_is_refused_by_every_command(
     """certify and export called such a folder good, and scan ended in a traceback of torch's."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    arguments = {"certify": (folder,), "scan": (folder, [[1, 2]]), "export": (folder, folder.parent / "out")}
+    arguments: dict[str, tuple[Any, ...]] = {"scan": (folder, [[1, 2]]), "export": (folder, folder.parent / "out")}
     with pytest.raises(qwen2_fp16_fix.CheckpointError, match=re.escape(sentence)) as caught:
-        getattr(qwen2_fp16_fix, command)(*arguments[command])
+        getattr(qwen2_fp16_fix, command)(*arguments.get(command, (folder,)))
     assert "\n" not in str(caught.value)
 
 

@@ -661,7 +661,17 @@ def test_what_cannot_be_proven_is_a_warning(healthy: None, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [None, "[]", "{", '{"hidden_size": NaN}', '{"rope_theta": -Infinity}', '{"hidden_size": 1e999}', "{}"]
+    "content",
+    [
+        None,
+        "[]",
+        "{",
+        '{"architectures": 5}',
+        '{"hidden_size": NaN}',
+        '{"rope_theta": -Infinity}',
+        '{"hidden_size": 1e999}',
+        "{}",
+    ],
 )
 def test_a_path_without_a_checkpoint_is_wrong_usage(
     content: str | None, healthy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

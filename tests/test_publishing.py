@@ -137,7 +137,8 @@ def test_a_push_makes_a_private_repository(exported: Path, hub: Hub) -> None:
 
 def test_the_message_names_the_numerics_of_the_lock(exported: Path, hub: Hub, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "locked"))
-    (folder / LOCK).write_text('{"numerics": 7}')
+    content = json.loads((folder / LOCK).read_text())
+    (folder / LOCK).write_text(json.dumps(content | {"numerics": 7}))
     assert "numerics 7" in push(folder, "me/new", api=hub)["message"]
     assert push(folder, "me/new", api=hub, message="My own")["message"] == "My own"
 
@@ -240,6 +241,14 @@ def no_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"half")
 
 
+def broken_lock(folder: Path) -> None:
+    (folder / LOCK).write_text("{")
+
+
+def other_lock(folder: Path) -> None:
+    (folder / LOCK).write_text("[]")
+
+
 def not_qwen2(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
@@ -250,6 +259,8 @@ def not_qwen2(folder: Path) -> None:
         (no_export, PublishError, "is no export"),
         (no_code, PublishError, r"lacks numerics\.py"),
         (no_weights, CheckpointError, "damaged or half written"),
+        (broken_lock, PublishError, "this version cannot read: export the checkpoint anew"),
+        (other_lock, PublishError, "this version cannot read: export the checkpoint anew"),
         (not_qwen2, NotQwen2Error, "llama"),
     ],
 )

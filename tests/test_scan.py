@@ -615,6 +615,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
         (b"[", "is not valid JSON"),
         (b'{"a": 1}', "is not a list of texts"),
         (b"[]", "holds no prompt"),
+        (b'["\\ud83d and \\ude00"]', "a surrogate without its other half"),
         (b'["a", " "]', "holds no prompt, or an empty one"),
     ):
         prompts.write_bytes(content)
