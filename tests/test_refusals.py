@@ -1,6 +1,7 @@
 """What cannot be fixed ends in one clear sentence, and nothing is left half patched."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -57,6 +58,25 @@ def test_another_architecture() -> None:
         )
     )
     refuses(q.NotQwen2Error, llama, "LlamaForCausalLM")
+
+
+@pytest.mark.filterwarnings("ignore:.*token_id must be")
+@pytest.mark.parametrize(("name", "title"), [("Qwen2VL", "Qwen2-VL"), ("Qwen2_5_VL", "Qwen2.5-VL")])
+def test_the_models_with_pictures_are_refused_and_the_pages_say_so(name: str, title: str) -> None:
+    """The pages said that their text model was covered: it is a class of its own, with rotations of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    rotation = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    tower = {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 32, "intermediate_size": 32}
+    settings = getattr(transformers, f"{name}Config")(
+        text_config=sizes | heads | rotation, vision_config=tower | {"out_hidden_size": 32, "mlp_ratio": 2}
+    )
+    refuses(q.NotQwen2Error, getattr(transformers, f"{name}ForConditionalGeneration")(settings), "no Qwen2")
+    for page in ("README.md", "README.zh-CN.md", "docs/troubleshooting.md", "docs/troubleshooting.zh.md"):
+        text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+        said = [part for part in re.split(r"\n\n|\n- ", text) if title in part and "`fix`" in part]
+        assert len(said) == 1, page
+        assert "`Qwen2Model`" in said[0]
 
 
 def test_a_norm_replaced_by_another_tool() -> None:
