@@ -82,6 +82,9 @@ def demo(
     if save is not None:
         room.save(save)
         stderr.print(f"wrote {save}", markup=False)
+        if as_json:
+            with printing():
+                print(json.dumps({"saved": str(save)}, indent=2))
         return
     findings = room.measure(progress=Notices())
     _show(findings, as_json, room.render)
@@ -155,7 +158,7 @@ def export(
     ] = WeightsChoice.link,
     code_only: Annotated[bool, typer.Option("--code-only", help="Leave the weights out.")] = False,
     code_repo: Annotated[
-        str | None, typer.Option(help="OWNER/NAME[@REVISION] that holds the code; none is copied then.")
+        str | None, typer.Option(help="OWNER/NAME or OWNER/NAME@REVISION, which holds the code; none is copied then.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="A model type of its own: without trust_remote_code loading fails.")
@@ -251,6 +254,8 @@ def scan(
     files = ScanFiles(report, json_file, png, verification, lang.value)
     verified = files.check(force)
     both = fixed is None and (report is not None or png is not None)
+    if both or fixed:
+        room.check_switch()  # before stock runs
     options: dict[str, Any] = {
         "attention": attention.value,
         "tokens": tokens,

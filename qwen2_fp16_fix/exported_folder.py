@@ -181,7 +181,7 @@ def _carried_files(folder: Path) -> list[Path]:
     """Tokenizer, templates, generation configuration and licence."""
     names = (path.relative_to(folder).as_posix() for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")))
     found = {name for name in names for pattern in CARRIED if fnmatch.fnmatch(name, pattern)}
-    return [folder / name for name in sorted(found - {TEMPLATES})]
+    return [folder / name for name in sorted(found) if not (folder / name).is_dir()]
 
 
 def _check_inside(file: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ def page(scans: Sequence[dict[str, Any]], verification: dict[str, Any] | None = 
         js=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
         plotly=packed_plotly(),
         data=Markup(_json({"palette": stand_ins(), "figures": figures(drawn), "tooOld": texts["too_old"]})),
-        name=Path(first["checkpoint"]).name,
+        name=Path(first["checkpoint"]).resolve().name,  # of ".", too
         verdicts=[{"finite": scan["finite"], "sentence": verdict(scan, lang)} for scan in scans],
         facts=facts(first, lang),
         consequences=consequences(first, lang),

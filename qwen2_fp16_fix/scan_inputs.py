@@ -133,4 +133,6 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ScanError(f"{name} is no device here ({first_line(error)}): give cpu, or leave it away.") from None
+    if chosen.type == "meta":
+        raise ScanError("the meta device computes nothing: give cpu, or leave it away.")
     return chosen

@@ -89,9 +89,15 @@ def _check_settings(attention: str, tokens: int) -> None:
         raise ScanError(f"{tokens} tokens of a prompt leave nothing to scan: give at least 1.")
 
 
-def _open_folder(folder: Path, fixed: bool, attention: str, device: str | None) -> ModelOnDisk:
-    if fixed and is_switched_off():
+def check_switch() -> None:
+    """Raises ScanError where the environment switches the fix off."""
+    if is_switched_off():
         raise ScanError("QWEN2_FP16_FIX=0 switches the fix off, so nothing here would be fixed: unset it.")
+
+
+def _open_folder(folder: Path, fixed: bool, attention: str, device: str | None) -> ModelOnDisk:
+    if fixed:
+        check_switch()
     return ModelOnDisk(folder, open_checkpoint(folder), fixed, attention, choose_device(device))
 
 

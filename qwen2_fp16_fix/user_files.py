@@ -11,7 +11,7 @@ from .patches.errors import Qwen2FP16FixError
 def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
     """The text of a file. wanted: what it should be, with its article. Raises `refusal` where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # the mark that Windows begins a text with is no part of it
     except UnicodeDecodeError:
         raise refusal(f"{path} is not UTF-8: convert it, or name another file.") from None
     except OSError as error:

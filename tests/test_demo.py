@@ -98,6 +98,13 @@ def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
     assert len(done.stdout.splitlines()) < 50
 
 
+def test_saving_prints_json_where_that_is_asked(tmp_path: Path) -> None:
+    """`demo --save X --json` printed nothing that a program could read."""
+    done = CliRunner().invoke(cli.app, ["demo", "--save", str(tmp_path / "x"), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {"saved": str(tmp_path / "x")}
+
+
 def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(demo.CheckpointError, match="found no demo checkpoint in"):
         demo.measure(tmp_path)

@@ -166,6 +166,16 @@ def test_what_belongs_to_a_model_is_carried_over(checkpoint: Path, tmp_path: Pat
     assert "somebody" not in (out / "config.json").read_text() + (out / "README.md").read_text()
 
 
+def test_a_folder_named_like_a_file_that_is_carried_is_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    """A folder LICENSES, as REUSE has it, was called "a link to nothing"."""
+    for name in ("LICENSES", "chat_templates", "additional_chat_templates/old"):
+        (checkpoint / name).mkdir(parents=True)
+        (checkpoint / name / "x.txt").touch()
+    out = qwen2_fp16_fix.export(checkpoint, tmp_path / "out", weights="none")
+    assert not (out / "LICENSES").exists()
+    assert not (out / "additional_chat_templates").exists()
+
+
 def test_code_can_lie_in_a_repository_of_its_own(tmp_path: Path) -> None:
     out = qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out", strict=True, code_repo="some/code@v1.0")
     config, card = config_of(out), (out / "README.md").read_text()
@@ -714,6 +724,11 @@ def test_run_and_remote_code_go_together(tmp_path: Path, python: Callable[..., A
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(cli.app, ["export", *arguments])
+
+
+def test_the_help_shows_how_to_name_a_revision() -> None:
+    """`[@REVISION]` is markup to rich, which swallowed it."""
+    assert "OWNER/NAME@REVISION" in re.sub(r"[\s│]+", "", run("--help").stdout)
 
 
 def test_the_command_exports(tmp_path: Path) -> None:

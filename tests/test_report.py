@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -285,6 +286,13 @@ def test_one_scan_alone_makes_a_page(tmp_path: Path, kinds: tuple[str, ...]) -> 
             assert 'id="chart-against"' not in html
             assert 'id="verify-table"' not in html
             assert ('id="massive-table"' in html) == bool(kinds)
+
+
+def test_the_current_folder_has_a_name(scans: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any) -> None:
+    """`scan .` made a page without a heading."""
+    (tmp_path / "Qwen2-7B").mkdir()
+    monkeypatch.chdir(tmp_path / "Qwen2-7B")
+    assert re.search("<h1>[^<]*Qwen2-7B", page([scans[0] | {"checkpoint": "."}]))
 
 
 def test_a_scan_of_nan_makes_a_page_and_a_picture(scans: list[dict[str, Any]], tmp_path: Path) -> None:

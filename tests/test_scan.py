@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import cli, demo, extremes, report, report_texts, scan_files, wording
+from qwen2_fp16_fix import cli, demo, extremes, report, report_texts, scan_files, scan_inputs, wording
 from qwen2_fp16_fix.extremes import Extremes, ScoreExtremes
 from qwen2_fp16_fix.layer_walk import ModelOnDisk, Stream
 from qwen2_fp16_fix.observations import FLOAT16_MAX, Attended
@@ -620,6 +620,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
     ):
         prompts.write_bytes(content)
         assert sentence in refused(folder, "--prompts", prompts)
+    assert "the meta device computes nothing" in refused(folder, "--device", "meta")
     (tmp_path / "empty.txt").write_text(" \n")
     good = tmp_path / "good.txt"
     good.write_text("ABC")
@@ -662,6 +663,23 @@ def test_a_fixed_scan_of_nothing_fixed_is_refused(
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     with pytest.raises(qwen2_fp16_fix.ScanError, match="switches the fix off"):
         qwen2_fp16_fix.scan(folders("scores"), [PROMPT], fixed=True)
+
+
+@pytest.mark.usefixtures("never_run")
+@pytest.mark.parametrize("asked", ["--report", "--png"])
+def test_a_switched_off_fix_is_noticed_before_stock_runs(
+    asked: str, folders: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report is of both: stock ran to its end, and then fixed was refused and nothing written."""
+    monkeypatch.setenv("QWEN2_FP16_FIX", "0")
+    assert "QWEN2_FP16_FIX=0" in refused(folders("scores"), asked, tmp_path / "out")
+
+
+def test_the_mark_at_the_beginning_of_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    """Windows writes it, and it was the first token of the first prompt."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffAB\nC".encode())
+    assert scan_inputs.read_prompts(prompts) == ["AB", "C"]
 
 
 def test_texts_go_through_the_chat_template(folders: Callable[..., Path]) -> None:
