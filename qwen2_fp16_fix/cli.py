@@ -22,7 +22,7 @@ from .patches.errors import LockError, LockFileError, MetaTensorError, NotQwen2E
 from .terminal import Notices, PrintError, printing, replace_unknown_signs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-stderr = Notices()
+stderr = Notices(soft_wrap=True)
 
 CRASH = 70  # EX_SOFTWARE of sysexits.h
 

@@ -30,9 +30,9 @@ class Page(Console):
 class Notices(Console):
     """Stderr; where nobody reads it any more, the run goes on in silence."""
 
-    def __init__(self) -> None:
-        """Lines are left as long as they are, for those who search them."""
-        super().__init__(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, soft_wrap: bool = False) -> None:
+        """soft_wrap: lines are left as long as they are, for those who search them."""
+        super().__init__(stderr=True, highlight=False, soft_wrap=soft_wrap)
 
     def on_broken_pipe(self) -> None:
         """A run of minutes is not lost for a line of progress."""

@@ -19,18 +19,18 @@ SCAN = ("scan", str(demo.CHECKPOINT), "--fixed", "--device", "cpu", "--json")
 FULL = Path("/dev/full")
 
 
-def into(stdout: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def into(stdout: int, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     """A command whose stdout is this file descriptor."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *COMMAND, *arguments]
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    return subprocess.run(command, stdout=stdout, stderr=stderr, text=True, check=False, env=environment)
 
 
-def into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+def into_a_closed_pipe(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        return into(writer, *arguments)
+        return into(writer, *arguments, stderr=stderr)
     finally:
         os.close(writer)
 
@@ -52,6 +52,14 @@ def test_a_closed_pipe_costs_no_file(tmp_path: Path) -> None:
     assert done.returncode == 141, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+    assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["finite"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
+def test_progress_that_nobody_reads_costs_no_run(tmp_path: Path) -> None:
+    """`scan … 2>&1 | head -1` ended at the second line of progress, with a finding's exit code and no file."""
+    data = tmp_path / "scan.json"
+    assert into_a_closed_pipe(*SCAN, str(data), stderr=subprocess.STDOUT).returncode == 141
     assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["finite"]
 
 
