@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .patches.errors import NotQwen2Error
-from .patches.range_plan import LayerShape
+from .patches.range_plan import LayerShape, layer_shapes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales
 MODEL_TYPES = ("qwen2", "qwen2_fp16")  # the second is a strict export's
