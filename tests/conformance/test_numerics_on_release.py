@@ -65,6 +65,7 @@ if RELEASE < Version("4.48"):  # a class of its own for each backend
         import transformers.models.qwen2.modeling_qwen2 as stock
 
         monkeypatch.setattr(stock, "_flash_attention_forward", attend, raising=False)  # from 4.43; a method before
+        monkeypatch.setattr(stock, "_flash_supports_window_size", False, raising=False)  # to 4.42
         method = lambda self, *tensors, **options: attend(*tensors)  # noqa: E731
         monkeypatch.setattr(stock.Qwen2FlashAttention2, "_flash_attention_forward", method, raising=False)
         model = stress(("swiglu", "residual"), "eager").half()
