@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from rich.console import Console
 
@@ -52,14 +53,18 @@ def printing() -> Iterator[Console]:
         yield Page()
         sys.stdout.flush()
     except BrokenPipeError:
-        _drop_the_rest()
+        _drop_the_rest(sys.stdout)
+        try:
+            sys.stderr.flush()
+        except OSError:  # the same pipe, with a line of progress still in it
+            _drop_the_rest(sys.stderr)
         raise SystemExit(CLOSED) from None
     except OSError as error:
-        _drop_the_rest()
+        _drop_the_rest(sys.stdout)
         raise PrintError(f"stdout cannot be written ({error.strerror}): send it somewhere else.") from None
 
 
-def _drop_the_rest() -> None:
-    """Python would try to write it once more when it ends, and complain."""
+def _drop_the_rest(stream: TextIO) -> None:
+    """Python would try to write it once more when it ends, and complain with 120."""
     with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
