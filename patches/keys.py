@@ -26,11 +26,8 @@ from .swap import exchange
 
 WINDOW = 4096
 FARTHEST = 3.0**0.5
-KEEPING = (
-    "peft.tuners.lora.",
-    "peft.tuners.ia3.",
-    "peft.tuners.road.",
-)  # adapters that return what they wrap unrounded
+#: Where the adapters are that return what they wrap unrounded.
+KEEPING = ("peft.tuners.lora.", "peft.tuners.ia3.", "peft.tuners.road.")
 
 
 class ExactBiasLinear(nn.Linear):

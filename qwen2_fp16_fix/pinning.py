@@ -1,9 +1,7 @@
 """Locks what decides a fixed model's numbers in a file, and says what has drifted from it."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from .patches.lock import (
     read_lock,
 )
 from .patches.version_map import range_for
+from .user_files import write_whole
 
 #: The lock of an exported folder.
 FILE_NAME = "qwen2_fp16_fix.lock.json"
@@ -47,19 +46,15 @@ def lock(path: str | Path, force: bool = False) -> Path:
     Raises LockFileError where it cannot be written, or where `path` holds anything else and `force` is not given, and
     UnsupportedTransformersError where there is nothing to lock.
     """
-    path, text = Path(path), as_text(make_lock())
-    beside = path.with_name(f".qwen2-fp16-fix-{os.getpid()}.part")  # however long the name of the lock is
+    path, content = Path(path), as_text(make_lock()).encode()
     try:
-        if path.exists() and not force:
-            if path.read_bytes() == text.encode():
-                return path
-            raise LockFileError(f"{path} is there already and says something else: use another name, or force it.")
-        beside.write_bytes(text.encode())
-        beside.replace(path)
+        there = path.read_bytes() if path.exists() and not force else None
     except OSError as error:
-        with suppress(OSError):  # where it could not be made, it cannot be removed either
-            beside.unlink()
         raise LockFileError(f"{path} cannot be written ({error.strerror}): name another file.") from None
+    if there is None:
+        write_whole(path, lambda part: part.write_bytes(content), "another file", LockFileError)
+    elif there != content:
+        raise LockFileError(f"{path} is there already and says something else: use another name, or force it.")
     return path
 
 
