@@ -51,11 +51,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _show(found: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:
-    """Prints what a command has found. NaN and infinity are no JSON: who finds them says None."""
+def _show(
+    found: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any], Console], None], escaped: bool = True
+) -> None:
+    """Prints what a command has found. NaN and infinity are no JSON: who finds them says None.
+
+    escaped: whether JSON has letters beyond ASCII as their numbers.
+    """
     with printing() as page:
         if as_json:
-            print(json.dumps(found, indent=2, allow_nan=False))
+            print(json.dumps(found, indent=2, ensure_ascii=escaped, allow_nan=False))
         else:
             render(found, page)
 
@@ -216,11 +221,7 @@ def doctor(
     from .diagnosis_page import render
 
     found = room.doctor(path, language=lang.value, progress=Notices())
-    with printing() as page:
-        if as_json:
-            print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
-        else:
-            render(found, page, lang.value)
+    _show(found, as_json, lambda found, page: render(found, page, lang.value), escaped=False)
     raise typer.Exit(room.exit_code(found))
 
 
@@ -288,14 +289,13 @@ def status(as_json: AsJson = False) -> None:
     """Say what is installed, whether this release is supported, and whether the fix is switched on."""
     from .inspection import status as found_status
 
+    def render(found: dict[str, Any], _: Console) -> None:
+        for name, value in found.items():
+            if name != "registered":  # a process of its own has nothing registered
+                print(f"{name:>12}  {'' if value is None else value}")
+
     found = found_status()
-    with printing():
-        if as_json:
-            print(json.dumps(found, indent=2))
-        else:
-            for name, value in found.items():
-                if name != "registered":  # a process of its own has nothing registered
-                    print(f"{name:>12}  {'' if value is None else value}")
+    _show(found, as_json, render)
     raise typer.Exit(3 if found["problem"] else 0)
 
 
@@ -327,13 +327,10 @@ def check(
     """Say what has drifted from a lock, a sentence each: patch files, transformers and its Qwen2, torch."""
     from . import pinning as room
 
-    found = room.check(file, folder)
-    with printing():
-        if as_json:
-            print(json.dumps({"lock": str(file), "differences": found, "passed": not found}, indent=2))
-        else:
-            print("\n".join(found) if found else f"Nothing differs from {file}.")
-    raise typer.Exit(1 if found else 0)
+    differences = room.check(file, folder)
+    found = {"lock": str(file), "differences": differences, "passed": not differences}
+    _show(found, as_json, lambda *_: print("\n".join(differences) or f"Nothing differs from {file}."))
+    raise typer.Exit(1 if differences else 0)
 
 
 def main() -> None:

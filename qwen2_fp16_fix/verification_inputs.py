@@ -14,9 +14,10 @@ from .demo import CHECKPOINT, quiet
 from .errors import CheckpointError, VerificationError
 from .patches.errors import NotQwen2Error
 from .patches.modeling_qwen2_fp16 import ORIGINAL
+from .patches.scaling import PLAIN
 from .running_code import plain_linears
 from .user_files import read_utf8
-from .weight_sources import FLOATS, FolderSource, reachable
+from .weight_sources import FolderSource, reachable
 
 PASSAGE = CHECKPOINT / "held_out.txt"
 VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empty tokenizer where there is neither
@@ -63,7 +64,7 @@ def _check_loaded(model: Any) -> None:
         if name.endswith("_proj") and type(module) not in linears:
             raise CheckpointError(f"{name} is a {type(module).__name__}: verify takes a model of plain linear layers.")
     for name, weight in model.named_parameters():
-        if weight.is_meta or weight.dtype not in FLOATS:
+        if weight.is_meta or weight.dtype not in PLAIN:
             raise CheckpointError(f"{name} is quantised or not loaded: verify takes a model with its weights in place.")
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .patches.errors import NotQwen2Error
 from .patches.range_plan import LayerShape, layer_shapes
+from .patches.scaling import PLAIN
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a weight in another type needs its scales
 MODEL_TYPES = ("qwen2", "qwen2_fp16")  # the second is a strict export's
 PREFIXES = ("model.", "", "transformer.")
 HEADS = ("lm_head", "score", "qa_outputs", "classifier")
@@ -53,7 +53,7 @@ def check_values(name: str, weight: Tensor) -> Tensor:
         raise Unbounded(f"{name} is not loaded")
     if type(weight) not in (nn.Parameter, Tensor):
         raise Unbounded(f"{name} is a {type(weight).__name__}, whose values cannot be bounded here")
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in PLAIN:  # in another type it needs its scales
         raise Unbounded(
             f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: quantised weights are not bounded"
         )
