@@ -25,7 +25,8 @@ from .numerics import (
     sdpa_operands,
     widen_mask,
 )
-from .planning import drop_plan, drop_stale_plan, plan_kept
+from .overflow import OverflowWatch
+from .planning import Plan, drop_plan, plan_kept, settle_plan, watch_for_backward
 from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
@@ -40,6 +41,7 @@ class RMSNorm(nn.Module):
     kernel_layer_name: ClassVar = "Qwen2Fp16RMSNorm"  # by stock's, use_kernels=True would swap in another norm
     weight: Tensor
     variance_epsilon: float
+    watch: OverflowWatch | None = None  # the final norm's: what it returns is the last hidden state
 
     def forward(self, hidden_states: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's, as the next matmul needs.
@@ -50,8 +52,16 @@ class RMSNorm(nn.Module):
         weight = self.weight
         if weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
             stock: Tensor = super().forward(hidden_states)
-            return stock if out_dtype is None else stock.to(out_dtype)
-        return rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or weight.dtype)
+            normed = stock if out_dtype is None else stock.to(out_dtype)
+        else:
+            normed = rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or weight.dtype)
+        if self.watch is not None and runs_in_float16(normed):
+            self.watch.note(normed)
+        return normed
+
+    def release(self) -> None:
+        """Ends the watch."""
+        self.__dict__.pop("watch", None)
 
 
 class DecoderLayer(nn.Module):
@@ -59,11 +69,29 @@ class DecoderLayer(nn.Module):
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids")
     stock_names: ClassVar = {"residual", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+    plan: Plan | None = None
+    plan_due = False  # whether the next forward makes one
+    rotary: Any  # the model's rotary embedding, and the watch over its last hidden state: no submodules of this one
+    watch: OverflowWatch
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states (B, S, hidden). Arguments keep their order: checkpointing up to 4.51 passes them as such."""
-        drop_stale_plan(self)
-        return super().forward(promote_residual(hidden_states), *args, **kwargs)
+        settle_plan(self)
+        output = super().forward(promote_residual(hidden_states), *args, **kwargs)
+        watch_for_backward(self, output)
+        return output
+
+    def train(self, mode: bool = True) -> "DecoderLayer":
+        """As nn.Module; where training has ended the plan, the first forward after `eval()` makes a new one."""
+        super().train(mode)
+        if not mode and (self.plan is None or self.plan.suspect):
+            self.__dict__["plan_due"] = True
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """As nn.Module; a copy or what comes out of a file has other weights than those that were planned for."""
+        super().__setstate__(state)
+        drop_plan(self, due=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecoderLayer":
         """Keeps the range plan through a move or a cast that leaves the weights' float16 values as they are."""
@@ -74,12 +102,15 @@ class DecoderLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As nn.Module; weights that are loaded end the plan made for the old ones, which compiled code cannot see."""
         if any(name.startswith(prefix) for name in state_dict):
-            drop_plan(self)
+            drop_plan(self, due=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def release(self) -> None:
-        """Drops the range plan."""
-        drop_plan(self)
+        """Forgets the range plan."""
+        for part in (self.mlp, self.self_attn):
+            part.__dict__.pop("scale", None)
+        for name in ("plan", "plan_due", "rotary", "watch"):
+            self.__dict__.pop(name, None)
 
 
 class MLP(Scaled):
@@ -99,14 +130,16 @@ class MLP(Scaled):
             stock: Tensor = super().forward(hidden_states)
             return stock
         gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
-        if self.exponent is None:
+        scale = self.scale
+        if scale is None:
             return linear_by_token(self.down_proj, gate.float() * up.float(), self.intermediate_size)
         memory = gate if is_unwatched(self.gate_proj, self.act_fn) else None
-        if self.exponent == 0:
+        if scale.exponent == 0:
             plain: Tensor = self.down_proj(torch.mul(gate, up, out=memory))
             return plain
-        product = scaled_product(self.zero, gate, up, self.exponent, memory)
-        return scaled_linear(self.down_proj, product, self.factor)
+        _, zero, factor = scale.on(gate.device)
+        product = scaled_product(zero, gate, up, scale.exponent, memory)
+        return scaled_linear(self.down_proj, product, factor)
 
 
 class RotaryEmbedding(nn.Module):
@@ -166,14 +199,14 @@ def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
 
 def project_output(attention: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
     """o_proj of the heads' outputs (B, S, H·D), rounded to `dtype`, scaled as the layer's plan says: (B, S, hidden)."""
-    output, exponent = output.to(dtype), attention.exponent
-    if exponent == 0 or not (runs_in_float16(output) or casts_to_float16(attention.o_proj, output)):
+    output, scale = output.to(dtype), attention.scale
+    if (scale is not None and scale.exponent == 0) or not (runs_in_float16(output) or casts_to_float16(attention.o_proj, output)):
         projected: Tensor = attention.o_proj(output)
         return projected
-    if exponent is None:
+    if scale is None:
         width = attention.config.num_attention_heads * attention.head_dim
         return linear_by_token(attention.o_proj, output.float(), width)
-    return scaled_linear(attention.o_proj, output * 2.0**-exponent, attention.factor)
+    return scaled_linear(attention.o_proj, output * 2.0**-scale.exponent, scale.on(output.device).factor)
 
 
 def operands_for(

@@ -51,3 +51,7 @@ class LockFileError(LockError):
 
 class UntestedTransformersWarning(UserWarning):
     """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""
+
+
+class StalePlanWarning(UserWarning):
+    """A forward was not finite, so that the exponents of every layer are no longer trusted."""

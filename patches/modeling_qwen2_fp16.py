@@ -21,7 +21,8 @@ from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
 from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401
-from .planning import plan_layers
+from .overflow import OverflowWatch  # noqa: F401
+from .planning import check_plan, expect_plans, plan_layers
 from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
@@ -86,7 +87,7 @@ class FixedOnConstruction:
         if not is_switched_off():
             check_structure(ORIGINAL, PARTS, transformers.__version__)
             _make_stock(self)  # type: ignore[arg-type]
-            exchange_all(self, ORIGINAL, FIXED, built_here=True)  # type: ignore[arg-type]
+            exchange_all(self, ORIGINAL, FIXED, built_here=True, then=expect_plans_in)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +191,12 @@ def plan_modules(root: nn.Module) -> None:
     for base in base_models(root, ORIGINAL):
         if all(type(layer) in STOCK for layer in base.layers):  # type: ignore[union-attr]
             plan_layers(base)
+
+
+def expect_plans_in(root: nn.Module) -> None:
+    """Lets every layer of every Qwen2 inside `root` plan itself at its next forward."""
+    for base in base_models(root, ORIGINAL):
+        expect_plans(base)
 
 
 def unfix_modules(root: nn.Module) -> None:

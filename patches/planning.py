@@ -1,17 +1,26 @@
-"""Gives each layer the exponents that its weights ask for, and takes them away when the weights change.
+"""Gives each layer the exponents that its weights ask for, and takes them away when the weights may have changed.
 
 A plan is an integer for the MLP and one for the output projection of a layer, from the bounds in `range_plan.py`. It
 holds for the weights it was made from: a layer whose weights cannot be bounded, or have changed, scales by token.
+
+Weights change in ways that leave a trace (`fingerprint`) and in ways that leave none: fused optimisers, `.data`, numpy.
+So a plan is dropped, too, after a backward through its layer (an optimiser is about to write) and after a forward that
+was not finite (`overflow.py`: an exponent that is too small can only overflow). It is made anew at the next forward
+after `eval()`, a load or `fix`, while no weight holds a gradient that an optimiser could still apply.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import StalePlanWarning
 from .keys import ExactBiasLinear
+from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled
 
@@ -19,18 +28,56 @@ BIASED = ("q_proj", "k_proj", "v_proj")  # the linears a Qwen2 gives a bias, and
 SCALED = {"product", "down_proj", "o_proj"}  # the sites an exponent is for
 
 
+@dataclass(eq=False)
+class Plan:
+    """The exponents of a layer, and what they hold for."""
+
+    exponents: Exponents
+    fingerprint: tuple[Any, ...]
+    suspect: bool = False  # a backward went through the layer: its weights may be written to without a trace
+
+    def suspect_from_now_on(self, *_: Any) -> None:
+        """A hook for autograd."""
+        self.suspect = True
+
+
 def plan_layers(base: Any) -> None:
     """Plans every layer of a Qwen2Model whose parts are fixed: the centre of its keys, and its exponents."""
+    expect_plans(base)
+    for layer in base.layers:
+        make_plan(layer)
+
+
+def expect_plans(base: Any) -> None:
+    """Lets every layer of a Qwen2Model plan itself at its next forward: who loads weights need not say so."""
+    watch = base.norm.__dict__["watch"] = OverflowWatch()
     for layer in base.layers:
         rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
-        shape = layer_shape(layer, rotary)
-        layer.self_attn.centre_keys(rotary.frequencies(), shape.positions, shape.rotation_scale)
-        weights = boundable_weights(layer)
-        bounds = None if weights is None else bound_layer(weights, shape)
-        if bounds is None or SCALED & {*unproven_sites(bounds, exponents := plan_layer(bounds))}:
-            drop_plan(layer)  # an exponent that proves nothing would only sink small values
-        else:
-            keep_plan(layer, exponents)
+        layer.__dict__.update(rotary=rotary, watch=watch, plan_due=True)
+
+
+def make_plan(layer: Any) -> None:
+    """Centres the keys of a layer, and gives it the exponents of its weights where these can be bounded.
+
+    While a weight holds a gradient an optimiser may still write to it, so the layer scales by token until then.
+    """
+    shape = layer_shape(layer, layer.rotary)
+    layer.self_attn.centre_keys(layer.rotary.frequencies(), shape.positions, shape.rotation_scale)
+    layer.watch.reset()
+    drop_plan(layer, due=holds_gradients(layer))
+    exponents = None if layer.plan_due else exponents_for(layer, shape)
+    if exponents is not None:
+        keep_plan(layer, exponents)
+
+
+def exponents_for(layer: Any, shape: LayerShape) -> Exponents | None:
+    """The exponents that prove a layer in range; None where its weights cannot be bounded, or no exponent helps."""
+    weights = boundable_weights(layer)
+    if weights is None:
+        return None
+    bounds = bound_layer(weights, shape)
+    exponents = plan_layer(bounds)  # one that proves nothing would only sink small values
+    return None if SCALED & {*unproven_sites(bounds, exponents)} else exponents
 
 
 def keep_plan(layer: Any, exponents: Exponents) -> None:
@@ -39,7 +86,7 @@ def keep_plan(layer: Any, exponents: Exponents) -> None:
     layer.mlp.set_exponent(exponents.mlp, device)
     if isinstance(layer.self_attn, Scaled):  # flash attention before 4.48 is stock's, its o_proj included
         layer.self_attn.set_exponent(exponents.o_proj, device)
-    layer.__dict__["planned"] = fingerprint(layer)
+    layer.__dict__["plan"] = Plan(exponents, fingerprint(layer))
 
 
 def layer_shape(layer: Any, rotary: Any = None) -> LayerShape:
@@ -80,30 +127,113 @@ def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def fingerprint(layer: Any) -> tuple[Any, ...]:
-    """Changes whenever a weight of the layer is replaced, moved or written to in place (but not through `.data`)."""
+def children_of(layer: Any) -> list[nn.Module]:
+    """The parts of a layer, and theirs: norms and linears among them."""
     parts = layer._modules
-    children = [*parts.values(), *parts["self_attn"]._modules.values(), *parts["mlp"]._modules.values()]
-    weights = [weight for child in children for weight in child._parameters.values() if weight is not None]
+    return [*parts.values(), *parts["self_attn"]._modules.values(), *parts["mlp"]._modules.values()]
+
+
+def weights_of(layer: Any) -> list[Tensor]:
+    """The parameters of these; what an adapter or a quantiser holds further in is not listed."""
+    return [weight for child in children_of(layer) for weight in child._parameters.values() if weight is not None]
+
+
+def fingerprint(layer: Any) -> tuple[Any, ...]:
+    """Changes whenever a weight of the layer is replaced, moved or written to in a way that torch counts."""
+    weights = weights_of(layer)
     versions = [0 if weight.is_inference() else weight._version for weight in weights]
-    return (*map(id, children), *map(id, weights), *map(Tensor.data_ptr, weights), *versions)
+    return (*map(id, children_of(layer)), *map(id, weights), *map(Tensor.data_ptr, weights), *versions)
 
 
-def drop_plan(layer: Any) -> None:
-    """Lets the layer scale by token."""
-    layer.__dict__.pop("planned", None)
+def holds_gradients(layer: Any) -> bool:
+    """Whether an optimiser has something to apply to a weight of the layer."""
+    return any(weight.grad is not None for weight in layer.parameters())
+
+
+def drop_plan(layer: Any, due: bool = False) -> None:
+    """Lets the layer scale by token; `due`: until its next forward, which plans anew."""
     for part in (layer.mlp, layer.self_attn):
-        for name in ("exponent", "zero", "factor"):
-            part.__dict__.pop(name, None)
+        if isinstance(part, Scaled):
+            part.set_exponent(None)
+    layer.__dict__.update(plan=None, plan_due=due)
 
 
 def drop_stale_plan(layer: Any) -> None:
-    """Drops a plan made for other weights. Compiled code does not look: there, what ends a plan is an event."""
-    if torch.compiler.is_compiling():
+    """Drops a plan that may not hold for the weights any more, by what can be told without looking at their values."""
+    plan = layer.plan
+    if plan is None:
         return
-    planned = layer.__dict__.get("planned")
-    if planned is not None and planned != fingerprint(layer):
+    if layer.watch.has_overflowed():
+        warn_of_overflow(layer.watch)
+    elif not plan.suspect and plan.fingerprint == fingerprint(layer):
+        return
+    drop_plan(layer, due=layer.plan_due)
+
+
+def warn_of_overflow(watch: OverflowWatch) -> None:
+    """Says once that a forward was not finite, although every layer was planned to be."""
+    if not watch.said:
+        watch.said = True
+        warnings.warn(STALE, StalePlanWarning, stacklevel=2)
+
+
+STALE = (
+    "a forward of this model has ended in numbers that are not finite: either its input or a weight was not, or weights "
+    "have changed in a way that leaves no trace, and the exponents were for the old ones. From here on every layer "
+    "scales by token; call qwen2_fp16_fix.fix(model), or model.eval(), to plan anew."
+)
+
+
+def settle_plan(layer: Any) -> None:
+    """Before a forward: drops a plan that may not hold, and makes one that is due.
+
+    Not inside a backward: a checkpoint's recomputation must repeat what the forward did.
+    """
+    if torch.compiler.is_compiling():
+        settle_in_trace(layer)
+    elif torch._C._current_graph_task_id() == -1:
+        drop_stale_plan(layer)
+        if layer.plan_due and not getattr(layer, "_is_replica", False) and not holds_gradients(layer):
+            make_plan(layer)
+
+
+def settle_in_trace(layer: Any) -> bool:
+    """The same where a compiler traces. What is compiled is traced anew when the plan changes or becomes suspect."""
+    settle_once(layer, torch.is_grad_enabled())
+    return layer.plan is not None and not layer.plan.suspect
+
+
+@torch._dynamo.assume_constant_result
+def settle_once(layer: Any, in_grad_mode: bool) -> bool:
+    """Runs while a compiler traces, on the real layer: compiled code itself looks at no weight.
+
+    Where an optimiser may write to the weights later, or torch.export shows others in their place, no plan holds.
+    """
+    weights = weights_of(layer)
+    if not all(type(weight) in (nn.Parameter, Tensor) for weight in weights):
+        drop_plan(layer, due=layer.plan is not None or layer.plan_due)
+    elif in_grad_mode and any(weight.requires_grad for weight in weights):
         drop_plan(layer)
+    else:
+        drop_stale_plan(layer)
+    return True
+
+
+def check_plan(layer: Any) -> None:
+    """As before a forward, and drops a plan whose exponents are not those of the weights' values as they are now."""
+    settle_plan(layer)
+    if layer.plan is not None and exponents_for(layer, layer_shape(layer, layer.rotary)) != layer.plan.exponents:
+        drop_plan(layer)
+
+
+def watch_for_backward(layer: Any, output: Any) -> None:
+    """After a forward: a backward through this output makes the plan suspect, if it has weights to train."""
+    plan = layer.plan
+    if plan is None or plan.suspect or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    node = (output[0] if isinstance(output, tuple) else output).grad_fn
+    if node is not None and any(weight.requires_grad for weight in weights_of(layer)):
+        node.register_prehook(plan.suspect_from_now_on)
 
 
 @contextmanager
@@ -112,14 +242,13 @@ def plan_kept(layer: Any) -> Iterator[None]:
 
     They are, unless the layer has gone to a type that is neither fp32 nor float16, or off to the meta device.
     """
-    planned = layer.__dict__.get("planned")
-    good = planned is not None and planned == fingerprint(layer)
-    exponents = Exponents(layer.mlp.exponent, getattr(layer.self_attn, "exponent", 0))
+    drop_stale_plan(layer)
+    plan = layer.plan
     yield
-    if not good:
+    if plan is None:
         return
     weights = boundable_weights(layer)
     if weights is None or any(w.dtype not in (torch.float16, torch.float32) for w in weights.values()):
         drop_plan(layer)
     else:
-        keep_plan(layer, exponents)
+        keep_plan(layer, plan.exponents)

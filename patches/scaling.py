@@ -3,7 +3,7 @@
 A power of two is exact: nothing is rounded but what falls below float16's smallest number, 2^-24 of what is scaled.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,27 @@ PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what we
 QUANTISED_BITS = 8
 
 
+class Scale(NamedTuple):
+    """An exponent, and what its arithmetic needs on the device; exchanged whole, since other threads may be reading."""
+
+    exponent: int
+    zero: Tensor  # in float16, no dimensions
+    factor: Tensor  # (1,) in fp32, 2 to the exponent: with a dimension, so that float16 times it is fp32
+
+    def on(self, device: torch.device) -> "Scale":
+        """The same where the layer computes: who moves weights one by one does not tell the layer."""
+        return Scale(self.exponent, self.zero.to(device), self.factor.to(device))
+
+
 class Scaled(nn.Module):
     """A module with an exponent for its last linear: 0 for stock's arithmetic, None where no plan vouches for one."""
 
-    exponent: int | None = None
-    zero: Tensor  # float16, no dimensions; there with an exponent above 0
-    factor: Tensor  # (1,) in fp32, 2 to the exponent: with a dimension, so that float16 times it is fp32
+    scale: Scale | None = None
+
+    @property
+    def exponent(self) -> int | None:
+        """Of `scale`."""
+        return None if self.scale is None else self.scale.exponent
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As nn.Module; a new child (an adapter, a quantised linear) ends the plan made for the old one."""
@@ -36,10 +51,11 @@ class Scaled(nn.Module):
 
     def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
         """Takes the exponent of a plan, with the constants it needs on `device`: no buffers, so casts pass them by."""
-        self.__dict__["exponent"] = exponent
-        if exponent:
-            self.__dict__["zero"] = torch.zeros((), dtype=torch.float16, device=device)
-            self.__dict__["factor"] = torch.full((1,), 2.0**exponent, device=device)
+        self.__dict__["scale"] = None if exponent is None else Scale(
+            exponent,
+            torch.zeros((), dtype=torch.float16, device=device),
+            torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device),
+        )
 
 
 def scaled_linear(linear: nn.Module, scaled: Tensor, factor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from .patches.range_plan import (
     plan_layer,
     unproven_sites,
 )
+from .running_code import code_of, sibling
 from .weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
 
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
@@ -60,6 +61,7 @@ def certify(model_or_path: nn.Module | str | Path, progress: Console | None = No
     )
     if isinstance(source, FolderSource):
         source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
+    stale = dropped_plans(source) if isinstance(source, ModelSource) else []
     losses: dict[str, Counter[str]] = {}
 
     def cast(name: str, stored: Tensor) -> Tensor:
@@ -67,6 +69,7 @@ def certify(model_or_path: nn.Module | str | Path, progress: Console | None = No
         return stored.half()
 
     logits, residual, reasons = certify_ends(source, cast)
+    reasons += stale
     layers = []
     numbers = range(source.layers)
     for number in numbers if progress is None else track(numbers, "bounding layers", console=progress):
@@ -139,6 +142,20 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
         "reasons": [_reason(site, bounds, exponents) for site in unproven],
         "residual": residual,
     }
+
+
+def dropped_plans(source: ModelSource) -> list[str]:
+    """Drops every plan of a fixed model that is not for its weights as they are, and says so."""
+    reasons = []
+    for number, layer in enumerate(source.base.layers):
+        if getattr(layer, "plan", None) is not None:
+            sibling(code_of(layer), "planning").check_plan(layer)
+            if layer.plan is None:
+                reasons.append(
+                    f"layer {number}: its exponents were planned for other weights and have been dropped, so it scales by "
+                    "token: fix the model again"
+                )
+    return reasons
 
 
 def bound_scores(weights: Mapping[str, Tensor], shape: LayerShape) -> float:

@@ -85,6 +85,8 @@ def model_status(model: nn.Module) -> dict[str, Any]:
 def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     """How each fixed layer keeps its MLP and its output projection in range, and how it stores its keys.
 
+    No plan is believed: the weights are bounded anew, and a plan that is not theirs is dropped.
+
     An exponent of the plan, "by token", or "not scaled" (o_proj under flash attention before 4.48); "centred",
     "centred, bias rounded before" (the key projection is quantised, adapted so, or called by stock's code) or "not
     centred" (its bias could not be read).
@@ -92,12 +94,13 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     from .running_code import code_of, sibling
 
     code = code_of(model)
-    key_state, drop_stale_plan = sibling(code, "keys").key_state, sibling(code, "planning").drop_stale_plan
+    key_state, planning = sibling(code, "keys").key_state, sibling(code, "planning")
+    check_plan = getattr(planning, "check_plan", None) or planning.drop_stale_plan  # of a checkpoint exported by 0.1.0
     found = []
     for base in code.base_models(model, code.ORIGINAL):
         for index, layer in enumerate(base.layers):
             if type(layer) in code.STOCK:
-                drop_stale_plan(layer)
+                check_plan(layer)
                 exponents = {"mlp": layer.mlp.exponent, "o_proj": getattr(layer.self_attn, "exponent", "not scaled")}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}
                 found.append({"layer": index, **named, "keys": key_state(layer.self_attn)})

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from .errors import CheckpointError
 from .patches.blocks import ALL_ATTENTION_FUNCTIONS
 from .patches.errors import Qwen2FP16FixError
 from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK, Qwen2ForCausalLM
-from .patches.planning import plan_layers
+from .patches.planning import make_plan
 from .patches.swap import base_models
 from .verification_inputs import first_line
 from .weight_sources import HEADS, FolderSource
@@ -118,8 +117,7 @@ class ModelOnDisk:
         with self._filled(layer, f"{self.source.prefix}layers.{number}"):
             layer.to(self.device)  # the buffers, which are none of the weights
             if self.fixed:
-                own = {"rotary_emb": self.base.rotary_emb} if hasattr(self.base, "rotary_emb") else {}
-                plan_layers(SimpleNamespace(layers=[layer], config=self.base.config, **own))
+                make_plan(layer)
             yield
 
     @contextmanager
