@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         """As nn.Module; a copy or what comes out of a file has other weights than those that were planned for."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         drop_plan(self, due=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecoderLayer":
@@ -137,9 +137,8 @@ class MLP(Scaled):
         if scale.exponent == 0:
             plain: Tensor = self.down_proj(torch.mul(gate, up, out=memory))
             return plain
-        _, zero, factor = scale.on(gate.device)
-        product = scaled_product(zero, gate, up, scale.exponent, memory)
-        return scaled_linear(self.down_proj, product, factor)
+        product = scaled_product(scale.zero, gate, up, scale.exponent, memory)
+        return scaled_linear(self.down_proj, product, scale.factor)
 
 
 class RotaryEmbedding(nn.Module):
@@ -200,13 +199,15 @@ def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
 def project_output(attention: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
     """o_proj of the heads' outputs (B, S, H·D), rounded to `dtype`, scaled as the layer's plan says: (B, S, hidden)."""
     output, scale = output.to(dtype), attention.scale
-    if (scale is not None and scale.exponent == 0) or not (runs_in_float16(output) or casts_to_float16(attention.o_proj, output)):
+    if (scale is not None and scale.exponent == 0) or not (
+        runs_in_float16(output) or casts_to_float16(attention.o_proj, output)
+    ):
         projected: Tensor = attention.o_proj(output)
         return projected
     if scale is None:
         width = attention.config.num_attention_heads * attention.head_dim
         return linear_by_token(attention.o_proj, output.float(), width)
-    return scaled_linear(attention.o_proj, output * 2.0**-scale.exponent, scale.on(output.device).factor)
+    return scaled_linear(attention.o_proj, output * 2.0**-scale.exponent, scale.factor)
 
 
 def operands_for(

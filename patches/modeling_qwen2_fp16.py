@@ -22,7 +22,7 @@ from .keys import CentredKeys  # noqa: F401
 from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
-from .planning import check_plan, expect_plans, plan_layers
+from .planning import expect_plans, plan_layers
 from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure

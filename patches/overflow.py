@@ -25,21 +25,22 @@ class Sums(NamedTuple):
 class OverflowWatch:
     """Of one Qwen2Model: whether any last hidden state since the last `reset` was not finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """device: of the final norm, if known. Others are taken up as they come."""
         self.sums: dict[torch.device, Sums] = {}
         self.said = False  # whether the user has been told
+        if device is not None:
+            self._open(device)
 
     def note(self, hidden_states: Tensor) -> None:
         """Takes the last hidden state of a forward. Compilers, tracers and function transforms are let through."""
         if type(hidden_states) is not Tensor or _is_traced(hidden_states):
             return
-        device = hidden_states.device
-        if device.type != "cpu" and device.type not in ASYNCHRONOUS:
-            return
-        sums = self.sums.get(device) or self._open(device)
-        sums.there.add_(hidden_states.detach().sum(dtype=torch.float32))
-        if sums.here is not sums.there:
-            sums.here.copy_(sums.there, non_blocking=True)
+        sums = self.sums.get(hidden_states.device) or self._open(hidden_states.device)
+        if sums is not None:
+            sums.there.add_(hidden_states.detach().sum(dtype=torch.float32))
+            if sums.here is not sums.there:
+                sums.here.copy_(sums.there, non_blocking=True)
 
     def has_overflowed(self) -> bool:
         """Whether one is known to have been not finite. What the device has still to compute is not waited for."""
@@ -48,22 +49,27 @@ class OverflowWatch:
     def reset(self) -> None:
         """Forgets what was, for weights whose plan is new."""
         if self.said or self.has_overflowed():
-            self.sums, self.said = {}, False
+            devices, self.sums, self.said = list(self.sums), {}, False
+            for device in devices:
+                self._open(device)
 
-    def _open(self, device: torch.device) -> Sums:
+    def _open(self, device: torch.device) -> Sums | None:
+        if device.type != "cpu" and device.type not in ASYNCHRONOUS:
+            return None
         with torch.inference_mode(False):  # else it could not be added to outside of it
             there = torch.zeros((), dtype=torch.float32, device=device)
-            here = there if device.type == "cpu" else torch.zeros((), dtype=torch.float32, pin_memory=True)
+            here = there if device.type == "cpu" else torch.zeros_like(there, device="cpu", pin_memory=True)
             self.sums[device] = Sums(there, here, here.numpy())
         return self.sums[device]
 
     def __reduce__(self) -> Any:
-        return OverflowWatch, ()  # a copy of a model, or one from a file, has run nothing yet
+        """A copy of a model, or one from a file, has run nothing yet."""
+        return OverflowWatch, ()
 
 
 def _is_traced(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

@@ -34,6 +34,7 @@ class Plan:
 
     exponents: Exponents
     fingerprint: tuple[Any, ...]
+    device: torch.device  # where the weights are
     suspect: bool = False  # a backward went through the layer: its weights may be written to without a trace
 
     def suspect_from_now_on(self, *_: Any) -> None:
@@ -50,7 +51,7 @@ def plan_layers(base: Any) -> None:
 
 def expect_plans(base: Any) -> None:
     """Lets every layer of a Qwen2Model plan itself at its next forward: who loads weights need not say so."""
-    watch = base.norm.__dict__["watch"] = OverflowWatch()
+    watch = base.norm.__dict__["watch"] = OverflowWatch(base.norm.weight.device)
     for layer in base.layers:
         rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
         layer.__dict__.update(rotary=rotary, watch=watch, plan_due=True)
@@ -86,7 +87,7 @@ def keep_plan(layer: Any, exponents: Exponents) -> None:
     layer.mlp.set_exponent(exponents.mlp, device)
     if isinstance(layer.self_attn, Scaled):  # flash attention before 4.48 is stock's, its o_proj included
         layer.self_attn.set_exponent(exponents.o_proj, device)
-    layer.__dict__["plan"] = Plan(exponents, fingerprint(layer))
+    layer.__dict__["plan"] = Plan(exponents, fingerprint(layer), device)
 
 
 def layer_shape(layer: Any, rotary: Any = None) -> LayerShape:
@@ -159,7 +160,10 @@ def drop_plan(layer: Any, due: bool = False) -> None:
 
 
 def drop_stale_plan(layer: Any) -> None:
-    """Drops a plan that may not hold for the weights any more, by what can be told without looking at their values."""
+    """Drops a plan that may not hold for the weights any more, by what can be told without looking at their values.
+
+    Weights on another device have been dispatched, one by one, by a tool that tells no module: they are planned anew.
+    """
     plan = layer.plan
     if plan is None:
         return
@@ -167,7 +171,7 @@ def drop_stale_plan(layer: Any) -> None:
         warn_of_overflow(layer.watch)
     elif not plan.suspect and plan.fingerprint == fingerprint(layer):
         return
-    drop_plan(layer, due=layer.plan_due)
+    drop_plan(layer, due=layer.plan_due or weights_of(layer)[0].device != plan.device)
 
 
 def warn_of_overflow(watch: OverflowWatch) -> None:
@@ -178,9 +182,9 @@ def warn_of_overflow(watch: OverflowWatch) -> None:
 
 
 STALE = (
-    "a forward of this model has ended in numbers that are not finite: either its input or a weight was not, or weights "
-    "have changed in a way that leaves no trace, and the exponents were for the old ones. From here on every layer "
-    "scales by token; call qwen2_fp16_fix.fix(model), or model.eval(), to plan anew."
+    "a forward of this model has ended in numbers that are not finite: its input or a weight was not, or weights have "
+    "changed in a way that leaves no trace and the exponents were for the old ones. From here on every layer scales "
+    "by token; call qwen2_fp16_fix.fix(model), or model.eval(), to plan anew."
 )
 
 
@@ -203,7 +207,7 @@ def settle_in_trace(layer: Any) -> bool:
     return layer.plan is not None and not layer.plan.suspect
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def settle_once(layer: Any, in_grad_mode: bool) -> bool:
     """Runs while a compiler traces, on the real layer: compiled code itself looks at no weight.
 

@@ -28,10 +28,6 @@ class Scale(NamedTuple):
     zero: Tensor  # in float16, no dimensions
     factor: Tensor  # (1,) in fp32, 2 to the exponent: with a dimension, so that float16 times it is fp32
 
-    def on(self, device: torch.device) -> "Scale":
-        """The same where the layer computes: who moves weights one by one does not tell the layer."""
-        return Scale(self.exponent, self.zero.to(device), self.factor.to(device))
-
 
 class Scaled(nn.Module):
     """A module with an exponent for its last linear: 0 for stock's arithmetic, None where no plan vouches for one."""
@@ -51,10 +47,14 @@ class Scaled(nn.Module):
 
     def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
         """Takes the exponent of a plan, with the constants it needs on `device`: no buffers, so casts pass them by."""
-        self.__dict__["scale"] = None if exponent is None else Scale(
-            exponent,
-            torch.zeros((), dtype=torch.float16, device=device),
-            torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device),
+        self.__dict__["scale"] = (
+            None
+            if exponent is None
+            else Scale(
+                exponent,
+                torch.zeros((), dtype=torch.float16, device=device),
+                torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device),
+            )
         )
 
 

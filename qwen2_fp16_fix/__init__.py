@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Qwen2FP16FixError,
         RegistrationError,
         ShardedRangeError,
+        StalePlanWarning,
         UnsupportedTransformersError,
         UntestedTransformersWarning,
     )
@@ -86,6 +87,7 @@ __all__ = [
     "LockError",
     "LockFileError",
     "ScanError",
+    "StalePlanWarning",
     "UntestedTransformersWarning",
     "__version__",
 ]

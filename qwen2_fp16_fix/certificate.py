@@ -152,8 +152,8 @@ def dropped_plans(source: ModelSource) -> list[str]:
             sibling(code_of(layer), "planning").check_plan(layer)
             if layer.plan is None:
                 reasons.append(
-                    f"layer {number}: its exponents were planned for other weights and have been dropped, so it scales by "
-                    "token: fix the model again"
+                    f"layer {number}: its exponents were planned for other weights and have been dropped, so it "
+                    "scales by token: fix the model again"
                 )
     return reasons
 

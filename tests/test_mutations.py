@@ -28,6 +28,7 @@ class Mutation(NamedTuple):
 
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
 PLANNING = "patches/planning.py"
+OVERFLOW = "patches/overflow.py"
 KEYS = "patches/keys.py"
 CLOSENESS, VERIFICATION = "qwen2_fp16_fix/closeness.py", "qwen2_fp16_fix/verification.py"
 MUTATIONS = (
@@ -69,8 +70,8 @@ MUTATIONS = (
     Mutation(
         "norm ignores the dtype asked for",
         BLOCKS,
-        "return stock if out_dtype is None else stock.to(out_dtype)",
-        "return stock",
+        "normed = stock if out_dtype is None else stock.to(out_dtype)",
+        "normed = stock",
         "tests/test_blocks.py::test_the_norm_takes_an_output_dtype",
     ),
     Mutation(
@@ -363,8 +364,8 @@ MUTATIONS = (
     Mutation(
         "the output projection is handed fp32",
         BLOCKS,
-        "output, exponent = output.to(dtype), attention.exponent",
-        "exponent = attention.exponent",
+        "output, scale = output.to(dtype), attention.scale",
+        "scale = attention.scale",
         "tests/test_blocks.py::test_the_output_projection_is_handed_the_models_dtype",
     ),
     Mutation(
@@ -419,9 +420,58 @@ MUTATIONS = (
     Mutation(
         "a plan outlives an edit",
         PLANNING,
-        "if planned is not None and planned != fingerprint(layer):",
-        "if False:",
+        "elif not plan.suspect and plan.fingerprint == fingerprint(layer):",
+        "elif not plan.suspect:",
         "tests/test_planning.py::test_an_edit_in_place_ends_a_plan",
+    ),
+    Mutation(
+        "a plan outlives a fused optimiser",
+        PLANNING,
+        "elif not plan.suspect and plan",
+        "elif plan",
+        "tests/test_stale_plans.py::test_a_fused_optimiser_ends_every_plan[SGD]",
+    ),
+    Mutation(
+        "a plan outlives an overflow",
+        PLANNING,
+        "    if layer.watch.has_overflowed():",
+        "    if False:",
+        "tests/test_stale_plans.py::test_a_forward_that_overflowed_is_told_of_by_the_next[by_data]",
+    ),
+    Mutation(
+        "status believes a plan",
+        PLANNING,
+        "    if layer.plan is not None and exponents_for",
+        "    if False and exponents_for",
+        "tests/test_stale_plans.py::test_status_and_certify_believe_no_plan[by_data]",
+    ),
+    Mutation(
+        "a graph to train with keeps the plan",
+        PLANNING,
+        "elif in_grad_mode and any",
+        "elif False and any",
+        "tests/test_stale_plans.py::test_a_graph_to_train_with_scales_by_token",
+    ),
+    Mutation(
+        "hidden states are summed in float16",
+        OVERFLOW,
+        "sum(dtype=torch.float32)",
+        "sum()",
+        "tests/test_stale_plans.py::test_sums_that_pass_float16_are_no_overflow",
+    ),
+    Mutation(
+        "sums of hidden states are kept in float16",
+        OVERFLOW,
+        "torch.zeros((), dtype=torch.float32, device=device)",
+        "torch.zeros((), dtype=torch.float16, device=device)",
+        "tests/test_stale_plans.py::test_sums_that_pass_float16_are_no_overflow",
+    ),
+    Mutation(
+        "the way back is in the default dtype",
+        SCALING,
+        "2.0**exponent, dtype=torch.float32, device",
+        "2.0**exponent, device",
+        "tests/test_planning.py::test_the_default_dtype_changes_nothing",
     ),
     Mutation(
         "a plan outlives a merge",
@@ -495,6 +545,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_blocks.py",
         "test_ways_in.py",
         "test_planning.py",
+        "test_stale_plans.py",
         "test_range_plan.py",
         "test_keys.py",
         "test_verify.py",
