@@ -40,7 +40,7 @@ PROMISED = {
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
     "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "CheckpointError",
     "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
-    "UntestedTransformersWarning",
+    "StalePlanWarning", "UntestedTransformersWarning",
     "__version__",
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from stress import TINY
 
 import qwen2_fp16_fix
 
-from .conftest import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, padded, stress
+from .conftest import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
 
 STRESS = ("scores", "residual")
 CACHES: tuple[dict[str, Any], ...] = ({},) if RELEASE < Version("4.45") else ({}, {"cache_implementation": "static"})
@@ -162,3 +162,19 @@ def test_unfix_restores_bit_for_bit(attention: str) -> None:
         qwen2_fp16_fix.unfix(model)
         assert torch.equal(before, model(input_ids=PROMPT).logits)
     assert all(not type(module).__module__.startswith("qwen2_fp16_fix") for module in model.modules())
+
+
+def test_a_fused_step_ends_every_plan() -> None:
+    """Fused optimisers leave no trace on the weights: the exponents of the old ones would overflow on the new ones."""
+    model = qwen2_fp16_fix.fix(stress())
+    step = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    model(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+    step.step()
+    model.zero_grad()
+    with torch.no_grad():
+        model(input_ids=PROMPT, use_cache=False)
+    assert [layer.plan for layer in model.model.layers] == [None] * TINY.layers
+    model.eval()
+    assert torch.isfinite(logits(model)).all()
+    assert all(layer.plan is not None for layer in model.model.layers)
+    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
