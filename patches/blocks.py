@@ -88,6 +88,11 @@ class DecoderLayer(nn.Module):
             self.__dict__["plan_due"] = True
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """As nn.Module; of a layer that runs in replicas alone, this is where its next forward begins."""
+        settle_plan(self)
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+
     def __setstate__(self, state: Any) -> None:
         """As nn.Module; a copy or what comes out of a file has other weights than those that were planned for."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]

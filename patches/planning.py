@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import StalePlanWarning
 from .keys import ExactBiasLinear
+from .numerics import autocast_device
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled
@@ -62,21 +63,35 @@ def make_plan(layer: Any) -> None:
 
     While a weight holds a gradient an optimiser may still write to it, so the layer scales by token until then.
     """
+    with unrecorded(layer):
+        centre_keys(layer)
+        layer.watch.reset()
+        drop_plan(layer, due=holds_gradients(layer))
+        exponents = None if layer.plan_due else exponents_for(layer)
+        if exponents is not None:
+            keep_plan(layer, exponents)
+
+
+@contextmanager
+def unrecorded(layer: Any) -> Iterator[None]:
+    """A first forward may come under autograd, autocast or inference mode, and none of them is to have a say here."""
+    device = autocast_device(next((weight.device.type for weight in weights_of(layer)), "cpu"))
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def centre_keys(layer: Any) -> None:
+    """Chooses the centre of the keys for their bias as it is."""
     shape = layer_shape(layer, layer.rotary)
     layer.self_attn.centre_keys(layer.rotary.frequencies(), shape.positions, shape.rotation_scale)
-    layer.watch.reset()
-    drop_plan(layer, due=holds_gradients(layer))
-    exponents = None if layer.plan_due else exponents_for(layer, shape)
-    if exponents is not None:
-        keep_plan(layer, exponents)
 
 
-def exponents_for(layer: Any, shape: LayerShape) -> Exponents | None:
+def exponents_for(layer: Any) -> Exponents | None:
     """The exponents that prove a layer in range; None where its weights cannot be bounded, or no exponent helps."""
     weights = boundable_weights(layer)
     if weights is None:
         return None
-    bounds = bound_layer(weights, shape)
+    bounds = bound_layer(weights, layer_shape(layer, layer.rotary))
     exponents = plan_layer(bounds)  # one that proves nothing would only sink small values
     return None if SCALED & {*unproven_sites(bounds, exponents)} else exponents
 
@@ -171,7 +186,7 @@ def drop_stale_plan(layer: Any) -> None:
         warn_of_overflow(layer.watch)
     elif not plan.suspect and plan.fingerprint == fingerprint(layer):
         return
-    drop_plan(layer, due=layer.plan_due or weights_of(layer)[0].device != plan.device)
+    drop_plan(layer, due=layer.plan_due or any(weight.device != plan.device for weight in weights_of(layer)))
 
 
 def warn_of_overflow(watch: OverflowWatch) -> None:
@@ -197,8 +212,19 @@ def settle_plan(layer: Any) -> None:
         settle_in_trace(layer)
     elif torch._C._current_graph_task_id() == -1:
         drop_stale_plan(layer)
-        if layer.plan_due and not getattr(layer, "_is_replica", False) and not holds_gradients(layer):
-            make_plan(layer)
+        if layer.plan_due and not is_replica(layer) and torch._C._get_tracing_state() is None:
+            make_due_plan(layer)
+
+
+def is_replica(layer: Any) -> bool:
+    """Whether DataParallel has made this layer, for one forward."""
+    return getattr(layer, "_is_replica", False)
+
+
+def make_due_plan(layer: Any) -> None:
+    """Makes it, unless an optimiser still has something to apply: then it stays due."""
+    if not holds_gradients(layer):
+        make_plan(layer)
 
 
 def settle_in_trace(layer: Any) -> bool:
@@ -216,17 +242,19 @@ def settle_once(layer: Any, in_grad_mode: bool) -> bool:
     weights = weights_of(layer)
     if not all(type(weight) in (nn.Parameter, Tensor) for weight in weights):
         drop_plan(layer, due=layer.plan is not None or layer.plan_due)
-    elif in_grad_mode and any(weight.requires_grad for weight in weights):
+        return True
+    drop_stale_plan(layer)
+    if layer.plan_due:
+        make_due_plan(layer)
+    if in_grad_mode and any(weight.requires_grad for weight in weights):
         drop_plan(layer)
-    else:
-        drop_stale_plan(layer)
     return True
 
 
 def check_plan(layer: Any) -> None:
     """As before a forward, and drops a plan whose exponents are not those of the weights' values as they are now."""
     settle_plan(layer)
-    if layer.plan is not None and exponents_for(layer, layer_shape(layer, layer.rotary)) != layer.plan.exponents:
+    if layer.plan is not None and exponents_for(layer) != layer.plan.exponents:
         drop_plan(layer)
 
 

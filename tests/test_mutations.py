@@ -448,8 +448,8 @@ MUTATIONS = (
     Mutation(
         "a graph to train with keeps the plan",
         PLANNING,
-        "elif in_grad_mode and any",
-        "elif False and any",
+        "    if in_grad_mode and any",
+        "    if False and any",
         "tests/test_stale_plans.py::test_a_graph_to_train_with_scales_by_token",
     ),
     Mutation(

@@ -6,12 +6,14 @@ weights the model overflows, and a status that believes its plan says that all i
 
 import copy
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.parallel.replicate
 from conftest import kl_to
 from stress import TINY, build, random_prompt
 from torch import nn
@@ -304,6 +306,65 @@ def test_a_model_that_was_only_built_plans_itself(load: Callable[[Any, Any], Any
     assert kl_to(logits(build(TINY, ("swiglu",))), logits(model)) < CLOSE
     assert held(model) == held(fixed("swiglu"))
     assert torch.equal(logits(model), logits(fixed("swiglu")))
+
+
+def built(source: Any) -> Any:
+    """A drop-in model with the weights of `source` that nothing has planned yet."""
+    model = qwen2_fp16_fix.Qwen2ForCausalLM(source.config).to(source.dtype).eval()
+    copied_by_hand(source, model)
+    return model
+
+
+def test_the_first_forward_may_be_compiled() -> None:
+    """What runs compiled alone would neither centre its keys nor have a plan, and nobody would be told."""
+    torch._dynamo.reset()
+    model = built(build(TINY, ("swiglu",)).half())
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got = compiled(input_ids=PROMPT, use_cache=False).logits.float()
+    assert kl_to(logits(build(TINY, ("swiglu",))), got) < CLOSE
+    assert held(model) == held(fixed("swiglu"))
+    assert all(layer.self_attn.shift is not None for layer in model.model.layers)
+
+
+def test_the_first_forward_may_be_one_of_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer wraps a model in DataParallel where it sees several GPUs: the layer itself then never runs."""
+    replicate = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[each.view_as(each) for each in tensors] for _ in devices],
+    )
+    model = built(build(TINY, ("swiglu",)).half())
+    with torch.no_grad():
+        replica = replicate.replicate(model, [0, 0], detach=True)[1]
+        got = replica(input_ids=PROMPT, use_cache=False).logits.float()
+    assert kl_to(logits(build(TINY, ("swiglu",))), got) < CLOSE
+    assert all(layer.self_attn.shift is not None for layer in replica.model.layers)
+    assert held(model) == held(fixed("swiglu"))
+
+
+def test_the_first_forward_may_come_under_inference_mode_or_autocast() -> None:
+    """Constants made there would end the next training step, or be rounded."""
+    expected = held(fixed("swiglu"))
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.float16), torch.enable_grad()):
+        model = built(build(TINY, ("swiglu",)))
+        with mode:
+            model(input_ids=PROMPT, use_cache=False)
+        assert held(model) == expected
+        assert all(not layer.self_attn.shift.is_inference() for layer in model.model.layers)
+        model.half()(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_the_first_forward_may_be_traced() -> None:
+    """A plan made in there would become part of the program, weights and all."""
+    model = built(build(TINY, ("swiglu",)).half())
+    traced = torch.jit.trace(Logits(model), (PROMPT,), check_trace=False)
+    assert held(model) == [None] * TINY.layers
+    assert "hypot" not in str(traced.inlined_graph)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
