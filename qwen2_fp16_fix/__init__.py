@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 # In a checkout that is not installed, `patches/` lies beside this folder instead of inside it.
 if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[1] / "patches").is_dir():
