@@ -71,15 +71,30 @@ def linear_by_token(linear: nn.Module, activation: Tensor, width: int) -> Tensor
     activation (B, S, channels) in fp32, of `width` channels when whole. Where it is a shard, the exponent is the
     largest over the ranks that share the token: the row-parallel reduction adds up what each of them has scaled.
     """
-    exponent = token_exponent(activation, QUANTISED_BITS if is_quantised(linear) else 0)
+    exponent = token_exponent(activation.detach(), QUANTISED_BITS if is_quantised(linear) else 0)
     if activation.shape[-1] != width:
         exponent = largest_in_group(exponent, linear)
-    scaled = torch.ldexp(activation, -exponent).to(torch.float16)
-    output: Tensor = linear(scaled).float()
+    scaled = (activation * power_of_two(-exponent)).to(torch.float16)
     if not has_bias(linear):
-        return torch.ldexp(output, exponent)
-    bias: Tensor = linear(torch.zeros_like(scaled[:, :1]))  # which is not to be scaled back
-    return torch.ldexp(output - bias, exponent) + bias
+        product: Tensor = linear(scaled) * power_of_two(exponent)
+        return product
+    nothing = torch.zeros_like(scaled[:, :1])
+    bias: Tensor = linear(nothing)  # which is not to be scaled back
+    if trained := trained_biases(linear):
+        # What a bias learns comes through the last term alone: through the others it is a difference of large numbers.
+        output, rest = (torch.func.functional_call(linear, trained, (each,)) for each in (scaled, nothing))
+    else:
+        output, rest = linear(scaled), bias
+    return (output.float() - rest) * power_of_two(exponent) + bias
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, exact, in fp32 whatever torch's default is. exponent: integers; returns the same shape.
+
+    It is made apart, for a product: torch.ldexp of an activation by integers has gradients of 0 from torch 2.11 on.
+    """
+    exponent = exponent.float()
+    return torch.ldexp(torch.ones_like(exponent), exponent)
 
 
 def is_quantised(linear: nn.Module) -> bool:
@@ -98,6 +113,12 @@ def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:
 def has_bias(linear: nn.Module) -> bool:
     """Whether a linear adds a bias: its own, or one of a quantised linear or an adapter that it wraps."""
     return any(getattr(module, "bias", None) is not None for module in linear.modules())
+
+
+def trained_biases(linear: nn.Module) -> dict[str, Tensor]:
+    """Zeros for each bias of a linear, or of what it wraps, that wants a gradient, by its name."""
+    biases = ((name, value) for name, value in linear.named_parameters() if name.rpartition(".")[2] == "bias")
+    return {name: torch.zeros_like(bias) for name, bias in biases if bias.requires_grad}
 
 
 def largest_in_group(exponent: Tensor, linear: nn.Module) -> Tensor:

@@ -14,6 +14,7 @@ from conftest import kl_to
 from qwen2_fp16_fix.patches.blocks import project_output
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
 from qwen2_fp16_fix.patches.planning import plan_layers
+from qwen2_fp16_fix.patches.scaling import linear_by_token
 from stress import KINDS, TINY, build, random_prompt
 from torch import nn
 
@@ -282,6 +283,17 @@ def test_a_bias_is_not_scaled(wrapped: bool) -> None:
     assert off < 2.0**-10
     qwen2_fp16_fix.fix(model)
     assert exponents(model)[0] == "by token"
+
+
+def test_a_bias_is_taken_off_in_fp32() -> None:
+    """In float16 it would be one more rounding, of what is then scaled up."""
+    linear = nn.Linear(TINY.intermediate, TINY.hidden).half().requires_grad_(False)
+    activation = torch.randn(1, 4, TINY.intermediate) * 2.0**-8
+    activation[..., 0] = 0.75 * 2.0**9  # the exponent is 9 for every token
+    output, bias = linear((activation * 2.0**-9).half()).double(), linear.bias.double()
+    expected = (output - bias) * 2.0**9 + bias
+    found = linear_by_token(linear, activation, TINY.intermediate)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)  # fp32's rounding of sums near 300
 
 
 def test_a_shard_that_knows_no_others_is_an_error() -> None:
