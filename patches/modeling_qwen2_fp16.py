@@ -19,6 +19,7 @@ from .blocks import COMMON_PARTS  # noqa: F401
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
+from .linears import project  # noqa: F401
 from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401
 from .planning import plan_layers
