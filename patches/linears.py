@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: PEFT's adapters that add to a product or work on the input, in their folders' names: road, ia3 and glora turn, scale or
-#: remake the bias as well, and so are not here.
+#: PEFT's adapters that add to a product or work on the input, by the names of their folders. Not here: road, ia3 and
+#: glora, which turn, scale or remake the bias as well.
 ADDITIVE = (
     "adalora beft boft c3a deft delora fourierft frod gralora hira hra lily loha lokr lora miss oft osf peanut psoft "
     "pvera randlora shira supertuning tinylora unilora vblora vera waveft"
@@ -70,6 +70,25 @@ def loaded_bias(projection: nn.Module) -> Tensor | None:
         waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
         return None if waiting is None else waiting["bias"]
     return bias.to_local() if hasattr(bias, "to_local") else bias
+
+
+def note_missing(layer: nn.Module, names: list[str]) -> None:
+    """Remembers parameters of a layer, by their names in it, that loading found nowhere and made up."""
+    floating = [name for name, parameter in layer.named_parameters() if parameter.is_floating_point()]
+    layer.__dict__["missing"] = [name for name in names if name in floating]
+
+
+def load_problem(layer: Any) -> str | None:
+    """What is wrong with the numbers in the linears of a layer, as far as it can be told, or None.
+
+    What from_pretrained of a drop-in class has made up is known. What stock's has made up before `fix`, is not.
+    """
+    for name, linear in layer.named_modules():
+        if name.endswith("_proj") and is_plain(linear) and not linear.weight.is_floating_point():
+            kind = str(linear.weight.dtype).removeprefix("torch.")
+            return f"{name} is a plain linear with weights of {kind}, which need a quantised one"
+    missing = layer.__dict__.get("missing")
+    return f"{missing[0]} was not in the checkpoint, so it is random" if missing else None
 
 
 def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:

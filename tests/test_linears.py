@@ -407,8 +407,7 @@ def test_an_adapter_that_adds_to_a_product_leaves_the_bias_out(kind: str) -> Non
 def test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock(kind: str, first: str) -> None:
     """The centre is that of the bias beneath it, which a key can be farther from than from 0."""
     exact = logits(adapted(build(TINY, ("keys",)), kind))
-    model = adapted(None if first == "fixed" else half(), kind)
-    qwen2_fp16_fix.fix(model)
+    model = adapted(None, kind) if first == "fixed" else qwen2_fp16_fix.fix(adapted(half(), kind))
     assert states(model) == UNCENTRED
     assert kl_to(exact, logits(model)) < 1.1 * kl_to(exact, logits(adapted(half(), kind)))  # chance; centred 2 times
     if kind != "Glora":  # which cannot be merged
@@ -566,3 +565,41 @@ def test_a_wrapper_of_linears_forward_meets_the_original_signature(monkeypatch: 
     assert kl_to(expected, logits(model)) < 2 * stock_error()
     assert len(calls) == 2 * TINY.layers
     assert states(model) == ROUNDED
+
+
+# --- what status says of what was loaded ---
+
+
+def test_status_knows_what_loading_made_up(tmp_path: Any) -> None:
+    """A quantised checkpoint whose names no module has loads with random numbers, and generates finite nonsense."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    half().save_pretrained(tmp_path)
+    qwen2_fp16_fix.register()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert qwen2_fp16_fix.status(whole)["model"]["fixed"]
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    state = dict(tensors)
+    tensors["model.layers.3.self_attn.k_proj.qweight"] = tensors.pop("model.layers.3.self_attn.k_proj.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert list(told["missing_keys"]) == ["model.layers.3.self_attn.k_proj.weight"]
+    found = qwen2_fp16_fix.status(model)["model"]
+    assert not found["fixed"]
+    assert "layers.3.self_attn.k_proj.weight was not in the checkpoint" in found["problem"]
+    assert qwen2_fp16_fix.status(copy.deepcopy(model))["model"]["problem"] == found["problem"]
+    model.load_state_dict(state)
+    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+
+
+def test_status_knows_weights_of_another_kind_than_their_linear() -> None:
+    """LLM.int8 weights in a linear that a loader took for none of its own: the first forward raises."""
+    model = qwen2_fp16_fix.fix(half())
+    k_proj = attentions(model)[1].k_proj
+    k_proj.weight = nn.Parameter(k_proj.weight.detach().to(torch.int8), requires_grad=False)
+    found = qwen2_fp16_fix.status(model)["model"]
+    assert not found["fixed"]
+    assert "layers.1.self_attn.k_proj is a plain linear with weights of int8" in found["problem"]
+    assert qwen2_fp16_fix.status(quantised())["model"]["fixed"]
