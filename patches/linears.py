@@ -158,7 +158,7 @@ def view_of(module: Any) -> Any:
 
 def with_attributes(kind: type, attributes: dict[str, Any]) -> Any:
     """An object of that class with these attributes, not copied."""
-    view = object.__new__(kind)
+    view: Any = object.__new__(kind)
     object.__setattr__(view, "__dict__", attributes)
     return view
 

@@ -327,6 +327,28 @@ def test_a_bias_that_is_gathered_later_is_the_modules_own_affair() -> None:
     assert not linear.bias.numel()
 
 
+def test_tensor_parallel_projections_are_rounded_as_in_stock_and_fully_sharded_ones_are_exact() -> None:
+    """The former's hooks bring shards and take them away: what they see has its bias. The latter's are the layer's."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    parallel, sharded = half(), qwen2_fp16_fix.fix(half())
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for attention in attentions(parallel):
+            parallelize_module(attention, mesh, {"q_proj": ColwiseParallel(), "k_proj": ColwiseParallel()})
+        assert type(k_proj_of(parallel).weight) is torch.distributed.tensor.DTensor
+        qwen2_fp16_fix.fix(parallel)
+        assert states(parallel) == ROUNDED
+        assert error(parallel) < 1.1 * stock_error()
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        assert error(sharded) < CLOSE
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # --- adapters ---
 
 
