@@ -108,6 +108,8 @@ class DecoderLayer(nn.Module):
         """As nn.Module; weights that are loaded end the plan made for the old ones, which compiled code cannot see."""
         if any(name.startswith(prefix) for name in state_dict):
             drop_plan(self, due=True)
+        missing: list[str] = self.__dict__.pop("missing", [])  # see `note_missing`
+        self.__dict__["missing"] = [name for name in missing if prefix + name not in state_dict]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def release(self) -> None:

@@ -21,33 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ForeignCacheError
+from .linears import LINEAR_FORWARD, is_separable, loaded_bias, may_change_bias, project
 from .numerics import is_unwatched, rotate
-from .swap import exchange
 
 WINDOW = 4096
 FARTHEST = 3.0**0.5
-#: Where the adapters are that return what they wrap unrounded.
-KEEPING = ("peft.tuners.lora.", "peft.tuners.ia3.", "peft.tuners.road.")
-
-
-class ExactBiasLinear(nn.Linear):
-    """nn.Linear that can, when asked, return product and bias added in fp32. Parameters and default are nn.Linear's."""
-
-    def forward(self, input: Tensor, exact_bias: bool = False) -> Tensor:  # nn.Linear's name for it
-        """input (..., in) to (..., out), in fp32 with `exact_bias`. The product itself is rounded, as in any matmul."""
-        if not exact_bias or self.bias is None:
-            plain: Tensor = super().forward(input)
-            return plain
-        return nn.functional.linear(input, self.weight) + self.bias.float()
-
-    def write(self, input: Tensor, heads: Tensor, one: Tensor) -> None:
-        """The same, with the exact bias, put into fp32 heads (B, H, S, D). Hooks do not see it.
-
-        one: 1.0 in fp32, (1,); times it, the bias is fp32 within the kernel that adds it.
-        """
-        batch, _, length, head_dim = heads.shape
-        product = nn.functional.linear(input, self.weight).view(batch, length, -1, head_dim)
-        torch.addcmul(product.transpose(1, 2), self.bias.view(-1, 1, head_dim), one, out=heads)
 
 
 class CentredKeys(nn.Module):
@@ -70,26 +48,23 @@ class CentredKeys(nn.Module):
         key_heads = self.shift.shape[1] // (1 + self.num_key_value_groups)
         return self.shift[:, -key_heads:]
 
-    def adopt(self, stock: type[nn.Module]) -> None:
-        """Takes over from the class `stock`: plain projections learn to add their bias in fp32."""
-        for projection in (self.q_proj, self.k_proj):
-            if type(inner_linear(projection)) is nn.Linear:
-                exchange(inner_linear(projection), ExactBiasLinear)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module; an adapter that may change the bias of the keys ends the centre made for it."""
+        if name == "k_proj" and isinstance(value, nn.Module) and may_change_bias(value):
+            self.keep_constants(None)
+        super().__setattr__(name, value)
 
     def release(self) -> None:
-        """Gives the projections their class back and forgets the centre."""
+        """Forgets the centre."""
         for constant in ("shift", "one"):
             self.__dict__.pop(constant, None)
-        for projection in (self.q_proj, self.k_proj):
-            if type(inner_linear(projection)) is ExactBiasLinear:
-                exchange(inner_linear(projection), nn.Linear)
 
     def centre_keys(self, inverse_frequencies: Tensor, positions: int, rotation_scale: float) -> None:
         """Chooses c for the bias as it is now; without a bias, or one that is not loaded, there is nothing to take off.
 
         inverse_frequencies (head_dim/2,); positions: the longest context; rotation_scale multiplies cos and sin.
         """
-        bias = loaded_bias(self.k_proj)
+        bias = None if may_change_bias(self.k_proj) else loaded_bias(self.k_proj)
         if bias is None:
             self.keep_constants(None)
             return
@@ -136,54 +111,27 @@ def queries_and_keys(attention: Any, hidden_states: Tensor) -> Tensor:
     sizes = [q_proj.out_features // head_dim, k_proj.out_features // head_dim]
     heads = torch.empty((batch, sum(sizes), length, head_dim), dtype=torch.float32, device=hidden_states.device)
     queries, keys = heads.split_with_sizes(sizes, 1)
-    q_proj.write(hidden_states, queries, attention.one)
-    k_proj.write(hidden_states, keys, attention.one)
+    write(q_proj, hidden_states, queries, attention.one)
+    write(k_proj, hidden_states, keys, attention.one)
     return heads
 
 
 def can_write(projection: Any) -> bool:
-    """Whether a projection is an ExactBiasLinear with a bias, and with a weight that no rank has only a shard of."""
-    if type(projection) is not ExactBiasLinear:
+    """Whether a projection is a plain linear with a bias, and with a weight that no rank has only a shard of."""
+    if type(projection) is not nn.Linear or nn.Linear.forward is not LINEAR_FORWARD:
         return False
     parameters = projection._parameters  # without its weight in a replica, a flat shard or under pruning
     return type(parameters.get("weight")) is nn.Parameter and parameters.get("bias") is not None
 
 
-def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
-    """projection(hidden_states), in fp32 with an unrounded bias where the projection can."""
-    projected: Tensor = (
-        projection(hidden_states, exact_bias=True) if adds_exact_bias(projection) else projection(hidden_states)
-    )
-    return projected
+def write(linear: nn.Linear, hidden_states: Tensor, heads: Tensor, one: Tensor) -> None:
+    """linear(hidden_states) with its bias added in fp32, put into fp32 heads (B, H, S, D).
 
-
-def adds_exact_bias(projection: nn.Module) -> bool:
-    """Whether a projection can be asked for an unrounded bias; PEFT's adapters ask what they wrap."""
-    return isinstance(inner_linear(projection), ExactBiasLinear)
-
-
-def keeps_exact_bias(projection: nn.Module) -> bool:
-    """Whether what a projection returns has the unrounded bias: some adapters round what they wrap, or drop it."""
-    return type(projection) is ExactBiasLinear or (
-        adds_exact_bias(projection) and type(projection).__module__.startswith(KEEPING)
-    )
-
-
-def inner_linear(projection: Any) -> Any:
-    """The linear inside a projection: itself, or what a PEFT adapter wraps."""
-    return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
-
-
-def loaded_bias(projection: nn.Module) -> Tensor | None:
-    """The bias of a projection, this rank's part of a sharded one, an offloaded one's from where it waits."""
-    linear = inner_linear(projection)
-    bias = getattr(linear, "bias", None)
-    if not isinstance(bias, Tensor) or not bias.is_floating_point() or not bias.numel():  # ZeRO-3 leaves it empty
-        return None
-    if bias.is_meta:
-        waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
-        return None if waiting is None else waiting["bias"]
-    return bias.to_local() if hasattr(bias, "to_local") else bias
+    one: 1.0 in fp32, (1,); times it, the bias is fp32 within the kernel that adds it.
+    """
+    batch, _, length, head_dim = heads.shape
+    product = nn.functional.linear(hidden_states, linear.weight).view(batch, length, -1, head_dim)
+    torch.addcmul(product.transpose(1, 2), linear.bias.view(-1, 1, head_dim), one, out=heads)
 
 
 def centre_factors(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +152,7 @@ def key_state(attention: CentredKeys) -> str:
     """What `status` says of a layer's keys."""
     if attention.shift is None:
         return "not centred"
-    exact = attention.projects_exactly and keeps_exact_bias(attention.k_proj)
+    exact = attention.projects_exactly and is_separable(attention.q_proj) and is_separable(attention.k_proj)
     return "centred" if exact else "centred, bias rounded before"
 
 

@@ -19,6 +19,7 @@ from .blocks import COMMON_PARTS  # noqa: F401
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
+from .linears import load_problem, note_missing  # noqa: F401
 from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
@@ -92,15 +93,27 @@ class FixedOnConstruction:
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As the stock class; then plans the ranges from the weights that were loaded."""
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        plan_modules(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
+        tells = kwargs.pop("output_loading_info", False)
+        loaded, told = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        note_made_up(loaded, told)
+        plan_modules(loaded)
+        return (loaded, told) if tells else loaded
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class; then plans the ranges anew."""
         loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
         plan_modules(self)  # type: ignore[arg-type]
         return loaded
+
+
+def note_made_up(root: nn.Module, told: Any) -> None:
+    """Notes in each layer of `root` which parameters from_pretrained says that it has not loaded."""
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in told.get("mismatched_keys") or ()]
+    names = [*(told.get("missing_keys") or ()), *mismatched]
+    for base in base_models(root, ORIGINAL):
+        for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
+            parts = [f".{name}".partition(f".layers.{index}.") for name in sorted(names)]
+            note_missing(layer, [rest for _, _, rest in parts if rest])
 
 
 def _make_stock(root: nn.Module) -> None:

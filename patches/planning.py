@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StalePlanWarning
-from .keys import ExactBiasLinear
 from .numerics import autocast_device
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
@@ -131,7 +130,7 @@ def boundable_weights(layer: Any) -> dict[str, Tensor] | None:
     for owner in ("self_attn", "mlp"):
         for name, linear in getattr(layer, owner).named_children():
             if name.endswith("_proj"):
-                if type(linear) not in (nn.Linear, ExactBiasLinear) or (linear.bias is not None and name not in BIASED):
+                if type(linear) is not nn.Linear or (linear.bias is not None and name not in BIASED):
                     return None
                 for parameter, value in linear.named_parameters():
                     weights[f"{owner}.{name}.{parameter}"] = value

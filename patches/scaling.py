@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ShardedRangeError
-from .keys import inner_linear
+from .linears import inner_linear
 from .numerics import token_exponent
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights are that stand for themselves

@@ -61,6 +61,7 @@ def model_status(model: nn.Module) -> dict[str, Any]:
             code.check_modules(model)
     except Qwen2FP16FixError as error:
         problem = str(error)
+    problem = problem or load_problem(model, code)
     total, fixed = Counter[str](), Counter[str]()
     for module in model.modules():
         role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
@@ -82,14 +83,28 @@ def model_status(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def load_problem(model: nn.Module, code: Any) -> str | None:
+    """A sentence on fixed layers that compute in range with numbers that are none of the checkpoint's."""
+    for base in code.base_models(model, code.ORIGINAL):
+        for index, layer in enumerate(base.layers):
+            found = code.load_problem(layer) if hasattr(code, "load_problem") and type(layer) in code.STOCK else None
+            if found:
+                return (
+                    f"layers.{index}.{found}: the model has not been loaded as it was saved; load it with a "
+                    "transformers and a quantisation library that know the checkpoint."
+                )
+    return None
+
+
 def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     """How each fixed layer keeps its MLP and its output projection in range, and how it stores its keys.
 
     No plan is believed: the weights are bounded anew, and a plan that is not theirs is dropped.
 
     An exponent of the plan, "by token", or "not scaled" (o_proj under flash attention before 4.48); "centred",
-    "centred, bias rounded before" (the key projection is quantised, adapted so, or called by stock's code) or "not
-    centred" (its bias could not be read).
+    "centred, bias rounded before" (a query or key projection has a hook, a forward of its own or a class that nobody
+    has looked at, or is called by stock's code) or "not centred" (the bias could not be read, or an adapter changes
+    it).
     """
     from .running_code import code_of, sibling
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .extremes import blocks
 from .observations import Attended
-from .patches.keys import loaded_bias
+from .patches.linears import loaded_bias
 
 MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024, section 2: above both is a massive activation
 SPIKE = 20.0  # times the median magnitude of a bias

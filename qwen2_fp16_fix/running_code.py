@@ -37,11 +37,6 @@ def origin_of(code: ModuleType) -> str:
     return "package" if code is modeling_qwen2_fp16 else "remote"
 
 
-def plain_linears(model: nn.Module) -> tuple[type[nn.Module], ...]:
-    """The linears of `model` whose weights are all there is to them."""
-    return nn.Linear, sibling(code_of(model), "keys").ExactBiasLinear
-
-
 @contextmanager
 def own_errors() -> Iterator[None]:
     """Turns an error of another copy into this package's of the same name, which is what callers can catch."""

@@ -70,7 +70,6 @@ class ModelSource:
         from .patches.modeling_qwen2_fp16 import ORIGINAL
         from .patches.planning import layer_shape
         from .patches.swap import base_models
-        from .running_code import plain_linears
 
         bases = list(base_models(root, ORIGINAL))
         if not bases:
@@ -80,7 +79,6 @@ class ModelSource:
         self.warnings = [f"it holds {len(bases)} Qwen2 models: certify each by itself"] if len(bases) > 1 else []
         base: Any = bases[0]
         self.base = base
-        self.linears = plain_linears(root)
         self.outputs: dict[str, Any] = {}
         for module in root.modules():
             for name in HEADS:
@@ -117,8 +115,8 @@ class ModelSource:
         """A weight. Raises Unbounded where it is wrapped, quantised or not loaded."""
         owner, _, kind = name.rpartition(".")
         module = self._module(owner)
-        plain = (nn.Embedding,) if owner == "embed_tokens" else self.linears
-        if not owner.endswith("norm") and type(module) not in plain:
+        plain = nn.Embedding if owner == "embed_tokens" else nn.Linear
+        if not owner.endswith("norm") and type(module) is not plain:
             raise Unbounded(f"{owner} is a {type(module).__name__}, whose weights cannot be bounded here")
         return check_values(name, getattr(module, kind))
 

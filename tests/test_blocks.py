@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwen2_fp16_fix.patches import attention_classes, blocks, numerics, v4_37
+from qwen2_fp16_fix.patches import attention_classes, blocks, linears, numerics, v4_37
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -109,7 +109,7 @@ def test_a_fused_kernel_is_called_with_keys_rounded_once(monkeypatch: pytest.Mon
         attention = model.model.layers[0].self_attn
         hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(PROMPT).float())
         cos, sin = model.model.rotary_emb(hidden, torch.arange(16)[None])
-        key = attention.k_proj(hidden, exact_bias=True).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
+        key = linears.project(attention.k_proj, hidden).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
     assert torch.equal(seen["key"], numerics.rotate(key, cos, sin, attention.key_shift).half())
     assert seen["query"].dtype == seen["key"].dtype == seen["value"].dtype == torch.float16
     assert (seen["scaling"], seen["dropout"], seen["cu_seq_lens_q"]) == (attention.scaling, 0.0, "as given")

@@ -29,7 +29,7 @@ class Mutation(NamedTuple):
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
 PLANNING = "patches/planning.py"
 OVERFLOW = "patches/overflow.py"
-KEYS = "patches/keys.py"
+KEYS, LINEARS = "patches/keys.py", "patches/linears.py"
 CLOSENESS, VERIFICATION = "qwen2_fp16_fix/closeness.py", "qwen2_fp16_fix/verification.py"
 MUTATIONS = (
     Mutation(
@@ -294,23 +294,23 @@ MUTATIONS = (
     Mutation(
         "a key's bias is rounded with what it says",
         KEYS,
-        "self.bias.view(-1, 1, head_dim), one, out=heads)",
-        "self.bias.view(-1, 1, head_dim), one.half(), out=heads)",
+        "linear.bias.view(-1, 1, head_dim), one, out=heads)",
+        "linear.bias.view(-1, 1, head_dim), one.half(), out=heads)",
         "tests/test_keys.py::test_a_spiked_layer_agrees_with_attention_from_scratch[slow-sdpa]",
     ),
     Mutation(
-        "a key's bias is rounded with what it says where a hook or autograd looks on",
-        KEYS,
-        "self.bias.float()",
-        "self.bias",
-        "tests/test_keys.py::test_projections_are_the_same_to_the_bit_whoever_looks_on[autograd]",
+        "a key's bias is rounded with what it says where autograd looks on, or the linear is not plain",
+        LINEARS,
+        "bias.to(product.device).float()",
+        "bias.to(product.device)",
+        "tests/test_keys.py::test_projections_are_the_same_to_the_bit_with_autograd",
     ),
     Mutation(
         "queries and keys wait for their rotation in float16",
         KEYS,
         "dtype=torch.float32, device=hidden_states.device)",
         "dtype=torch.float16, device=hidden_states.device)",
-        "tests/test_keys.py::test_projections_are_the_same_to_the_bit_whoever_looks_on[autograd]",
+        "tests/test_keys.py::test_projections_are_the_same_to_the_bit_with_autograd",
     ),
     Mutation(
         "a kernel is handed heads in another order than stock's",
@@ -324,7 +324,70 @@ MUTATIONS = (
         NUMERICS,
         "if module._forward_hooks or module._forward_pre_hooks or",
         "if",
-        "tests/test_keys.py::test_projections_are_the_same_to_the_bit_whoever_looks_on[hook]",
+        "tests/test_keys.py::test_a_hook_is_called",
+    ),
+    Mutation(
+        "a product is taken past a hook",
+        LINEARS,
+        "(is_plain(projection) and not is_watched(projection))",
+        "is_plain(projection)",
+        "tests/test_linears.py::test_a_hook_that_changes_something_changes_the_result",
+    ),
+    Mutation(
+        "a view is taken past a hook",
+        LINEARS,
+        'is_watched(module) or ("forward"',
+        '("forward"',
+        "tests/test_linears.py::test_a_hook_on_what_goes_through_a_view_is_called_with_the_whole[quantised]",
+    ),
+    Mutation(
+        "a bias is taken off by an attribute of the class",
+        LINEARS,
+        "NO_BIAS = property(lambda module: None)",
+        "NO_BIAS = None",
+        "tests/test_linears.py::test_a_replica_adds_its_bias_once[quantised]",
+    ),
+    Mutation(
+        "a forward bound to the module is called for the product",
+        LINEARS,
+        ' or ("forward" in module.__dict__ and not is_aligned(module))',
+        "",
+        "tests/test_linears.py::test_a_wrapper_of_linears_forward_meets_the_original_signature",
+    ),
+    Mutation(
+        "accelerate's forward stays bound to the module",
+        LINEARS,
+        'if "forward" not in own:',
+        "if True:",
+        "tests/test_linears.py::test_offloaded_weights_are_where_they_are_needed_and_gone_again[alone]",
+    ),
+    Mutation(
+        "a linear that nobody has looked at is taken to add its bias last",
+        LINEARS,
+        "kind is not nn.Linear and not kind.__module__.startswith(ADDING_LAST)",
+        "False",
+        "tests/test_linears.py::test_a_linear_that_nobody_has_looked_at_is_rounded_as_in_stock",
+    ),
+    Mutation(
+        "an adapter takes itself out of the weights through a view",
+        LINEARS,
+        "not about_to_unmerge and ",
+        "",
+        "tests/test_linears.py::test_adapters_are_exact_on_merged_and_off[Lora]",
+    ),
+    Mutation(
+        "keys are centred for a bias that an adapter changes",
+        KEYS,
+        "None if may_change_bias(self.k_proj) else loaded_bias",
+        "loaded_bias",
+        "tests/test_linears.py::test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock[IA3-wrapped]",
+    ),
+    Mutation(
+        "a centre outlives an adapter that changes the bias",
+        KEYS,
+        "isinstance(value, nn.Module) and may_change_bias(value)",
+        "False",
+        "tests/test_linears.py::test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock[IA3-fixed]",
     ),
     Mutation(
         "keys are not centred",
@@ -577,6 +640,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_gradients.py",
         "test_range_plan.py",
         "test_keys.py",
+        "test_linears.py",
         "test_verify.py",
         "test_weights_elsewhere.py",
     ):

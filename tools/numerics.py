@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "numerics.json"
 
 sys.path.insert(0, str(ROOT))
-from qwen2_fp16_fix.patches import keys, numerics, range_plan, scaling  # noqa: E402
+from qwen2_fp16_fix.patches import linears as projections  # noqa: E402
+from qwen2_fp16_fix.patches import numerics, range_plan, scaling  # noqa: E402
 from qwen2_fp16_fix.patches.version_map import NUMERICS  # noqa: E402
 
 HALF = torch.float16
@@ -130,13 +131,13 @@ def linears(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     weight = steps(6, 8, stride=5, modulus=7)
     if backwards:
         hidden, weight = hidden.flip(-1), weight.flip(-1)
-    plain, small, spiked = nn.Linear(8, 6, bias=False), nn.Linear(8, 6), keys.ExactBiasLinear(8, 6)
+    plain, small, spiked = nn.Linear(8, 6, bias=False), nn.Linear(8, 6), nn.Linear(8, 6)
     for linear in (plain, small, spiked):
         linear.weight = nn.Parameter(weight)
     small.bias = nn.Parameter(torch.tensor([3.25, -1.5, 0.0, 7.0, 5.5, -3.0], dtype=HALF))
     spiked.bias = nn.Parameter(torch.tensor([300.25, -160.125, 0.0, 7.0, 1000.5, -3.0], dtype=HALF))
     with torch.no_grad():
-        yield "exact bias", spiked(hidden / 64, exact_bias=True)
+        yield "exact bias", projections.project(spiked, hidden / 64)
         yield "scaled_linear", scaling.scaled_linear(plain, hidden, torch.full((1,), 2.0**14))
         yield "linear_by_token", scaling.linear_by_token(plain, hidden.float() * 2.0**20, 8)
         yield "linear_by_token, bias", scaling.linear_by_token(small, hidden.float() * 2.0**4, 8)

@@ -88,7 +88,9 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
     loaded = load(name, folder)
     assert type(loaded) is ours
     assert type(getattr(transformers, name).from_config(config(TINY))) is ours
-    assert qwen2_fp16_fix.status(loaded)["model"]["fixed"]
+    found = qwen2_fp16_fix.status(loaded)["model"]
+    assert all(part["fixed"] == part["total"] for part in found["parts"].values())
+    assert found["fixed"] or (name == "AutoModelForQuestionAnswering" and "not in the checkpoint" in found["problem"])
     qwen2_fp16_fix.unregister()
     assert type(load(name, folder)) is getattr(ORIGINAL, HEADS[name])
     # A head that the checkpoint lacks is left uninitialised by 5.8, and the base of question answering, whose name

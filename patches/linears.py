@@ -1,0 +1,172 @@
+"""What stands where a linear was, plain, quantised or wrapped by an adapter, and W·x of it without the bias.
+
+A bias of 300 makes float16 round what it is added to in steps of 0.25. So the product is asked for alone, and the bias
+is added in fp32. No module changes for that: loaders of quantised checkpoints ask `type(module) is nn.Linear`. A plain
+linear's product is its weight's. Anything else is asked through a view: a second object on the attributes of the first,
+of a subclass without a bias. A module that somebody watches, or that adds its bias nobody knows how, is called as it
+is: then the bias is rounded with the product, as in stock.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: PEFT's adapters that add to a product or work on the input, by the names of their folders. Not here: road, ia3 and
+#: glora, which turn, scale or remake the bias as well.
+ADDITIVE = (
+    "adalora beft boft c3a deft delora fourierft frod gralora hira hra lily loha lokr lora miss oft osf peanut psoft "
+    "pvera randlora shira supertuning tinylora unilora vblora vera waveft"
+)
+#: Where the classes are that add their bias last, or have what they wrap add it, and return W·x where it is None.
+ADDING_LAST = (
+    "bitsandbytes.nn.",
+    "gptqmodel.nn_modules.qlinear.",
+    "optimum.quanto.nn.",
+    "transformers.integrations.finegrained_fp8",
+    *(f"peft.tuners.{name}." for name in ADDITIVE.split()),
+)
+WATCHERS = ("forward_pre_hooks", "forward_hooks", "backward_hooks", "backward_pre_hooks")
+#: nn.Linear's own forward, unless a tool has replaced it before this was imported.
+LINEAR_FORWARD = (
+    nn.Linear.forward if getattr(nn.Linear.forward, "__globals__", None) is vars(nn.modules.linear) else None
+)
+NO_BIAS = property(lambda module: None)  # an attribute of the class would lose to that of a DataParallel replica
+
+_views: dict[type, type] = {}  # class to the class of its views
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_view(kind: type) -> bool:
+    """Whether modules of this class return W·x once their bias is None. Makes the class that takes it from them."""
+    if kind is not nn.Linear and not kind.__module__.startswith(ADDING_LAST):
+        return False
+    if kind not in _views:
+        _views[kind] = type(kind.__name__, (kind,), {"bias": NO_BIAS, "__module__": kind.__module__})
+    return True
+
+
+def inner_linear(projection: Any) -> Any:
+    """The linear inside a projection: itself, or what a PEFT adapter wraps."""
+    return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
+
+
+def may_change_bias(projection: nn.Module) -> bool:
+    """Whether an adapter stands there that is not known to leave the bias of what it wraps as it is."""
+    parts: Any = [projection]
+    while "base_layer" in parts[-1]._modules:
+        parts.append(parts[-1].base_layer)
+    return not all(has_view(type(adapter)) for adapter in parts[:-1])
+
+
+def loaded_bias(projection: nn.Module) -> Tensor | None:
+    """The bias of a projection, this rank's part of a sharded one, an offloaded one's from where it waits."""
+    linear = inner_linear(projection)
+    bias = getattr(linear, "bias", None)
+    if not isinstance(bias, Tensor) or not bias.is_floating_point() or not bias.numel():  # ZeRO-3 leaves it empty
+        return None
+    if bias.is_meta:
+        waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
+        return None if waiting is None else waiting["bias"]
+    return bias.to_local() if hasattr(bias, "to_local") else bias
+
+
+def note_missing(layer: nn.Module, names: list[str]) -> None:
+    """Remembers parameters of a layer, by their names in it, that loading found nowhere and made up."""
+    floating = [name for name, parameter in layer.named_parameters() if parameter.is_floating_point()]
+    layer.__dict__["missing"] = [name for name in names if name in floating]
+
+
+def load_problem(layer: Any) -> str | None:
+    """What is wrong with the numbers in the linears of a layer, as far as it can be told, or None.
+
+    What from_pretrained of a drop-in class has made up is known. What stock's has made up before `fix`, is not.
+    """
+    for name, linear in layer.named_modules():
+        if name.endswith("_proj") and is_plain(linear) and not linear.weight.is_floating_point():
+            kind = str(linear.weight.dtype).removeprefix("torch.")
+            return f"{name} is a plain linear with weights of {kind}, which need a quantised one"
+    missing = layer.__dict__.get("missing")
+    return f"{missing[0]} was not in the checkpoint, so it is random" if missing else None
+
+
+def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
+    """projection(hidden_states), in fp32 with an unrounded bias where the projection can be split."""
+    bias = loaded_bias(projection) if is_separable(projection) else None
+    if bias is None:
+        whole: Tensor = projection(hidden_states)
+        return whole
+    product = product_of(projection, hidden_states)
+    return product + bias.to(product.device).float()
+
+
+def product_of(projection: Any, hidden_states: Tensor) -> Tensor:
+    """W·x of a separable projection, in the dtype of its matmul."""
+    if is_plain(projection):
+        return nn.functional.linear(hidden_states, projection.weight)
+    product: Tensor = view_of(projection)(hidden_states)
+    return product
+
+
+def is_separable(projection: nn.Module) -> bool:
+    """Whether the product of a projection can be had without its bias, and nobody wants to see them together."""
+    return (is_plain(projection) and not is_watched(projection)) or is_viewable(projection)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module computes W·x + b as nn.Linear does, whatever its weight is: a shard, a property, quantised."""
+    return type(linear).forward is LINEAR_FORWARD and "forward" not in linear.__dict__
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook, of the module or of all modules, is to see what it takes, returns or is sent back."""
+    everywhere = nn.modules.module
+    return any(getattr(module, f"_{name}") or getattr(everywhere, f"_global_{name}") for name in WATCHERS)
+
+
+def is_viewable(module: Any) -> bool:
+    """Whether a module and all that it wraps can be asked through a view."""
+    if not has_view(type(module)) or is_watched(module) or ("forward" in module.__dict__ and not is_aligned(module)):
+        return False
+    base = module._modules.get("base_layer")
+    if base is None:
+        return True
+    about_to_unmerge = module.merged and module.disable_adapters  # in its forward, which may take the bias along
+    return not about_to_unmerge and is_viewable(base)
+
+
+def is_aligned(module: nn.Module) -> bool:
+    """Whether the forward in a module is the one that accelerate puts there to bring tensors to a device."""
+    forward, kept = module.__dict__["forward"], module.__dict__.get("_old_forward")
+    by_accelerate = isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"
+    return by_accelerate and getattr(kept, "__func__", None) is type(module).forward
+
+
+def view_of(module: Any) -> Any:
+    """A viewable module without its bias: called, it returns W·x. What it keeps, it keeps in the module."""
+    own: dict[str, Any] = module.__dict__
+    base = own["_modules"].get("base_layer")
+    if base is not None:  # some adapters have it under a second name
+        inner = view_of(base)
+        own = {**own, "_modules": {name: inner if part is base else part for name, part in own["_modules"].items()}}
+    view = with_attributes(_views[type(module)], own)
+    if "forward" not in own:
+        return view
+    return with_attributes(type(view), {**own, "forward": functools.partial(call_aligned, module, view)})
+
+
+def with_attributes(kind: type, attributes: dict[str, Any]) -> Any:
+    """An object of that class with these attributes, not copied."""
+    view: Any = object.__new__(kind)
+    object.__setattr__(view, "__dict__", attributes)
+    return view
+
+
+def call_aligned(module: Any, view: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a view of `module`, with that module's weights brought by accelerate and taken away again."""
+    hook = module._hf_hook
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not hook.no_grad):
+        output = type(view).forward(view, *args, **kwargs)
+    return hook.post_forward(module, output)
