@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .keys import ExactBiasLinear
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled
+from .swap import layers_of
 
 BIASED = ("q_proj", "k_proj", "v_proj")  # the linears a Qwen2 gives a bias, and the bounds know one of
 SCALED = {"product", "down_proj", "o_proj"}  # the sites an exponent is for
@@ -21,7 +22,7 @@ SCALED = {"product", "down_proj", "o_proj"}  # the sites an exponent is for
 
 def plan_layers(base: Any) -> None:
     """Plans every layer of a Qwen2Model whose parts are fixed: the centre of its keys, and its exponents."""
-    for layer in base.layers:
+    for layer in layers_of(base):
         rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
         shape = layer_shape(layer, rotary)
         layer.self_attn.centre_keys(rotary.frequencies(), shape.positions, shape.rotation_scale)
