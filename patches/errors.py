@@ -51,3 +51,7 @@ class LockFileError(LockError):
 
 class UntestedTransformersWarning(UserWarning):
     """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""
+
+
+class NotFixedWarning(UserWarning):
+    """A Qwen2 was built by code of its own that changes the parts, so the fix leaves it as it is."""

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,23 +53,20 @@ def status(model: nn.Module | None = None) -> dict[str, Any]:
 
 def model_status(model: nn.Module) -> dict[str, Any]:
     """Which parts of the Qwen2 inside `model` are fixed; the model is when all are and nothing overrides them."""
+    from .patches.blocks import is_stock_eager
     from .running_code import code_of, origin_of, own_errors
 
     code = code_of(model)
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     problem = None
     try:
         with own_errors():
             code.check_modules(model)
+            is_stock_eager(attention)  # raises for one whose scores are float16
     except Qwen2FP16FixError as error:
         problem = str(error)
-    total, fixed = Counter[str](), Counter[str]()
-    for module in model.modules():
-        role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
-        if role is not None:
-            total[role] += 1
-            fixed[role] += type(module) in code.STOCK
+    total, fixed = count_parts(model, code)
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    config = getattr(model, "config", None)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "fixed": problem is None and bool(total) and total == fixed,
@@ -76,10 +74,42 @@ def model_status(model: nn.Module) -> dict[str, Any]:
         "module": code.__name__ if any(fixed.values()) else None,
         "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
         "dtype": None if weights is None else str(weights).removeprefix("torch."),
-        "attention": getattr(config, "_attn_implementation", None),
+        "attention": attention,
         "ranges": ranges_of(model),
         "problem": problem,
     }
+
+
+def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Counter[str]]:
+    """How many parts of each role there are in a model, and how many of them are fixed by this copy of `patches/`."""
+    from .patches.swap import known_class
+
+    total, fixed = Counter[str](), Counter[str]()
+    for module in model.modules():
+        role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
+        if role is not None:
+            total[role] += 1
+            fixed[role] += known_class(module, code.STOCK) is not None
+    return total, fixed
+
+
+def is_fixed(model: Any) -> bool:
+    """Whether `model` holds a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
+
+    False for whatever is no such model. It looks at the parts alone: `status` says how each layer is planned.
+    """
+    if not isinstance(model, nn.Module):
+        return False
+    try:
+        from .running_code import code_of, own_errors
+
+        code = code_of(model)
+        with own_errors():
+            code.check_modules(model)
+    except Qwen2FP16FixError:  # no Qwen2, one that another tool has changed, or a transformers that is not supported
+        return False
+    total, fixed = count_parts(model, code)
+    return total == fixed
 
 
 def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -89,14 +119,15 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     "centred, bias rounded before" (the key projection is quantised, adapted so, or called by stock's code) or "not
     centred" (its bias could not be read).
     """
+    from .patches.swap import known_class, layers_of
     from .running_code import code_of, sibling
 
     code = code_of(model)
     key_state, drop_stale_plan = sibling(code, "keys").key_state, sibling(code, "planning").drop_stale_plan
     found = []
     for base in code.base_models(model, code.ORIGINAL):
-        for index, layer in enumerate(base.layers):
-            if type(layer) in code.STOCK:
+        for index, layer in enumerate(layers_of(base)):
+            if known_class(layer, code.STOCK):
                 drop_stale_plan(layer)
                 exponents = {"mlp": layer.mlp.exponent, "o_proj": getattr(layer.self_attn, "exponent", "not scaled")}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}
