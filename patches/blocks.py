@@ -5,6 +5,8 @@ Each class here is laid over the stock class of the same role (`class Fixed(RMSN
 """
 
 import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -268,13 +270,58 @@ def eager_attention(
     return output.transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format), weights
 
 
-def refuse_half_precision_scores(implementation: str | None) -> None:
-    """Raises HalfPrecisionScoresError for transformers' own paged eager attention, whose scores stay in float16."""
-    if implementation in ("paged|eager", "eager_paged"):
+def is_stock_eager(implementation: str | None) -> bool:
+    """Whether the implementation of that name is transformers' eager attention, which ours stands in for.
+
+    Raises HalfPrecisionScoresError for one that keeps its scores in float16 and cannot be stood in for: transformers'
+    paged eager attention, and its eager attention inside another function.
+    """
+    kind = scores_of(implementation)
+    if kind == "paged":
         raise HalfPrecisionScoresError(
             f"attention implementation {implementation!r} keeps its scores in float16, where they overflow and this "
             "fix cannot reach them: use 'paged|sdpa' or a flash implementation for continuous batching."
         )
+    if kind == "wrapped":
+        raise HalfPrecisionScoresError(
+            f"attention implementation {implementation!r} wraps transformers' eager attention, whose scores are "
+            "float16, where they overflow and this fix cannot reach them: use 'eager', or register a function that "
+            "computes its scores in float32 itself."
+        )
+    return kind == "stock"
+
+
+def scores_of(implementation: str | None) -> str:
+    """Who keeps the scores of the implementation of that name: "stock", "wrapped" or "paged" in float16, else "own"."""
+    if implementation in ("paged|eager", "eager_paged"):
+        return "paged"
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    may_be = isinstance(function, (types.FunctionType, functools.partial)) or hasattr(function, "__wrapped__")
+    return "own" if function is eager_attention or not may_be else _scores_of_function(function)
+
+
+#: Compilers take the answer as a constant: they cannot trace what is asked about a function's code.
+scores_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=64)
+def _scores_of_function(function: Any) -> str:
+    from transformers.models.qwen2 import modeling_qwen2  # here, since a release without Qwen2 gets to the imports
+
+    inner, bare = function, True
+    while isinstance(inner, functools.partial):
+        bare = bare and not inner.args and not inner.keywords
+        inner = inner.func
+    code = _essence(inspect.unwrap(inner))
+    if code is None or code != _essence(inspect.unwrap(getattr(modeling_qwen2, "eager_attention_forward", None))):
+        return "own"
+    return "stock" if bare and not hasattr(inner, "__wrapped__") else "wrapped"
+
+
+def _essence(function: Any) -> tuple[Any, ...] | None:
+    """What a function computes: transformers has the same eager attention in the module of each model."""
+    code = getattr(function, "__code__", None)
+    return None if code is None else (code.co_code, code.co_consts, code.co_names)
 
 
 #: The stock class names and what is laid over each; a range module adds its attention.

@@ -55,3 +55,7 @@ class UntestedTransformersWarning(UserWarning):
 
 class StalePlanWarning(UserWarning):
     """A forward was not finite, so that the exponents of every layer are no longer trusted."""
+
+
+class NotFixedWarning(UserWarning):
+    """A Qwen2 was built by code of its own that changes the parts, so the fix leaves it as it is."""

@@ -5,9 +5,12 @@ that the installed source has the shape that module was written for, and lays th
 The names stay stock so that saved checkpoints, loss look-up and device maps do too.
 """
 
+import contextlib
 import os
 import types
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import transformers
@@ -27,7 +30,7 @@ from .planning import expect_plans, plan_layers
 from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
-from .swap import base_models, check_model, exchange, exchange_all
+from .swap import base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48
@@ -78,17 +81,43 @@ def is_switched_off() -> bool:
     return os.environ.get("QWEN2_FP16_FIX", "").strip() == "0"
 
 
+_stock_wanted: ContextVar[bool] = ContextVar("qwen2_fp16_fix_stock_wanted", default=False)
+
+
+@contextlib.contextmanager
+def stock_models() -> Iterator[None]:
+    """Lets this thread build stock models for the length of a with block, whatever is registered.
+
+    That goes for the Auto classes and every class by its name; what is built already stays as it is, and `fix` works.
+    """
+    before = _stock_wanted.set(True)
+    try:
+        yield
+    finally:
+        _stock_wanted.reset(before)
+
+
+def stock_is_wanted() -> bool:
+    """Whether this thread is inside `stock_models`."""
+    return _stock_wanted.get()
+
+
 class FixedOnConstruction:
     """Builds the stock model and then exchanges the classes of its parts, so every way of building one is fixed."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """As the stock class."""
         check_when_asked()
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if not is_switched_off():
-            check_structure(ORIGINAL, PARTS, transformers.__version__)
-            _make_stock(self)  # type: ignore[arg-type]
-            exchange_all(self, ORIGINAL, FIXED, built_here=True, then=expect_plans_in)  # type: ignore[arg-type]
+        with stock_models():  # what is inside is fixed with the whole
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        fix_built(self)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Names a drop-in class by the file it is in: a pickle would find stock's under its `__module__`."""
+        made, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        if type(self) in MODELS.values():
+            made, arguments = _unpickled, (type(self).__name__,)
+        return (made, arguments, *state)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +145,24 @@ def note_made_up(root: nn.Module, told: Any) -> None:
             note_missing(layer, [rest for _, _, rest in parts if rest])
 
 
+def fix_built(root: nn.Module) -> None:
+    """Fixes a Qwen2 at the end of its construction, unless the environment or the thread wants it stock.
+
+    Raises as `fix_modules`, but for weights, which may come later.
+    """
+    check_when_asked()
+    if is_switched_off() or stock_is_wanted():
+        return
+    check_structure(ORIGINAL, PARTS, transformers.__version__)
+    _make_stock(root)
+    exchange_all(root, ORIGINAL, FIXED, built_here=True, then=expect_plans_in)
+
+
+def _unpickled(name: str) -> Any:
+    """An instance of the drop-in class of that name, whose state is still to be set."""
+    return globals()[name].__new__(globals()[name])
+
+
 def _make_stock(root: nn.Module) -> None:
     """Takes away what another copy of this file has put inside `root`, whose names had replaced stock's."""
     for module in root.modules():
@@ -124,16 +171,26 @@ def _make_stock(root: nn.Module) -> None:
             exchange(module, beneath(inner))
 
 
+# The drop-in classes say that they are of stock's module. By it transformers lets a checkpoint's own code go before
+# them, as before its own classes (from 5.5), and PEFT writes it into adapters, which are then read without this code.
+
+
 class Qwen2Model(FixedOnConstruction, ORIGINAL.Qwen2Model):
     """transformers' Qwen2Model with an fp32 residual stream, fp32 norms, fp32 rotation and, in eager, fp32 scores."""
+
+    __module__ = stock.__name__
 
 
 class Qwen2ForCausalLM(FixedOnConstruction, ORIGINAL.Qwen2ForCausalLM, GenerationMixin):
     """transformers' Qwen2ForCausalLM over the fixed Qwen2Model."""
 
+    __module__ = stock.__name__
+
 
 class Qwen2ForSequenceClassification(FixedOnConstruction, ORIGINAL.Qwen2ForSequenceClassification):
     """transformers' Qwen2ForSequenceClassification over the fixed Qwen2Model."""
+
+    __module__ = stock.__name__
 
 
 if hasattr(stock, "Qwen2ForTokenClassification"):  # from 4.42
@@ -141,11 +198,15 @@ if hasattr(stock, "Qwen2ForTokenClassification"):  # from 4.42
     class Qwen2ForTokenClassification(FixedOnConstruction, ORIGINAL.Qwen2ForTokenClassification):
         """transformers' Qwen2ForTokenClassification over the fixed Qwen2Model."""
 
+        __module__ = stock.__name__
+
 
 if hasattr(stock, "Qwen2ForQuestionAnswering"):  # from 4.46.1
 
     class Qwen2ForQuestionAnswering(FixedOnConstruction, ORIGINAL.Qwen2ForQuestionAnswering):
         """transformers' Qwen2ForQuestionAnswering over the fixed Qwen2Model."""
+
+        __module__ = stock.__name__
 
 
 def _fixed_part(name: str) -> type[nn.Module]:
@@ -202,7 +263,7 @@ def fix_modules(root: nn.Module) -> None:
 def plan_modules(root: nn.Module) -> None:
     """Plans the ranges of every fixed Qwen2 inside `root` from its weights as they are now."""
     for base in base_models(root, ORIGINAL):
-        if all(type(layer) in STOCK for layer in base.layers):  # type: ignore[union-attr]
+        if all(known_class(layer, STOCK) for layer in layers_of(base)):
             plan_layers(base)
 
 

@@ -23,6 +23,7 @@ from .numerics import autocast_device
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled
+from .swap import layers_of
 
 BIASED = ("q_proj", "k_proj", "v_proj")  # the linears a Qwen2 gives a bias, and the bounds know one of
 SCALED = {"product", "down_proj", "o_proj"}  # the sites an exponent is for
@@ -45,14 +46,14 @@ class Plan:
 def plan_layers(base: Any) -> None:
     """Plans every layer of a Qwen2Model whose parts are fixed: the centre of its keys, and its exponents."""
     expect_plans(base)
-    for layer in base.layers:
+    for layer in layers_of(base):
         make_plan(layer)
 
 
 def expect_plans(base: Any) -> None:
     """Lets every layer of a Qwen2Model plan itself at its next forward: who loads weights need not say so."""
     watch = base.norm.__dict__["watch"] = OverflowWatch(base.norm.weight.device)
-    for layer in base.layers:
+    for layer in layers_of(base):
         rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
         layer.__dict__.update(rotary=rotary, watch=watch, plan_due=True)
 

@@ -5,7 +5,7 @@ becomes a subclass of the stock one. So state dicts, checkpointing, recording an
 """
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,8 +33,9 @@ def exchange_all(
     done: list[tuple[nn.Module, type]] = []
     try:
         for module in root.modules():
-            before = type(module)
-            if before in classes:
+            before = known_class(module, classes)
+            if before is not None:
+                _check_exchangeable(module, before)
                 done.append((module, before))
                 exchange(module, classes[before])
         then(root)
@@ -71,8 +72,58 @@ def check_weights(root: nn.Module) -> None:
 
 
 def base_models(root: nn.Module, stock: Any) -> Iterator[nn.Module]:
-    """Every Qwen2Model inside `root`, `root` included, however it is wrapped."""
-    return (module for module in root.modules() if isinstance(module, stock.Qwen2Model))
+    """Every Qwen2Model inside `root`, `root` included, however it is wrapped, and what is built of its parts."""
+    return (
+        module for module in root.modules() if isinstance(module, stock.Qwen2Model) or _is_built_alike(module, stock)
+    )
+
+
+def _is_built_alike(module: nn.Module, stock: Any) -> bool:
+    """Whether a class of other code holds Qwen2's own layers and norm where a Qwen2Model does."""
+    layers, norm = module._modules.get("layers"), module._modules.get("norm")
+    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, stock.Qwen2RMSNorm):
+        return False
+    return len(layers) > 0 and all(isinstance(layer, stock.Qwen2DecoderLayer) for layer in layers)
+
+
+def layers_of(base: Any) -> Iterator[Any]:
+    """The layers of a Qwen2Model, each taken out of what it was wrapped in: FSDP, checkpointing, a compiler."""
+    for layer in base.layers:
+        while len(layer._modules) == 1:
+            (layer,) = layer._modules.values()  # a wrapper holds the layer and nothing else
+        yield layer
+
+
+def known_class(module: nn.Module, known: Collection[type]) -> type | None:
+    """The class of a module if it is `known`, or the known one that a class made at runtime is derived from.
+
+    fully_shard renames classes so. A class with a forward of its own is another class, whatever it is derived from.
+    """
+    found = type(module)
+    if found in known:
+        return found
+    base: Any = next((kind for kind in found.__mro__ if kind in known), None)
+    return base if base is not None and _runs(found.forward, base.forward) else None  # type: ignore[attr-defined]
+
+
+def _runs(forward: Any, expected: Any) -> bool:
+    """Whether a forward is the expected one, or that one wrapped: from 5.23 each class derived from a layer does so."""
+    while forward is not expected:
+        inner = getattr(forward, "__wrapped__", None)
+        if inner is None or forward.__code__ is not expected.__code__:
+            return False
+        forward = inner
+    return True
+
+
+def _check_exchangeable(module: nn.Module, known: type) -> None:
+    """Raises PatchConflictError for a class made at runtime around the known one: what made it relies on it."""
+    if type(module) is not known:
+        found = type(module)
+        raise PatchConflictError(
+            f"a {known.__name__} is a {found.__module__}.{found.__qualname__} by now: fix or unfix the model before it "
+            "is wrapped (fully_shard), or load it under register()."
+        )
 
 
 def parts_of(base: nn.Module, stock: Any) -> Iterator[tuple[str, Any, type]]:
@@ -80,7 +131,7 @@ def parts_of(base: nn.Module, stock: Any) -> Iterator[tuple[str, Any, type]]:
     yield "norm", base.norm, stock.Qwen2RMSNorm
     if hasattr(base, "rotary_emb"):
         yield "rotary_emb", base.rotary_emb, stock.Qwen2RotaryEmbedding
-    for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
+    for index, layer in enumerate(layers_of(base)):
         prefix = f"layers.{index}"
         yield prefix, layer, stock.Qwen2DecoderLayer
         yield f"{prefix}.self_attn", getattr(layer, "self_attn", None), stock.Qwen2Attention
@@ -94,8 +145,7 @@ def parts_of(base: nn.Module, stock: Any) -> Iterator[tuple[str, Any, type]]:
 def _check_part(name: str, module: Any, expected: type, known: set[type]) -> None:
     """Raises PatchConflictError unless the part is an untouched stock module or one of ours."""
     found = type(module)
-    is_known = found in known or (found is expected)
-    if not is_known or not issubclass(found, expected):
+    if known_class(module, {*known, expected}) is None or not issubclass(found, expected):
         raise PatchConflictError(
             f"{name} is a {found.__module__}.{found.__qualname__}, not transformers' {expected.__name__}: another tool "
             "has replaced it; switch that off for Qwen2, or fix the model before it."

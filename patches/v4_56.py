@@ -11,9 +11,9 @@ from .blocks import (
     PROJECTED,
     eager_attention,
     is_safe_in_stock,
+    is_stock_eager,
     operands_for,
     project_output,
-    refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
 from .scaling import Scaled
@@ -40,8 +40,7 @@ class Attention(CentredKeys, Scaled):
     def attention_interface(self, **kwargs: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The implementation the user chose; ours stands in for eager."""
         chosen = self.config._attn_implementation
-        refuse_half_precision_scores(chosen)
-        return eager_attention if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
+        return eager_attention if chosen == "eager" or is_stock_eager(chosen) else ALL_ATTENTION_FUNCTIONS[chosen]
 
     def forward(
         self,

@@ -10,9 +10,9 @@ from .blocks import (
     PROJECTED,
     eager_attention,
     is_safe_in_stock,
+    is_stock_eager,
     operands_for,
     project_output,
-    refuse_half_precision_scores,
 )
 from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
 from .scaling import Scaled
@@ -48,11 +48,13 @@ class Attention(CentredKeys, Scaled):
             )
             return stock
         chosen = self.config._attn_implementation
-        refuse_half_precision_scores(chosen)
+        stands_in = is_stock_eager(chosen)
         query, key, value = rotated_projections(self, hidden_states, *position_embeddings, shift)
         if past_key_values is not None:
             key, value = self.update_cache(past_key_values, key, value, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
+        if stands_in:
+            attend = eager_attention
         output, weights = attend(
             self,
             *operands_for(attend, chosen, query, key, value, attention_mask, position_embeddings[0]),

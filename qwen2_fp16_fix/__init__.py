@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 in float16 without NaN.
 
     import qwen2_fp16_fix
-    qwen2_fp16_fix.register()    # AutoModel… build fixed Qwen2 models from here on
+    qwen2_fp16_fix.register()    # every Qwen2 is built fixed from here on
 
 Importing this package imports neither torch nor transformers; the first use of a name does.
 """
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
     from .exported_folder import export
     from .in_place import fix, unfix
-    from .inspection import status
+    from .inspection import is_fixed, status
     from .patches.errors import (
         ForeignCacheError,
         HalfPrecisionScoresError,
         LockError,
         LockFileError,
         MetaTensorError,
+        NotFixedWarning,
         NotQwen2Error,
         PatchConflictError,
         Qwen2FP16FixError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Qwen2ForSequenceClassification,
         Qwen2ForTokenClassification,
         Qwen2Model,
+        stock_models,
     )
     from .pinning import check, lock
     from .publishing import push
@@ -55,9 +57,11 @@ __all__ = [
     "register",
     "unregister",
     "registered",
+    "stock_models",
     "fix",
     "unfix",
     "status",
+    "is_fixed",
     "certify",
     "verify",
     "export",
@@ -89,6 +93,7 @@ __all__ = [
     "ScanError",
     "StalePlanWarning",
     "UntestedTransformersWarning",
+    "NotFixedWarning",
     "__version__",
 ]
 
@@ -99,6 +104,8 @@ _HOME = {
     "fix": "in_place",
     "unfix": "in_place",
     "status": "inspection",
+    "is_fixed": "inspection",
+    "stock_models": "patches.modeling_qwen2_fp16",
     "certify": "certificate",
     "verify": "verification",
     "export": "exported_folder",

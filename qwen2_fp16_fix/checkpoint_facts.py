@@ -10,9 +10,8 @@ from rich.console import Console
 from .doctor_texts import Remark, remark
 from .errors import CheckpointError
 from .patches.errors import Qwen2FP16FixError
-from .weight_sources import MODEL_TYPES, FolderSource, check_architectures, read_json
+from .weight_sources import MODEL_TYPES, OWN_CODE, FolderSource, check_architectures, foreign_code, read_json
 
-OWN_MODULE = "modeling_qwen2_fp16"  # which an export names in its auto_map
 QUICK = 2**26  # bytes of weights that are bounded in about a second
 BYTES_A_SECOND = 5e8  # bounded on two cores: 15 GB in half a minute
 TRAPS = ("checkpoint.stock_name", "checkpoint.no_auto_model", "checkpoint.not_proven")  # notes that are warnings
@@ -55,8 +54,11 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
             return facts, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
         return facts, [], [remark("checkpoint.not_qwen2", kind=facts["model_type"])]
     notes = [*traps(facts), *_quantised(facts["quantised"])]
+    problems = (
+        [] if foreign_code(config) is None else [remark("checkpoint.foreign_code", module=_foreign_module(facts))]
+    )
     if _only_pickles(path):
-        return facts, [*notes, remark("checkpoint.bin")], []
+        return facts, [*notes, remark("checkpoint.bin")], problems
     try:
         source = FolderSource(path)
         generates = any("CausalLM" in name for name in facts["architectures"]) or not facts["architectures"]
@@ -64,8 +66,8 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         facts |= sizes(source)
         notes.append(_certificate(path, facts, progress))
     except Qwen2FP16FixError as error:
-        return facts, notes, [remark("checkpoint.broken", problem=str(error))]
-    return facts, notes, []
+        return facts, notes, [*problems, remark("checkpoint.broken", problem=str(error))]
+    return facts, notes, problems
 
 
 def quantisation(config: dict[str, Any]) -> str | None:
@@ -82,8 +84,6 @@ def traps(facts: dict[str, Any]) -> list[Remark]:
     found = []
     if facts["exported"]:
         found.append(remark("checkpoint.exported"))
-    elif code:
-        found.append(remark("checkpoint.foreign_code", module=next(iter(code.values())).partition(".")[0]))
     if code and stock:
         found.append(remark("checkpoint.stock_name"))
     if code and "AutoModel" not in code:
@@ -126,6 +126,12 @@ def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) ->
     return remark("checkpoint.not_proven", reason=found["reasons"][0])
 
 
+def _foreign_module(facts: dict[str, Any]) -> str:
+    """The file that an auto_map names, of those that are not this project's."""
+    modules = [target.partition(".")[0] for target in facts["auto_map"].values()]
+    return next((module for module in modules if module not in OWN_CODE), "unnamed")
+
+
 def _quantised(method: str | None) -> list[Remark]:
     if method is None:
         return []
@@ -142,7 +148,7 @@ def _code(config: dict[str, Any]) -> dict[str, str]:
 
 def _is_exported(config: dict[str, Any]) -> bool:
     modules = {target.partition(".")[0] for target in _code(config).values()}
-    return config.get("model_type") == "qwen2_fp16" or OWN_MODULE in modules
+    return config.get("model_type") == "qwen2_fp16" or OWN_CODE[0] in modules
 
 
 def _only_pickles(path: Path) -> bool:

@@ -8,7 +8,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .inspection import status
 from .magnitudes import FLOAT16_MAX, Magnitudes
-from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM
+from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM, stock_models
 from .whole_folder import whole_folder
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
@@ -92,7 +92,7 @@ def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Mo
     """The checkpoint as a stock or a fixed Qwen2ForCausalLM, ready to run."""
     keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
     model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
-    with quiet():
+    with nullcontext() if fixed else stock_models(), quiet():
         model: nn.Module = model_class.from_pretrained(folder, attn_implementation=attention, **{keyword: dtype})
     return model.eval()
 

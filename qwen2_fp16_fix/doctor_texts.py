@@ -115,8 +115,8 @@ ENGLISH = {
     "checkpoint.broken": "The checkpoint cannot be read whole: {problem}",
     "checkpoint.bin": "Its weights are .bin files: convert them to safetensors, and `certify` and `verify` can read them.",
     "checkpoint.exported": "It carries the fix as remote code: load it with trust_remote_code=True, and pin its revision.",
-    "checkpoint.foreign_code": "Its auto_map names code of its own ({module}): with trust_remote_code=True that code runs, "
-    "and register() does not reach it.",
+    "checkpoint.foreign_code": "Its auto_map names code of its own ({module}): with trust_remote_code=True that is what "
+    "loads, not what was examined here. It is fixed only where it keeps Qwen2's own parts; is_fixed(model) says whether.",
     "checkpoint.stock_name": "Its architectures say Qwen2ForCausalLM beside an auto_map: vLLM then runs its own Qwen2, not "
     "this code, which overflows in float16; a name of its own avoids that.",
     "checkpoint.no_auto_model": "Its auto_map has no AutoModel: vLLM's transformers backend then builds the stock model.",
@@ -233,8 +233,8 @@ CHINESE = {
     "checkpoint.broken": "检查点无法完整读取：{problem}",
     "checkpoint.bin": "权重是 .bin 文件：转换为 safetensors 后才能用 `certify` 和 `verify` 读取。",
     "checkpoint.exported": "它以远程代码的形式自带修复：请用 trust_remote_code=True 加载，并锁定其 revision。",
-    "checkpoint.foreign_code": "它的 auto_map 指向自己的代码（{module}）：使用 trust_remote_code=True 时运行那份代码，register() "
-    "不起作用。",
+    "checkpoint.foreign_code": "它的 auto_map 指向自己的代码（{module}）：使用 trust_remote_code=True 时加载的是那份代码，而不是这里检查的模型。"
+    "只有保留 Qwen2 自身部件时它才会被修复；is_fixed(model) 会给出答案。",
     "checkpoint.stock_name": "它有 auto_map，而 architectures 写的是 Qwen2ForCausalLM：vLLM 会运行自己的 Qwen2 "
     "而不是这份代码，在 float16 下溢出；换一个名字即可避免。",
     "checkpoint.no_auto_model": "它的 auto_map 没有 AutoModel：vLLM 的 transformers 后端会构建原版模型。",

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,24 +53,21 @@ def status(model: nn.Module | None = None) -> dict[str, Any]:
 
 def model_status(model: nn.Module) -> dict[str, Any]:
     """Which parts of the Qwen2 inside `model` are fixed; the model is when all are and nothing overrides them."""
+    from .patches.blocks import is_stock_eager
     from .running_code import code_of, origin_of, own_errors
 
     code = code_of(model)
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     problem = None
     try:
         with own_errors():
             code.check_modules(model)
+            is_stock_eager(attention)  # raises for one whose scores are float16
     except Qwen2FP16FixError as error:
         problem = str(error)
     problem = problem or load_problem(model, code)
-    total, fixed = Counter[str](), Counter[str]()
-    for module in model.modules():
-        role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
-        if role is not None:
-            total[role] += 1
-            fixed[role] += type(module) in code.STOCK
+    total, fixed = count_parts(model, code)
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    config = getattr(model, "config", None)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "fixed": problem is None and bool(total) and total == fixed,
@@ -77,7 +75,7 @@ def model_status(model: nn.Module) -> dict[str, Any]:
         "module": code.__name__ if any(fixed.values()) else None,
         "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
         "dtype": None if weights is None else str(weights).removeprefix("torch."),
-        "attention": getattr(config, "_attn_implementation", None),
+        "attention": attention,
         "ranges": ranges_of(model),
         "problem": problem,
     }
@@ -85,15 +83,51 @@ def model_status(model: nn.Module) -> dict[str, Any]:
 
 def load_problem(model: nn.Module, code: Any) -> str | None:
     """A sentence on fixed layers that compute in range with numbers that are none of the checkpoint's."""
+    from .patches.swap import known_class, layers_of
+
     for base in code.base_models(model, code.ORIGINAL):
-        for index, layer in enumerate(base.layers):
-            found = code.load_problem(layer) if hasattr(code, "load_problem") and type(layer) in code.STOCK else None
+        for index, layer in enumerate(layers_of(base)):
+            found = (
+                code.load_problem(layer) if hasattr(code, "load_problem") and known_class(layer, code.STOCK) else None
+            )
             if found:
                 return (
                     f"layers.{index}.{found}: the model has not been loaded as it was saved; load it with a "
                     "transformers and a quantisation library that know the checkpoint."
                 )
     return None
+
+
+def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Counter[str]]:
+    """How many parts of each role there are in a model, and how many of them are fixed by this copy of `patches/`."""
+    from .patches.swap import known_class
+
+    total, fixed = Counter[str](), Counter[str]()
+    for module in model.modules():
+        role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
+        if role is not None:
+            total[role] += 1
+            fixed[role] += known_class(module, code.STOCK) is not None
+    return total, fixed
+
+
+def is_fixed(model: Any) -> bool:
+    """Whether `model` holds a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
+
+    False for whatever is no such model. It looks at the parts alone: `status` says how each layer is planned.
+    """
+    if not isinstance(model, nn.Module):
+        return False
+    try:
+        from .running_code import code_of, own_errors
+
+        code = code_of(model)
+        with own_errors():
+            code.check_modules(model)
+    except Qwen2FP16FixError:  # no Qwen2, one that another tool has changed, or a transformers that is not supported
+        return False
+    total, fixed = count_parts(model, code)
+    return total == fixed
 
 
 def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -106,6 +140,7 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     has looked at, or is called by stock's code) or "not centred" (the bias could not be read, or an adapter changes
     it).
     """
+    from .patches.swap import known_class, layers_of
     from .running_code import code_of, sibling
 
     code = code_of(model)
@@ -113,8 +148,8 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     check_plan = getattr(planning, "check_plan", None) or planning.drop_stale_plan  # of a checkpoint exported by 0.1.0
     found = []
     for base in code.base_models(model, code.ORIGINAL):
-        for index, layer in enumerate(base.layers):
-            if type(layer) in code.STOCK:
+        for index, layer in enumerate(layers_of(base)):
+            if known_class(layer, code.STOCK):
                 check_plan(layer)
                 exponents = {"mlp": layer.mlp.exponent, "o_proj": getattr(layer.self_attn, "exponent", "not scaled")}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}

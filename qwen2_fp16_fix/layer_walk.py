@@ -21,9 +21,9 @@ from .demo import quiet
 from .errors import CheckpointError
 from .patches.blocks import ALL_ATTENTION_FUNCTIONS
 from .patches.errors import Qwen2FP16FixError
-from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK, Qwen2ForCausalLM
+from .patches.modeling_qwen2_fp16 import ORIGINAL, STOCK, Qwen2ForCausalLM, stock_models
 from .patches.planning import make_plan
-from .patches.swap import base_models
+from .patches.swap import base_models, known_class, layers_of
 from .verification_inputs import first_line
 from .weight_sources import HEADS, FolderSource
 
@@ -90,7 +90,7 @@ class ModelOnDisk:
         keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
         options = {"attn_implementation": attention, keyword: torch.float32}  # of rotation tables, before 4.45
         try:
-            with quiet(), _Weightless():
+            with nullcontext() if fixed else stock_models(), quiet(), _Weightless():
                 model = model_class._from_config(Qwen2Config.from_pretrained(folder), **options).eval()
         except Qwen2FP16FixError:
             raise
@@ -264,7 +264,7 @@ def layers_return_tuples() -> bool:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 8}
     found: list[bool] = []
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), quiet(), stock_models():
         model = ORIGINAL.Qwen2Model(Qwen2Config(**sizes, **heads)).eval()
     model.layers[0].register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
     with torch.no_grad():
@@ -291,4 +291,4 @@ def fused_attention(base: Any) -> Iterator[None]:
 
 def is_fixed(base: Any) -> bool:
     """Whether the layers of a Qwen2Model are fixed."""
-    return all(type(layer) in STOCK for layer in base.layers)
+    return all(known_class(layer, STOCK) for layer in layers_of(base))

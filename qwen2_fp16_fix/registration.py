@@ -1,14 +1,15 @@
-"""Makes transformers' Auto classes build fixed Qwen2 models, and undoes it."""
+"""Makes transformers build fixed Qwen2 models, by its Auto classes and by the classes' own names, and undoes it."""
 
 import contextlib
 import logging
-import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto import auto_factory, modeling_auto
 
+from . import construction
 from .patches.errors import RegistrationError
 from .patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, is_switched_off
 from .pinning import refuse_drift
@@ -18,54 +19,100 @@ logger = logging.getLogger("qwen2_fp16_fix")
 Qwen2Config: Any = ORIGINAL.Qwen2Config
 
 _MISSING = object()
-_before: dict[Any, Any] = {}  # Auto class to what its table held for Qwen2 before `register`, or _MISSING
+_before: dict[
+    Any, tuple[Any, Any]
+] = {}  # Auto class to what its table held for Qwen2, or _MISSING, and our class there
+_lock = threading.RLock()  # over all that follows, and over the tables
+_asked = False  # by `register`
+_blocks = 0  # of `registered` that run, in any thread
 
 
 def register(lock: str | Path | None = None) -> None:
-    """From here on AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the fixed classes.
+    """From here on every Qwen2 that this process builds is fixed, whichever way it is built.
 
+    AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the drop-in classes. transformers'
+    own, named directly or inside another model, are fixed once they are built, whenever their names were imported.
+    A subclass of Qwen2Model and code that comes with a checkpoint run as they are: fixed where their parts are Qwen2's,
+    else a NotFixedWarning says that they are not.
     lock: a file made by `qwen2_fp16_fix.lock`; LockError is raised where anything differs from it, LockFileError where
     it is none. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and
     logs a warning.
     Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
     RegistrationError where a look-up afterwards does not answer with the fixed class; then nothing is registered.
     """
-    if lock is not None:
-        refuse_drift(lock)
-    if is_switched_off():
-        logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
-        return
-    try:
-        for auto in qwen2_auto_classes():
-            _register_one(auto)
-    except BaseException:
-        unregister()
-        raise
+    global _asked
+    if _may_apply(lock):
+        with _lock:
+            _apply()
+            _asked = True
 
 
 def unregister() -> None:
-    """Puts the Auto classes back to what they built before `register`. Models already built stay as they are."""
-    for auto, before in _before.items():
-        table: Any = auto._model_mapping._extra_content
-        table.pop(Qwen2Config, None)
-        if before is not _MISSING:
-            table[Qwen2Config] = before
-    _before.clear()
+    """Lets transformers build what it built before `register`. Models already built stay as they are.
+
+    Inside a block of `registered`, of this thread or another, that happens when the last block ends.
+    """
+    global _asked
+    with _lock:
+        _asked = False
+        _undo_unless_wanted()
 
 
 @contextlib.contextmanager
 def registered(lock: str | Path | None = None) -> Iterator[None]:
-    """`register` for the length of a with block; a registration made before it outlives it.
+    """`register` for the length of a with block; a registration made before it, or by another block, outlives it.
 
     lock and errors: as of `register`, before the block begins.
     """
-    was_registered = bool(_before)
-    register(lock)
+    global _blocks
+    if not _may_apply(lock):
+        yield
+        return
+    with _lock:
+        _apply()
+        _blocks += 1
     try:
         yield
     finally:
-        if not was_registered:
-            unregister()
+        with _lock:
+            _blocks -= 1
+            _undo_unless_wanted()
+
+
+def _may_apply(lock: str | Path | None) -> bool:
+    """Whether the environment lets the fix be registered. Raises where the lock does not."""
+    if lock is not None:
+        refuse_drift(lock)
+    if is_switched_off():
+        logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
+        return False
+    return True
+
+
+def _apply() -> None:
+    """Registers what is not registered; all of it or nothing."""
+    try:
+        if not construction.is_watching():
+            construction.watch()
+        for auto in qwen2_auto_classes():
+            _register_one(auto)
+    except BaseException:
+        _undo_unless_wanted()
+        raise
+
+
+def _undo_unless_wanted() -> None:
+    if _asked or _blocks:
+        return
+    construction.unwatch()
+    for auto, (before, ours) in _before.items():
+        table: Any = auto._model_mapping._extra_content
+        if table.get(Qwen2Config) is not ours:  # a checkpoint's own class, which 4.45 to 4.52 put there
+            continue
+        del table[Qwen2Config]
+        if before is not _MISSING:
+            table[Qwen2Config] = before
+    _before.clear()
 
 
 def qwen2_auto_classes() -> list[Any]:
@@ -93,7 +140,7 @@ def _register_one(auto: Any) -> None:
     extra = mapping._extra_content
     before = extra.pop(Qwen2Config, _MISSING)  # so that the table answers with the stock class
     fixed = MODELS[mapping[Qwen2Config]]
-    _before[auto] = before
+    _before[auto] = (before, fixed)
     auto.register(Qwen2Config, fixed, exist_ok=True)
     if not is_registered(auto):  # 5.13.0 to 5.18.0 ignore a registration for a configuration of their own
         extra[Qwen2Config] = fixed
@@ -102,14 +149,3 @@ def _register_one(auto: Any) -> None:
             f"{auto.__name__} still builds a class of {mapping[Qwen2Config].__module__} after registering: this "
             "transformers keeps its table in an unknown way; use qwen2_fp16_fix.fix(model) on the loaded model instead."
         )
-
-
-def replace_stock_names() -> None:
-    """Lets `transformers.Qwen2ForCausalLM` and the other model names mean the fixed classes.
-
-    For `qwen2-fp16-fix run`, whose program cannot be asked which way it loads; there is no way back within a process.
-    """
-    if is_switched_off():
-        return
-    for original, fixed in MODELS.items():
-        setattr(sys.modules[original.__module__], original.__name__, fixed)

@@ -22,7 +22,7 @@ def code_of(model: Any) -> ModuleType:
     The innermost decides: it is the parts that compute.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    homes = [type(module).__module__ for module in modules]
+    homes = [kind.__module__ for module in modules for kind in reversed(type(module).__mro__)]
     ours = [home for home in homes if home.rpartition(".")[2] == ENTRY and home in sys.modules]
     return sys.modules[ours[-1]] if ours else modeling_qwen2_fp16
 

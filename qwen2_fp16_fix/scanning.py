@@ -51,7 +51,8 @@ def scan(
     attention: "eager", where stock stores raw scores, or "sdpa", for a folder. tokenizer: in place of the folder's; a
     loaded model needs one for texts. device: for a folder; by default cuda where there is one. progress: a rich Console
     to show a bar on.
-    Returns a dict fit for JSON: `versions` (as `status()`), `checkpoint`, `settings`, `model` (sizes), `prompts`,
+    Returns a dict fit for JSON: `versions` (as `status()`), `checkpoint`, `foreign_code` (the class of the folder's own
+    code that loads in place of what is scanned, or None), `settings`, `model` (sizes), `prompts`,
     `sites`, `first_nonfinite`, `massive_activations`, `bias_spikes`, `quantisation`, `certificate`, `finite`,
     `verdict` (a sentence) and `seconds`. A site has `layer` (None at the ends), `site`, `largest`, `stored_as` (None
     for scores that a kernel keeps to itself), `headroom_bits` (log2 of what that type holds over the largest),
@@ -76,6 +77,7 @@ def scan(
     found = {
         "versions": status(),
         "checkpoint": name,
+        "foreign_code": subject.source.foreign_code if isinstance(subject, ModelOnDisk) else None,
         "settings": {"fixed": fixed, "attention": attention, "tokens": tokens, "device": str(subject.device)},
         **findings(survey, first, spikes, read, fixed, attention, certify(model_or_path, progress)),
     }

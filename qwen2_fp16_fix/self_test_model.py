@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .patches.modeling_qwen2_fp16 import ORIGINAL
+from .patches.modeling_qwen2_fp16 import ORIGINAL, stock_models
 
 HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE, VOCABULARY = 64, 4, 2, 1, 64, 64
 HEAD_DIM = HIDDEN // HEADS
@@ -54,7 +54,8 @@ def stock_model(attention: str) -> Any:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # constructors draw; a caller's seed is theirs
+    # Constructors draw; a caller's seed is theirs.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), stock_models():
         model = ORIGINAL.Qwen2ForCausalLM._from_config(config, attn_implementation=attention).float().eval()
     with torch.no_grad():
         _fill(model, torch.Generator().manual_seed(0))

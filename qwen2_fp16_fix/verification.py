@@ -110,7 +110,7 @@ def _verify(
     rows = [finished.rows[row.name] for row in planned]
     for row in rows:
         row["drift"] = _drift(row["perplexity"], rows[0]["perplexity"])
-    reasons = shortcomings(rows, max_kl, max_ppl_drift)
+    reasons = [*shortcomings(rows, max_kl, max_ppl_drift), *source.warnings]
     return {
         "versions": status(),
         "checkpoint": name,

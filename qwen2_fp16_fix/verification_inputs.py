@@ -56,6 +56,12 @@ def _check_loaded(model: Any) -> None:
         raise CheckpointError("this model has a PEFT adapter: merge it (merge_and_unload), then verify the model.")
     if not isinstance(model, ORIGINAL.Qwen2ForCausalLM):
         raise NotQwen2Error(f"this is a {type(model).__qualname__}: verify takes a Qwen2ForCausalLM, or its folder.")
+    for module, stock in ((model, ORIGINAL.Qwen2ForCausalLM), (model.model, ORIGINAL.Qwen2Model)):
+        if type(module).forward is not stock.forward:
+            raise CheckpointError(
+                f"{type(module).__qualname__} has a forward of its own: what verify builds from the weights is "
+                "transformers' Qwen2, another model."
+            )
     if getattr(model.config, "quantization_config", None):
         raise CheckpointError("this model is quantised: there is no fp32 to compare with, load it unquantised.")
     for name, module in model.named_modules():

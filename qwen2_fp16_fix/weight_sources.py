@@ -31,6 +31,20 @@ NUMBERS = ("rms_norm_eps", "rope_theta")  # of config.json, besides the sizes
 ROWS = 8192  # of an embedding or a head read at a time
 
 
+#: The files of this project that an export's auto_map names.
+OWN_CODE = ("modeling_qwen2_fp16", "configuration_qwen2_fp16")
+
+
+def foreign_code(config: Mapping[str, Any]) -> str | None:
+    """The class of a checkpoint's own code that its auto_map has built for it, if that is not this project's."""
+    auto_map = config.get("auto_map") or {}
+    for auto, target in auto_map.items() if isinstance(auto_map, dict) else [("AutoModel", auto_map)]:
+        name = str(target).rpartition("--")[2]  # without the repository
+        if str(auto).startswith(("AutoModel", "AutoConfig")) and name.partition(".")[0] not in OWN_CODE:
+            return name
+    return None
+
+
 class Unbounded(Exception):
     """A weight whose values cannot be bounded: not loaded, wrapped or quantised."""
 
@@ -78,6 +92,8 @@ class ModelSource:
             )
         self.warnings = [f"it holds {len(bases)} Qwen2 models: certify each by itself"] if len(bases) > 1 else []
         base: Any = bases[0]
+        if type(base).forward is not ORIGINAL.Qwen2Model.forward:
+            self.warnings.append(f"{type(base).__qualname__} has a forward of its own, which is not bounded here")
         self.base = base
         self.outputs: dict[str, Any] = {}
         for module in root.modules():
@@ -127,8 +143,6 @@ class ModelSource:
 class FolderSource:
     """The tensors of a checkpoint, read from its safetensors shards when they are asked for."""
 
-    warnings: tuple[str, ...] = ()
-
     def __init__(self, path: Path) -> None:
         """path: a folder, or a file with its config.json beside it. Raises CheckpointError or NotQwen2Error."""
         with reachable(path):
@@ -136,6 +150,15 @@ class FolderSource:
             if not path.exists():
                 raise CheckpointError(f"there is no {path}: give a checkpoint folder or a .safetensors file.")
         self.config = read_config(folder)
+        self.foreign_code = foreign_code(self.config)
+        self.warnings = (
+            []
+            if self.foreign_code is None
+            else [
+                f"its auto_map names code of its own ({self.foreign_code}): with trust_remote_code=True that is what "
+                "loads, not what was looked at here"
+            ]
+        )
         self.layers, self.intermediate = self._size("num_hidden_layers"), self._size("intermediate_size")
         self.shape = self._shape()
         self.files = self._index(path, folder)

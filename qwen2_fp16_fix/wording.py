@@ -55,7 +55,12 @@ def place_name(found: dict[str, Any], lang: str = "en") -> str:
 
 
 def verdict(found: dict[str, Any], lang: str = "en") -> str:
-    """The scan in one sentence."""
+    """The scan in one sentence, and in another that the checkpoint loads as something else, where it does."""
+    foreign = found.get("foreign_code")
+    return _outcome(found, lang) + ("" if foreign is None else TEXTS[lang]["verdict_foreign"].format(name=foreign))
+
+
+def _outcome(found: dict[str, Any], lang: str) -> str:
     texts, first, fixed = TEXTS[lang], found["first_nonfinite"], found["settings"]["fixed"]
     what = texts["what_fixed" if fixed else "what_stock"].format(attention=found["settings"]["attention"])
     if first is not None:

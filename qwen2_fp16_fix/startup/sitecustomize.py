@@ -47,7 +47,6 @@ def register_or_exit() -> None:
         from qwen2_fp16_fix import registration
 
         registration.register()
-        registration.replace_stock_names()
     except ImportError as error:
         end(end(f"cannot import the fix ({error}): run `{sys.executable} -m pip install qwen2-fp16-fix`."))
     except Exception as error:

@@ -1,6 +1,7 @@
 """Registering, loading and saving, on whichever release is installed."""
 
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(name: str, folder: Path) -> Any:
-    loader = getattr(transformers, name)
+    return load_class(getattr(transformers, name), folder)
+
+
+def load_class(loader: Any, folder: Path) -> Any:
     return loader.from_pretrained(folder, attn_implementation="eager", **{DTYPE: torch.float16}).eval()
 
 
@@ -98,6 +102,63 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
     if name != "AutoModelForQuestionAnswering":
         with torch.no_grad():
             assert torch.isfinite(loaded.base_model(input_ids=PROMPT[:1]).last_hidden_state).all()
+
+
+@pytest.mark.parametrize("name", HEADS.values())
+def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path) -> None:
+    """TRL and wrappers name the class: it was stock, and `status` named no problem."""
+    kind = getattr(transformers, name, None) or getattr(ORIGINAL, name)
+    before = [vars(ORIGINAL.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")]
+    with qwen2_fp16_fix.registered():
+        loaded = load_class(kind, folder)
+        assert type(loaded) is kind
+        assert qwen2_fp16_fix.is_fixed(loaded)
+        assert qwen2_fp16_fix.status(loaded)["model"]["fixed"]
+        with qwen2_fp16_fix.stock_models():
+            assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
+    assert [vars(ORIGINAL.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")] == before
+    assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
+    if name != "Qwen2ForQuestionAnswering":  # as above
+        with torch.no_grad():
+            found = loaded.base_model(input_ids=PROMPT[:1], output_hidden_states=True, output_attentions=True)
+        assert torch.isfinite(found.last_hidden_state).all()
+        assert (len(found.hidden_states), len(found.attentions)) == (TINY.layers + 1, TINY.layers)
+
+
+class WithMore(ORIGINAL.Qwen2Model):  # type: ignore[misc, name-defined]
+    """As LLaVA's: its constructor goes on after transformers'."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.projector = torch.nn.Linear(2, 2)
+
+
+class OtherParts(WithMore):
+    """As LLM2Vec's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.norm = torch.nn.LayerNorm(config.hidden_size)
+
+
+def test_subclasses_are_fixed_or_warned_of(folder: Path) -> None:
+    with qwen2_fp16_fix.registered():
+        loaded = load_class(WithMore, folder)
+        assert qwen2_fp16_fix.is_fixed(loaded)
+        with pytest.warns(qwen2_fp16_fix.NotFixedWarning, match="OtherParts"):
+            other = OtherParts(config(TINY))
+    assert not any(type(module).__module__.startswith("qwen2_fp16_fix") for module in other.modules())
+    with torch.no_grad():
+        assert torch.isfinite(loaded(input_ids=PROMPT).last_hidden_state).all()
+
+
+def test_drop_in_classes_are_pickled_as_themselves() -> None:
+    """They say that they are of transformers' module, where a pickle would find the stock class."""
+    for kind in MODELS.values():
+        again = pickle.loads(pickle.dumps(kind(config(TINY, pad_token_id=0))))
+        assert type(again) is kind
+        assert qwen2_fp16_fix.is_fixed(again)
+        assert kind.__module__.startswith("transformers.")
 
 
 def test_unregistering_leaves_no_trace() -> None:
