@@ -171,26 +171,28 @@ def _make_stock(root: nn.Module) -> None:
             exchange(module, beneath(inner))
 
 
-# The drop-in classes say that they are of stock's module. By it transformers lets a checkpoint's own code go before
-# them, as before its own classes (from 5.5), and PEFT writes it into adapters, which are then read without this code.
+#: The module that the drop-in classes say they are of: stock's. By it transformers lets a checkpoint's own code go
+#: before them, as before its own classes (from 5.5), and PEFT's adapters, which name it, are read without this code.
+#: As remote code it is this one, whose files save_pretrained then copies.
+HOME = __name__ if __name__.startswith("transformers_modules.") else stock.__name__
 
 
 class Qwen2Model(FixedOnConstruction, ORIGINAL.Qwen2Model):
     """transformers' Qwen2Model with an fp32 residual stream, fp32 norms, fp32 rotation and, in eager, fp32 scores."""
 
-    __module__ = stock.__name__
+    __module__ = HOME
 
 
 class Qwen2ForCausalLM(FixedOnConstruction, ORIGINAL.Qwen2ForCausalLM, GenerationMixin):
     """transformers' Qwen2ForCausalLM over the fixed Qwen2Model."""
 
-    __module__ = stock.__name__
+    __module__ = HOME
 
 
 class Qwen2ForSequenceClassification(FixedOnConstruction, ORIGINAL.Qwen2ForSequenceClassification):
     """transformers' Qwen2ForSequenceClassification over the fixed Qwen2Model."""
 
-    __module__ = stock.__name__
+    __module__ = HOME
 
 
 if hasattr(stock, "Qwen2ForTokenClassification"):  # from 4.42
@@ -198,7 +200,7 @@ if hasattr(stock, "Qwen2ForTokenClassification"):  # from 4.42
     class Qwen2ForTokenClassification(FixedOnConstruction, ORIGINAL.Qwen2ForTokenClassification):
         """transformers' Qwen2ForTokenClassification over the fixed Qwen2Model."""
 
-        __module__ = stock.__name__
+        __module__ = HOME
 
 
 if hasattr(stock, "Qwen2ForQuestionAnswering"):  # from 4.46.1
@@ -206,7 +208,7 @@ if hasattr(stock, "Qwen2ForQuestionAnswering"):  # from 4.46.1
     class Qwen2ForQuestionAnswering(FixedOnConstruction, ORIGINAL.Qwen2ForQuestionAnswering):
         """transformers' Qwen2ForQuestionAnswering over the fixed Qwen2Model."""
 
-        __module__ = stock.__name__
+        __module__ = HOME
 
 
 def _fixed_part(name: str) -> type[nn.Module]:

@@ -28,6 +28,7 @@ def exchange_all(
     or what `then` raises, and then leaves `root` as it was.
     """
     check_model(root, stock, {*classes, *classes.values()})
+    check_exchangeable(root, classes)
     if not built_here:
         check_weights(root)
     done: list[tuple[nn.Module, type]] = []
@@ -35,7 +36,6 @@ def exchange_all(
         for module in root.modules():
             before = known_class(module, classes)
             if before is not None:
-                _check_exchangeable(module, before)
                 done.append((module, before))
                 exchange(module, classes[before])
         then(root)
@@ -116,14 +116,15 @@ def _runs(forward: Any, expected: Any) -> bool:
     return True
 
 
-def _check_exchangeable(module: nn.Module, known: type) -> None:
-    """Raises PatchConflictError for a class made at runtime around the known one: what made it relies on it."""
-    if type(module) is not known:
-        found = type(module)
-        raise PatchConflictError(
-            f"a {known.__name__} is a {found.__module__}.{found.__qualname__} by now: fix or unfix the model before it "
-            "is wrapped (fully_shard), or load it under register()."
-        )
+def check_exchangeable(root: nn.Module, classes: Collection[type]) -> None:
+    """Raises PatchConflictError for a class made at runtime around one of `classes`: what made it relies on it."""
+    for name, module in root.named_modules():
+        known, found = known_class(module, classes), type(module)
+        if known is not None and found is not known:
+            raise PatchConflictError(
+                f"{name} is a {found.__module__}.{found.__qualname__}, made of transformers' {known.__name__}: fix or "
+                "unfix the model before it is wrapped (fully_shard), or load it under register()."
+            )
 
 
 def parts_of(base: nn.Module, stock: Any) -> Iterator[tuple[str, Any, type]]:

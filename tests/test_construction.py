@@ -269,6 +269,23 @@ def test_a_subclass_with_parts_of_its_own_is_warned_of_and_not_half_fixed(kind: 
     assert len(parts) == (2 if kind is PastTheBase else 0)  # norm and rotation, out of the whole one that it has built
 
 
+def test_a_subclass_that_is_made_while_registered_is_not_half_fixed_either() -> None:
+    """Looked at when transformers' constructor ends, its parts would still be Qwen2's."""
+    with qwen2_fp16_fix.registered():
+        later = type("Later", (OwnParts,), {"__init__": lambda self, config: OwnParts.__init__(self, config)})
+
+        class Afterwards(Qwen2Model):
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.norm = nn.LayerNorm(config.hidden_size)
+
+        for kind in (later, Afterwards):
+            with pytest.warns(qwen2_fp16_fix.NotFixedWarning, match=kind.__name__) as said:
+                model = kind(config(TINY))
+            assert len(said) == 1
+            assert not any(type(module).__module__.startswith("qwen2_fp16_fix") for module in model.modules())
+
+
 def test_a_subclass_with_its_own_parts_is_quiet_where_stock_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", qwen2_fp16_fix.NotFixedWarning)

@@ -33,14 +33,14 @@ def read(name: str) -> str:
 
 
 PROMISED = {
-    "register", "unregister", "registered", "fix", "unfix", "status", "certify", "verify", "scan", "doctor", "export",
-    "push", "lock", "check",
+    "register", "unregister", "registered", "stock_models", "fix", "unfix", "status", "is_fixed",
+    "certify", "verify", "scan", "doctor", "export", "push", "lock", "check",
     "Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
     "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "CheckpointError",
     "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
-    "StalePlanWarning", "UntestedTransformersWarning",
+    "UntestedTransformersWarning", "StalePlanWarning", "NotFixedWarning",
     "__version__",
 }  # fmt: skip
 

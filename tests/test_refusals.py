@@ -91,7 +91,11 @@ def test_a_norm_replaced_by_another_tool() -> None:
 
 
 def test_a_subclass_of_a_part() -> None:
-    """A subclass may override what the fix relies on, as FSDP2's and Unsloth's do."""
+    """A subclass may override what the fix relies on, as Unsloth's do, and FSDP2 goes by its own."""
+    model = build(TINY, ())
+    own = type("OwnLayer", (ORIGINAL.Qwen2DecoderLayer,), {"forward": lambda self, hidden_states: hidden_states})
+    model.model.layers[2].__class__ = own
+    refuses(q.PatchConflictError, model, "layers.2", "OwnLayer")
     model = build(TINY, ())
     model.model.layers[1].__class__ = type("FSDPQwen2DecoderLayer", (ORIGINAL.Qwen2DecoderLayer,), {})
     refuses(q.PatchConflictError, model, "layers.1", "FSDPQwen2DecoderLayer")
