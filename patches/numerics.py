@@ -16,7 +16,13 @@ IN_PLACE = ("cpu", "cuda")
 
 
 def autocast_device(device_type: str) -> str:
-    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise."""
+    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
+
+    torch's compiler cannot trace the question before 2.13. It is not put there: what is compiled computes, so autocast
+    knows its device, but for models without weights.
+    """
+    if torch.compiler.is_compiling():
+        return "cpu" if device_type == "meta" else device_type
     return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
 
 
