@@ -39,7 +39,7 @@ class Scaled(nn.Module):
         self.__dict__["exponent"] = exponent
         if exponent:
             self.__dict__["zero"] = torch.zeros((), dtype=torch.float16, device=device)
-            self.__dict__["factor"] = torch.full((1,), 2.0**exponent, device=device)
+            self.__dict__["factor"] = torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device)
 
 
 def scaled_linear(linear: nn.Module, scaled: Tensor, factor: Tensor) -> Tensor:
