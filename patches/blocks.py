@@ -150,17 +150,32 @@ class MLP(Scaled):
         return scaled_linear(self.down_proj, product, scale.factor)
 
 
+#: RoPE variants whose frequencies no forward changes.
+UNCHANGING = ("default", "linear", "yarn", "llama3", "proportional")
+
+
 class RotaryEmbedding(nn.Module):
     """Cosine and sine tables in fp32, whatever dtype the model has or is cast to (releases from 4.45)."""
 
     stock_parameters: ClassVar = ("x", "position_ids")
-    stock_names: ClassVar = {"inv_freq", "attention_scaling", "config"}
+    stock_names: ClassVar = {"inv_freq", "attention_scaling", "config", "rope_type"}
     config: Any
+    rope_type: str
+    attention_scaling: float
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (B, S) to cos and sin (B, S, D) in fp32. Only the device of `x` matters."""
-        cos, sin = super().forward(x.float(), position_ids)
-        return cos, sin
+        """position_ids (B, S) to cos and sin (B, S, D), in fp32 whatever the dtype of `x`; fp32 models get stock's.
+
+        Up to 5.17 or later stock's angles are a matmul, whose operands TF32 would round: position 16,001 to 16,000.
+        """
+        if is_full_precision(x):
+            stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)
+            return stock
+        if self.rope_type not in UNCHANGING:  # stock chooses the frequencies by the farthest position
+            super().forward(x, position_ids.amax().view(1, 1).float())  # an integer's would be in torch's default dtype
+        angles = position_ids[..., None] * self.frequencies().to(x.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
     def frequencies(self) -> Tensor:
         """Radians a token of each pair, (D/2,)."""
@@ -187,7 +202,8 @@ class RotaryEmbedding(nn.Module):
             if buffer is not None and buffer.dtype != torch.float32 and buffer.device.type != "meta"
         }
         if self.rounded:
-            exact = dict(stock(config=self.config).named_buffers())
+            with torch.device("cpu"):  # not where a user's default device is
+                exact = dict(stock(config=self.config).named_buffers())
             for name, buffer in self.rounded.items():
                 self._buffers[name] = exact[name].to(buffer.device)
 

@@ -65,18 +65,23 @@ class CentredKeys(nn.Module):
         inverse_frequencies (head_dim/2,); positions: the longest context; rotation_scale multiplies cos and sin.
         """
         bias = None if may_change_bias(self.k_proj) else loaded_bias(self.k_proj)
-        if bias is None:
+        if bias is None or 2 * len(inverse_frequencies) != self.head_dim:  # a part of the head: stock cannot rotate it
             self.keep_constants(None)
             return
-        frequencies = inverse_frequencies.double().cpu()
+        frequencies = inverse_frequencies.cpu().double()  # in this order: not every device has fp64
         cos, sin = (torch.cat((x, x)) * rotation_scale for x in centre_factors(frequencies, positions))
-        heads = bias.detach().double().cpu().view(1, -1, 1, self.head_dim)
+        heads = bias.detach().cpu().double().view(1, -1, 1, self.head_dim)
         centre = rotate(heads, cos.view(1, 1, -1), sin.view(1, 1, -1))
         nothing = centre.new_zeros(1, centre.shape[1] * self.num_key_value_groups, 1, self.head_dim)
-        self.keep_constants(torch.cat((nothing, -centre), dim=1).float().to(bias.device))
+        self.keep_constants(torch.cat((nothing, -centre), dim=1).float(), bias.device)
 
-    def keep_constants(self, shift: Tensor | None) -> None:
-        """Takes a shift, or none, and what goes with it: no buffers, so casts pass them by."""
+    def keep_constants(self, shift: Tensor | None, device: torch.device | None = None) -> None:
+        """Takes a shift, or none, to `device`, with what goes with it: no buffers, so casts pass them by.
+
+        One that is not finite is none: it would take the whole head with it.
+        """
+        if shift is not None:
+            shift = shift.to(device) if shift.isfinite().all() else None
         self.__dict__["shift"] = shift
         self.__dict__["one"] = None if shift is None else shift.new_ones(1)
 
@@ -137,15 +142,18 @@ def write(linear: nn.Linear, hidden_states: Tensor, heads: Tensor, one: Tensor) 
 def centre_factors(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of m (see above) for each pair. frequencies (D/2,) in fp64, in radians a token.
 
-    The mean of e^(iωp) over p < N is e^(iω(N-1)/2)·sin(Nω/2)/(N·sin(ω/2)) (Dirichlet's kernel). Of the rest
-    |e^(iφ) - r·e^(iα)|² = 1 - 2r·cos δ + r², with δ the largest |φ - α| in the context, follows the limit of r.
+    The mean of e^(iωp) over p < N is e^(iω(N-1)/2)·sin(Nω/2)/(N·sin(ω/2)) (Dirichlet's kernel), and 1 where ω is 0. Of
+    the rest |e^(iφ) - r·e^(iα)|² = 1 - 2r·cos δ + r², with δ the largest |φ - α| in the context, follows the limit of
+    r. With -ω, m is the conjugate.
     """
-    count = (1 / frequencies).floor().clamp(1, WINDOW)
-    length = torch.sin(count * frequencies / 2) / (count * torch.sin(frequencies / 2))
-    angle = frequencies * (count - 1) / 2
-    away = torch.maximum(angle, frequencies * positions - angle).clamp(max=torch.pi).cos()
+    speed = frequencies.abs()
+    count = (1 / speed).floor().clamp(1, WINDOW)
+    step = torch.sin(speed / 2)
+    length = torch.where(step == 0, 1.0, torch.sin(count * speed / 2) / (count * step))
+    angle = speed * (count - 1) / 2
+    away = torch.maximum(angle, speed * positions - angle).clamp(max=torch.pi).cos()
     limited = torch.minimum(length, away + (away.square() + FARTHEST**2 - 1).sqrt())
-    return limited * angle.cos(), limited * angle.sin()
+    return limited * angle.cos(), limited * (angle * frequencies.sign()).sin()
 
 
 def key_state(attention: CentredKeys) -> str:

@@ -8,9 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+#: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
+#: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
+ONE_KERNEL = ("cpu", "cuda", "xpu")
+#: Devices whose softmax may be written over its own input, and whose baddbmm leaves alone what beta 0 multiplies away.
+IN_PLACE = ("cpu", "cuda")
+
 
 def autocast_device(device_type: str) -> str:
-    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise."""
+    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
+
+    torch's compiler cannot trace the question before 2.13. It is not put there: what is compiled computes, so autocast
+    knows its device, but for models without weights.
+    """
+    if torch.compiler.is_compiling():
+        return "cpu" if device_type == "meta" else device_type
     return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
 
 
@@ -33,6 +45,11 @@ def runs_in_float16(activation: Tensor) -> bool:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == torch.float16
     return activation.dtype == torch.float16
+
+
+def device_of(tensor: Tensor) -> str:
+    """The kind of device a tensor is on, as torch calls it."""
+    return tensor.device.type
 
 
 def runs_on_cpu(tensor: Tensor) -> bool:
@@ -167,6 +184,8 @@ def grouped_attention(
     grouped = (batch * key_heads, heads // key_heads * queries)
     rows, columns = query.float().reshape(*grouped, head_dim), key.float().flatten(0, 1).transpose(1, 2)
     nothing = rows[:1, :1, :1].detach()  # that beta multiplies away: the product comes out scaled
+    if device_of(rows) not in IN_PLACE:
+        nothing = torch.zeros_like(nothing)  # MPS does multiply: a query of NaN would reach every row
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
         scores += mask
@@ -182,8 +201,11 @@ def grouped_attention(
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension, in the memory of the scores unless autograd or a compiler wants them."""
-    if scores.requires_grad or torch.compiler.is_compiling():
+    """Softmax over the last dimension, in the memory of the scores unless autograd or a compiler wants them.
+
+    Elsewhere than on a CPU or CUDA it takes memory of its own: no kernel there is known to bear it.
+    """
+    if scores.requires_grad or torch.compiler.is_compiling() or device_of(scores) not in IN_PLACE:
         return torch.softmax(scores, dim=-1)
     return torch.softmax(scores, dim=-1, out=scores)
 
@@ -191,9 +213,12 @@ def softmax(scores: Tensor) -> Tensor:
 def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory: Tensor | None = None) -> Tensor:
     """2^-exponent · gate · up, (B, S, intermediate) in float16, rounded once: the product itself is never stored.
 
-    zero: a float16 zero without dimensions. addcmul takes the factor along and multiplies in fp32: one kernel.
+    zero: a float16 zero without dimensions. addcmul takes the factor along and multiplies in fp32: one kernel, where
+    ONE_KERNEL says so. The fp32 product of two float16 numbers is exact, so that the same bits come out anywhere.
     memory: where to put it, if given; it may be `gate`.
     """
+    if device_of(gate) not in ONE_KERNEL:
+        return (gate.float() * up.float() * 2.0**-exponent).to(zero.dtype)
     return torch.addcmul(zero, gate, up, value=2.0**-exponent, out=memory)
 
 
@@ -202,5 +227,7 @@ def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:
 
     activation (B, S, channels) in fp32; returns integers (B, S, 1).
     """
-    exponent = torch.frexp(activation.abs().amax(-1, keepdim=True)).exponent.clamp(min=bits)
+    largest = activation.detach().abs().amax(-1, keepdim=True)
+    # Read from the bits of an fp32 number, 2^(e - 127)·1.…: torch.frexp has no kernel for MPS.
+    exponent = ((largest.view(torch.int32) >> 23) - 126).clamp(min=bits)
     return exponent - bits if bits else exponent

@@ -117,7 +117,7 @@ def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds
     for name in ("q", "k", "v"):
         sums[name] = project(weights[f"self_attn.{name}_proj.weight"], attention_gain)
         bias = weights.get(f"self_attn.{name}_proj.bias")
-        shift = torch.zeros_like(sums[name]) if bias is None else exact(bias).abs().double().cpu()
+        shift = torch.zeros_like(sums[name]) if bias is None else exact(bias).abs().cpu().double()
         sums[name] = sums[name] + shift
         if name != "v":
             rotated.append(rotated_bound(computed(sums[name], shape.hidden), shape))
@@ -142,7 +142,7 @@ def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds
 
 def bound_norm(gain: Tensor) -> float:
     """The largest magnitude an RMSNorm with `gain` (hidden,) can return: point 1, with all of z in one channel."""
-    return largest(reach(gain).double().cpu() * slack(0) * norm_length(len(gain)))
+    return largest(reach(gain).cpu().double() * slack(0) * norm_length(len(gain)))
 
 
 def bound_logits(norm: Tensor, head: Tensor) -> float:
@@ -234,7 +234,7 @@ def product_bounds(weights: Mapping[str, Tensor], gain: Tensor, shape: LayerShap
         inners.append(a.mul_(b).sum(1))
     gate_length, up_length = wide(torch.cat(gate_lengths), hidden), wide(torch.cat(up_lengths), hidden)
     lengths = gate_length * up_length
-    inner = torch.cat(inners).double().cpu().abs() + (slack(hidden) - 1) * lengths
+    inner = torch.cat(inners).cpu().double().abs() + (slack(hidden) - 1) * lengths
     gate, up = gate_length * length, up_length * length
     gate_top, up_top = computed(gate, hidden), computed(up, hidden)
     joint = length**2 / 2 * (lengths + inner) + (gate_top - gate) * up_top + gate * (up_top - up)
@@ -268,7 +268,7 @@ def slack(terms: int) -> float:
 
 def wide(sums: Tensor, terms: int) -> Tensor:
     """fp32 sums of `terms` non-negative numbers as fp64 upper bounds of the exact ones, on the CPU."""
-    return sums.double().cpu() * slack(terms)
+    return sums.cpu().double() * slack(terms)
 
 
 def chunks(weight: Tensor) -> Iterator[Tensor]:

@@ -47,15 +47,11 @@ class Scaled(nn.Module):
 
     def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
         """Takes the exponent of a plan, with the constants it needs on `device`: no buffers, so casts pass them by."""
-        self.__dict__["scale"] = (
-            None
-            if exponent is None
-            else Scale(
-                exponent,
-                torch.zeros((), dtype=torch.float16, device=device),
-                torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device),
-            )
-        )
+        scale = None
+        if exponent is not None:
+            zero = torch.zeros((), dtype=torch.float16, device=device)
+            scale = Scale(exponent, zero, torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device))
+        self.__dict__["scale"] = scale
 
 
 def scaled_linear(linear: nn.Module, scaled: Tensor, factor: Tensor) -> Tensor:

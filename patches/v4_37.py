@@ -87,7 +87,7 @@ class RotaryEmbedding(nn.Module):
         """Drops the exact tables."""
         self.__dict__.pop("exact_tables", None)
 
-    def frequencies(self, device: torch.device | None = None) -> Tensor:
+    def frequencies(self, device: torch.device | str = "cpu") -> Tensor:
         """Radians a token of each pair, base^(-2i/D) (Su et al. 2021, section 3.2.2): (D/2,) in fp32."""
         return 1.0 / (self.base ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim))
 

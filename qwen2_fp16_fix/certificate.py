@@ -161,14 +161,15 @@ def dropped_plans(source: ModelSource) -> list[str]:
 def bound_scores(weights: Mapping[str, Tensor], shape: LayerShape) -> float:
     """The largest raw score |q·k| of a layer, before it is scaled: ‖q‖·‖k‖ over the heads, in exact arithmetic.
 
-    ‖q‖ <= √d·σ(W∘γ) + ‖b‖ for a head's rows W, with the largest singular value σ from the Gram matrix, in fp64.
+    ‖q‖ <= √d·σ(W∘γ) + ‖b‖ for a head's rows W, with the largest singular value σ from the Gram matrix, in fp64 on the
+    CPU: not every device has it.
     """
-    gain = weights["input_layernorm.weight"].double()
+    gain = weights["input_layernorm.weight"].cpu().double()
     lengths = {}
     for name, heads in (("q", shape.heads), ("k", shape.kv_heads)):
-        rows = weights[f"self_attn.{name}_proj.weight"].double().view(heads, shape.head_dim, shape.hidden) * gain
+        rows = weights[f"self_attn.{name}_proj.weight"].cpu().double().view(heads, shape.head_dim, shape.hidden) * gain
         bias = weights.get(f"self_attn.{name}_proj.bias")
-        shift = 0.0 if bias is None else bias.double().view(heads, shape.head_dim).norm(dim=1)
+        shift = 0.0 if bias is None else bias.cpu().double().view(heads, shape.head_dim).norm(dim=1)
         if not rows.isfinite().all():
             return math.inf
         singular = torch.linalg.eigvalsh(rows @ rows.transpose(1, 2))[:, -1].clamp(min=0).sqrt()
@@ -183,7 +184,8 @@ def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float,
     hidden, embedding = source.shape.hidden, f"{source.prefix}embed_tokens.weight"
     heads = source.heads()
     logits, largest = None, 0.0
-    gain = torch.full((hidden,), math.inf)  # bounds nothing, where the norm cannot be read
+    # Bounds nothing, where the norm cannot be read.
+    gain = torch.full((hidden,), math.inf, dtype=torch.float32, device="cpu")
     try:
         norm = f"{source.prefix}norm.weight"
         gain = check_shape(norm, cast(norm, source.read(norm)), (hidden,))

@@ -56,8 +56,8 @@ class RoundingLoss:
         """tensor (..., rows, channels)."""
         for _, block in blocks(tensor.reshape(-1, tensor.shape[-1])):
             exact = block.float()
-            error = (exact - rounded(exact, self.levels)).square_().sum(0).double().cpu()
-            power = exact.square().sum(0).double().cpu()
+            error = (exact - rounded(exact, self.levels)).square_().sum(0).cpu().double()
+            power = exact.square().sum(0).cpu().double()
             largest = exact.abs().amax(0).cpu()
             if self.error is None or self.power is None or self.largest is None:
                 self.error, self.power, self.largest = error, power, largest

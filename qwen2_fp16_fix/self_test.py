@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .closeness import Closeness
 from .doctor_texts import Remark, remark
-from .patches.errors import Qwen2FP16FixError
 
 #: Nats, mean over tokens. Roundings of a whole fix cost 1.6e-7 here; keys that are not centred 2e-2, bfloat16 3e-5.
 KL_LIMIT = 2e-6
@@ -30,7 +29,7 @@ def self_test(place: str) -> tuple[dict[str, Any], Remark]:
             oracle = _oracle()
             rows += [_row(place, fixed, attention, oracle) for fixed in (False, True) for attention in ATTENTIONS]
         passed, finding = judge(place, rows)
-    except (Qwen2FP16FixError, RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+    except Exception as error:  # whatever a device, a driver or a backend raises: a diagnosis must not end in it
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         passed, finding = False, remark("self_test.not_run", device=place, reason=reason)
     return {"device": place, "rows": rows, "passed": passed}, finding

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import kl_to
+from qwen2_fp16_fix.patches import numerics
 from stress import KINDS, TINY, build, random_prompt
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
@@ -41,6 +42,48 @@ def test_decoding_into_a_static_cache_compiles_once(attention: str) -> None:
             assert kl_to(model(input_ids=token, **{CACHE: caches[1]}).logits, got) < ROUNDINGS
     assert torch.isfinite(got).all()
     assert counter.frame_count == 1
+
+
+@pytest.fixture
+def older_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler before 2.13: it cannot trace the question whether autocast knows a device."""
+    untraceable = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+
+
+@pytest.mark.usefixtures("older_compiler")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("phase", ["prefill", "static decode"])
+def test_an_older_compiler_makes_one_graph(attention: str, phase: str) -> None:
+    """Stock compiles whole on torch 2.8 to 2.11, and so must the fixed model."""
+    model: Any = fixed(attention)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        if phase == "prefill":
+            inputs: list[dict[str, Any]] = [{"input_ids": PROMPT, "use_cache": False}] * 2
+        else:
+            caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
+            for cache in caches:
+                model(input_ids=PROMPT[:, :8], **{CACHE: cache})
+            inputs = [{"input_ids": PROMPT[:, 8:9], CACHE: cache} for cache in caches]
+        got, expected = compiled(**inputs[0]).logits, model(**inputs[1]).logits
+    assert torch.isfinite(got).all()
+    assert kl_to(expected, got) < ROUNDINGS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_compiled_graph_still_sees_autocast(dtype: torch.dtype) -> None:
+    """Whether it is on, for the device as it is; and a model without weights is asked about a device that computes."""
+
+    def answers(x: torch.Tensor) -> tuple[bool, bool]:
+        return numerics.runs_in_float16(x), numerics.is_full_precision(x)
+
+    compiled: Any = torch.compile(answers, backend="eager", fullgraph=True)
+    for device in ("cpu", "meta"):
+        x = torch.empty(2, dtype=dtype, device=device)
+        assert compiled(x) == answers(x) == (dtype == torch.float16, dtype == torch.float32)
+        with torch.autocast("cpu", torch.float16):
+            assert compiled(x) == answers(x) == (True, False)
 
 
 class Logits(torch.nn.Module):

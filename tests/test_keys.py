@@ -12,7 +12,7 @@ import transformers
 from conftest import kl_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen2_fp16_fix.patches import keys, linears, range_plan
+from qwen2_fp16_fix.patches import keys, linears, numerics, range_plan
 from qwen2_fp16_fix.patches.keys import centre_factors
 from qwen2_fp16_fix.patches.numerics import grouped_attention, rotate
 from stress import QWEN2_7B_SLIM, ROPE_THETA, TINY, Shape, build, random_prompt
@@ -54,12 +54,29 @@ def test_the_centre_is_a_mean_over_the_first_radian() -> None:
     torch.testing.assert_close(torch.stack((cos, sin)), torch.stack((angles.cos().mean(0), angles.sin().mean(0))))
 
 
+def test_a_pair_that_does_not_turn_loses_all_of_its_bias() -> None:
+    """The mean of e^(iωp) goes to 1 as ω goes to 0, where Dirichlet's kernel is 0/0: a centre of NaN."""
+    still = torch.tensor([0.0, -0.0, 5e-324, 1e-310, 1e-45, 1e-30], dtype=torch.float64)
+    cos, sin = centre_factors(still, positions=32768)
+    assert (cos - 1).abs().max() < 1e-12  # subnormals have few digits
+    assert sin.abs().max() < 1e-26
+
+
+def test_a_pair_that_turns_backwards_has_the_conjugate() -> None:
+    turning = torch.tensor([1e-5, 1e-3, 0.3, 1.0], dtype=torch.float64)
+    cos, sin = centre_factors(turning, positions=4096)
+    back = centre_factors(-turning, positions=4096)
+    assert torch.equal(cos, back[0])
+    assert torch.equal(sin, -back[1])
+
+
 @settings(max_examples=200, deadline=None)
-@given(frequency=st.floats(1e-7, 1.0), positions=st.integers(1, 200_000))
+@given(frequency=st.floats(0.0, 1.0) | st.floats(-1.0, 0.0), positions=st.integers(1, 200_000))
 def test_what_is_left_of_a_bias_is_never_more_than_the_square_root_of_3(frequency: float, positions: int) -> None:
     """Nowhere in the context; and the centre is never longer than the bias, as the range plan takes for granted."""
     cos, sin = centre_factors(torch.tensor([frequency], dtype=torch.float64), positions)
-    angles = torch.linspace(0, min(frequency * positions, 2 * math.pi), 1000, dtype=torch.float64)
+    angles = torch.linspace(0, min(abs(frequency) * positions, 2 * math.pi), 1000, dtype=torch.float64)
+    angles = angles * (-1 if frequency < 0 else 1)
     left = torch.hypot(angles.cos() - cos, angles.sin() - sin)
     assert left.max() <= math.sqrt(3) + 1e-9
     assert torch.hypot(cos, sin) <= 1 + 1e-12
@@ -224,6 +241,66 @@ def test_every_rope_type(kind: str) -> None:
     oracle = logits(build(TINY, ("keys",), **rope))
     assert kl_to(oracle, logits(fixed("keys", **rope))) < 2e-5
     assert kl_to(oracle, logits(build(TINY, ("keys",), **rope).half())) > 1e-3
+
+
+#: Frequencies that are 0, or nearly, or negative, or not there at all: what the newest release makes of such settings.
+STILL = {
+    "half of the pairs": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    "no pair turns": {"rope_type": "proportional", "partial_rotary_factor": 0.0},
+    "subnormal": {"rope_type": "linear", "factor": 1e42},
+    "too small": {"rope_type": "linear", "factor": 1e46},
+    "divided by infinity": {"rope_type": "linear", "factor": math.inf},
+    "backwards": {"rope_type": "linear", "factor": -1e3},
+    "an infinite base": {"rope_type": "default", "rope_theta": math.inf},
+    "llama3": {**ROPES["llama3"], "rope_type": "llama3", "factor": 1e46},
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("arithmetic", ["a CPU's", "a GPU's"])
+@pytest.mark.parametrize("rope", STILL)
+def test_pairs_that_do_not_turn(rope: str, arithmetic: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager was NaN; sdpa on a CPU finite, and as wrong as the logits are large; `status` said centred."""
+    settings = {"rope_parameters": {"rope_theta": ROPE_THETA, **STILL[rope]}}
+    if arithmetic == "a GPU's":
+        monkeypatch.setattr(numerics, "runs_on_cpu", lambda tensor: False)
+    oracle = logits(build(TINY, ("keys",), **settings))
+    model = fixed("keys", attention=attention, **settings)
+    assert states(model) == {"centred"}
+    assert kl_to(oracle, logits(model)) < 2e-5
+    assert kl_to(oracle, logits(build(TINY, ("keys",), attn_implementation="sdpa", **settings).half())) > 1e-3
+
+
+@pytest.mark.parametrize("broken", ["bias", "frequencies", "scale", "fp32's range"])
+def test_a_centre_that_is_not_finite_is_not_kept(broken: str) -> None:
+    """One NaN in a constant is NaN in every score of its head. `status` says that there is no centre."""
+    model = build(TINY, ("keys",)).half()
+    attention = model.model.layers[0].self_attn
+    if broken == "bias":
+        attention.k_proj.bias.data[3] = math.inf
+    qwen2_fp16_fix.fix(model)
+    assert [row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]].count("not centred") == (
+        1 if broken == "bias" else 0
+    )
+    frequencies, scale = model.model.rotary_emb.frequencies(), 1.0
+    if broken == "frequencies":
+        frequencies = frequencies.clone().index_fill_(0, torch.tensor([2]), math.nan)
+    if broken in ("scale", "fp32's range"):
+        scale = math.nan if broken == "scale" else 1e300
+    attention.centre_keys(frequencies, 4096, scale)
+    assert attention.shift is None
+    assert attention.one is None
+    assert keys.key_state(attention) == "not centred"
+
+
+def test_a_rotation_of_a_part_of_the_head_is_left_to_stock() -> None:
+    """It raises in its forward, as it does without the fix; `fix` has nothing to say about it."""
+    rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5, "rope_theta": 1e4}}
+    model = fixed("keys", **rope)
+    assert states(model) == {"not centred"}
+    for broken in (model, build(TINY, ("keys",), **rope)):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            logits(broken)
 
 
 # --- caches ---

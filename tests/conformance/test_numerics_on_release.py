@@ -6,6 +6,7 @@ import pytest
 import torch
 from packaging.version import Version
 from stress import KINDS, ROPE_THETA, TINY, random_prompt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen2_fp16_fix
 
@@ -83,9 +84,12 @@ if RELEASE < Version("4.48"):  # a class of its own for each backend
             assert all(isinstance(row["mlp"], int) for row in found["ranges"])
 
 
-def scaled_rope(kind: str) -> dict[str, Any]:
+def scaled_rope(kind: str, factor: float = 4.0) -> dict[str, Any]:
     """Settings for a long-context RoPE that begins to matter beyond 8 positions."""
-    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 8}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": 8}
+    if kind == "longrope":
+        pairs = TINY.head_dim // 2
+        scaling |= {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
     longest = 32 if kind == "yarn" else 8  # 4.51 to 4.55 take yarn's factor from the quotient
     if RELEASE >= Version("5.0"):
         return {"rope_parameters": {**scaling, "rope_theta": 1e6}, "max_position_embeddings": longest}
@@ -102,6 +106,63 @@ if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
         assert torch.equal(oracle, logits(qwen2_fp16_fix.fix(stress(("scores",), **settings))))
         assert not torch.equal(oracle, logits(stress(("scores",))))
         assert kl(oracle, logits(fixed_half(("scores",), **settings))) < CLOSE
+
+    @pytest.mark.parametrize("attention", ATTENTIONS)
+    def test_frequencies_of_0(attention: str) -> None:
+        """A huge factor leaves no pair that turns. The mean of a turn that never starts was 0/0: a NaN in each key."""
+        settings = scaled_rope("linear", factor=1e46)
+        model = fixed_half(("keys",), attention, **settings)
+        assert not model.model.rotary_emb.inv_freq.any()
+        assert {row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]} == {"centred"}
+        assert kl(logits(stress(("keys",), **settings)), logits(model)) < CLOSE
+
+    class InTf32(TorchDispatchMode):
+        """Rounds the operands of fp32 matmuls to 10 bits of mantissa, as float32_matmul_precision "high" allows."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            matmuls = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+            return function(*map(tf32, args) if function in matmuls else args, **(kwargs or {}))
+
+    def tf32(operand: torch.Tensor) -> torch.Tensor:
+        """An fp32 operand rounded to nearest; others as they are."""
+        if operand.dtype != torch.float32:
+            return operand
+        return ((operand.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", [None, "linear", "dynamic", "yarn", "longrope"])
+    def test_rotation_tables_are_fp32_whatever_matmuls_are(kind: str | None, dtype: torch.dtype) -> None:
+        """Up to 5.17 or later stock's angles are a matmul, and TF32 makes of position 16,001 position 16,000.
+
+        Stock's tables without TF32 are the oracle, bit for bit, also where frequencies follow the length and back.
+        """
+        settings = {} if kind is None else scaled_rope(kind)
+        stock = stress((), **settings).model.rotary_emb
+        fixed = qwen2_fp16_fix.fix(stress((), **settings).to(dtype)).model.rotary_emb
+        exact = fixed.frequencies().clone()
+        for start in (15_970, 0, 15_990):
+            positions = torch.stack((torch.arange(start, start + 6), torch.arange(start + 5, start + 11)))
+            expected = stock(torch.zeros(1), positions)
+            with InTf32():
+                found = fixed(torch.zeros(1, dtype=dtype), positions)
+            assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+            assert torch.equal(fixed.frequencies(), stock.inv_freq)
+            assert {table.dtype for table in found} == {torch.float32}
+            angle = (positions[..., None].double() * fixed.frequencies().double()).repeat(1, 1, 2)
+            for table, function in zip(found, (torch.cos, torch.sin), strict=True):
+                # an angle up to 16,000 has half a step of 2^-11 in fp32
+                assert (table.double() / fixed.attention_scaling - function(angle)).abs().max() < 2**-11 * 1.01
+        assert torch.equal(fixed.frequencies(), exact) or kind in ("dynamic", "longrope")
+        assert not torch.equal(fixed.frequencies(), exact) or kind != "dynamic"
+
+    def test_rotation_tables_of_an_fp32_model_are_stocks_under_tf32_too() -> None:
+        """What a user has chosen for an fp32 model stands."""
+        model = stress()
+        positions = torch.arange(15_970, 16_000).expand(2, -1)
+        with InTf32():
+            expected = model.model.rotary_emb(torch.zeros(1), positions)
+            found = qwen2_fp16_fix.fix(model).model.rotary_emb(torch.zeros(1), positions)
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
