@@ -85,11 +85,11 @@ def load_problem(model: nn.Module, code: Any) -> str | None:
     """A sentence on fixed layers that compute in range with numbers that are none of the checkpoint's."""
     from .patches.swap import known_class, layers_of
 
+    if not hasattr(code, "load_problem"):  # code of a checkpoint that 0.1.0 has exported
+        return None
     for base in code.base_models(model, code.ORIGINAL):
         for index, layer in enumerate(layers_of(base)):
-            found = (
-                code.load_problem(layer) if hasattr(code, "load_problem") and known_class(layer, code.STOCK) else None
-            )
+            found = code.load_problem(layer) if known_class(layer, code.STOCK) else None
             if found:
                 return (
                     f"layers.{index}.{found}: the model has not been loaded as it was saved; load it with a "

@@ -147,7 +147,8 @@ def test_a_model_runs_on_a_device_with_the_kernels_of_mps(attention: str, planne
         assert max(layer.mlp.exponent for layer in model.model.layers) > 0
         if not planned:
             for layer in model.model.layers:
-                layer.mlp.exponent = layer.self_attn.exponent = None
+                for part in (layer.mlp, layer.self_attn):
+                    part.set_exponent(None)
         found = logits(model, tokens)
     assert torch.isfinite(found).all()
     assert kl_to(oracle, found) < self_test.KL_LIMIT

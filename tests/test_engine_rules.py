@@ -181,7 +181,12 @@ BREAKS = [
     ("Qwen2Attention", "scaling=self.scaling,", "", "scaling"),
     ("Qwen2Attention", "sliding_window=self.sliding_window,\n            **kwargs,", "", "kwargs"),
     ("Qwen2RMSNorm", ", out_dtype: torch.dtype | None = None", "", "second parameter"),
-    ("Qwen2DecoderLayer", "*args, **kwargs)\n\n    def _apply", "*args)\n\n    def _apply", "kwargs"),
+    (
+        "Qwen2DecoderLayer",
+        "promote_residual(hidden_states), *args, **kwargs)",
+        "promote_residual(hidden_states), *args)",
+        "kwargs",
+    ),
     ("Qwen2MLP", "torch.mul(gate, up, out=memory)", PRODUCT, "fused product"),
     ("Qwen2MLP", "torch.mul(gate, up, out=memory)", " * ".join(reversed(PRODUCT.split(" * "))), "fused product"),
 ]
