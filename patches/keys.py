@@ -113,6 +113,8 @@ def queries_and_keys(attention: Any, hidden_states: Tensor) -> Tensor:
     if attention.one is None or not (can_write(q_proj) and can_write(k_proj) and is_unwatched(q_proj, k_proj)):
         by_head = (batch, length, -1, head_dim)
         return torch.cat([project(each, hidden_states).view(by_head).transpose(1, 2) for each in (q_proj, k_proj)], 1)
+    if attention.one.device != hidden_states.device:  # the weights were dispatched one by one, and nobody told
+        attention.keep_constants(attention.shift, hidden_states.device)
     sizes = [q_proj.out_features // head_dim, k_proj.out_features // head_dim]
     heads = torch.empty((batch, sum(sizes), length, head_dim), dtype=torch.float32, device=hidden_states.device)
     queries, keys = heads.split_with_sizes(sizes, 1)

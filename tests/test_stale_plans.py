@@ -291,6 +291,27 @@ def test_weights_dispatched_one_by_one_are_planned_anew() -> None:
     assert held(model) == before
 
 
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_constants_go_where_the_layer_computes(attention: str, planned: bool) -> None:
+    """The meta device stands for the one that accelerate's dispatch_model puts parameters on, one by one."""
+    model = fixed("swiglu", "keys", attn_implementation=attention)
+    for layer in model.model.layers:
+        if not planned:
+            layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj)  # as an adapter does
+    logits(model)
+    for module in model.modules():
+        for owned, wrap in ((module._parameters, nn.Parameter), (module._buffers, torch.Tensor.detach)):
+            owned.update({name: wrap(tensor.to("meta")) for name, tensor in owned.items() if tensor is not None})
+    assert {layer.self_attn.one.device.type for layer in model.model.layers} == {"cpu"}
+    found = model(input_ids=PROMPT.to("meta"))
+    assert found.logits.shape == (*PROMPT.shape, TINY.vocab)
+    for layer in model.model.layers:
+        constants = (layer.self_attn.one, layer.self_attn.shift)
+        assert {constant.device.type for constant in constants if constant is not None} <= {"meta"}
+
+
 def copied_by_hand(source: Any, model: Any) -> None:
     """As wrappers and other loaders do: no method of the model hears of it."""
     with torch.no_grad():
