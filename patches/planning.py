@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .keys import ExactBiasLinear
+from .caches import witness
+from .keys import ExactBiasLinear, centre_factors
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled
 
@@ -22,7 +23,7 @@ SCALED = {"product", "down_proj", "o_proj"}  # the sites an exponent is for
 def plan_layers(base: Any) -> None:
     """Plans every layer of a Qwen2Model whose parts are fixed: the centre of its keys, and its exponents."""
     for layer in base.layers:
-        rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
+        rotary = rotary_of(base, layer)
         shape = layer_shape(layer, rotary)
         layer.self_attn.centre_keys(rotary.frequencies(), shape.positions, shape.rotation_scale)
         weights = boundable_weights(layer)
@@ -31,6 +32,25 @@ def plan_layers(base: Any) -> None:
             drop_plan(layer)  # an exponent that proves nothing would only sink small values
         else:
             keep_plan(layer, exponents)
+    introduce_layers(base)
+
+
+def rotary_of(base: Any, layer: Any) -> Any:
+    """The model's rotary embedding, or each layer's own before 4.45."""
+    return getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb
+
+
+def introduce_layers(base: Any) -> None:
+    """Lets the attention of each layer know the centres of all: together they tell whose keys a cache holds."""
+    witnesses = []
+    for layer in base.layers:
+        attention, rotary = layer.self_attn, rotary_of(base, layer)
+        if attention.key_shift is not None:
+            frequencies = rotary.frequencies().double().cpu()
+            mean = centre_factors(frequencies, attention.config.max_position_embeddings)
+            witnesses.append(witness(attention.layer_idx, attention.key_shift, frequencies, mean))
+    for layer in base.layers:
+        layer.self_attn.__dict__["witnesses"] = tuple(witnesses)
 
 
 def keep_plan(layer: Any, exponents: Exponents) -> None:

@@ -15,7 +15,8 @@ from .blocks import (
     project_output,
     refuse_half_precision_scores,
 )
-from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
+from .caches import claim_cache
+from .keys import CentredKeys, rotated_projections, shift_for
 from .scaling import Scaled
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .diagnosis import doctor
     from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
     from .exported_folder import export
-    from .in_place import fix, unfix
+    from .in_place import adopt_cache, fix, unfix
     from .inspection import status
     from .patches.errors import (
         ForeignCacheError,
@@ -56,6 +56,7 @@ __all__ = [
     "registered",
     "fix",
     "unfix",
+    "adopt_cache",
     "status",
     "certify",
     "verify",
@@ -96,6 +97,7 @@ _HOME = {
     "registered": "registration",
     "fix": "in_place",
     "unfix": "in_place",
+    "adopt_cache": "in_place",
     "status": "inspection",
     "certify": "certificate",
     "verify": "verification",

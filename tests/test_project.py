@@ -33,8 +33,8 @@ def read(name: str) -> str:
 
 
 PROMISED = {
-    "register", "unregister", "registered", "fix", "unfix", "status", "certify", "verify", "scan", "doctor", "export",
-    "push", "lock", "check",
+    "register", "unregister", "registered", "fix", "unfix", "adopt_cache", "status", "certify", "verify", "scan",
+    "doctor", "export", "push", "lock", "check",
     "Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
