@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import PROJECTED, eager_attention, project_output
+from .caches import claim_cache
 from .keys import CentredKeys, shift_for
 from .numerics import rotate, sdpa_operands, widen_mask
 from .scaling import Scaled
@@ -108,6 +109,7 @@ class FlashAttention(CentredKeys):
         **kwargs: Any,
     ) -> Any:
         """As the stock class."""
-        key_shift = None if shift_for(self, past_key_value) is None else self.key_shift
+        shift = claim_cache(self, past_key_value, shift_for(self, past_key_value), marks_last=False)
+        key_shift = None if shift is None else self.key_shift
         forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]
         return forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)

@@ -30,7 +30,7 @@ class HalfPrecisionScoresError(Qwen2FP16FixError):
 
 
 class ForeignCacheError(Qwen2FP16FixError):
-    """A key/value cache holds keys that are not centred as this model's are, or the other way round."""
+    """A key/value cache holds keys that are not centred as this model's are, or the other way round, or may do so."""
 
 
 class ShardedRangeError(Qwen2FP16FixError):

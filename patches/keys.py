@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ForeignCacheError
+from .caches import Witness
 from .linears import LINEAR_FORWARD, is_separable, loaded_bias, may_change_bias, project
 from .numerics import is_unwatched, rotate
 
@@ -39,6 +39,7 @@ class CentredKeys(nn.Module):
     num_key_value_groups: int
     shift: Tensor | None = None  # 0 for queries, then -c: (1, H + G, 1, D) in fp32, no buffer; None takes nothing off
     one: Tensor | None = None  # 1.0, (1,) in fp32; there with a shift
+    witnesses: dict[int, Witness] | None = None  # of every layer of the model: they tell whose keys a cache holds
 
     @property
     def key_shift(self) -> Tensor | None:
@@ -56,7 +57,7 @@ class CentredKeys(nn.Module):
 
     def release(self) -> None:
         """Forgets the centre."""
-        for constant in ("shift", "one"):
+        for constant in ("shift", "one", "witnesses"):
             self.__dict__.pop(constant, None)
 
     def centre_keys(self, inverse_frequencies: Tensor, positions: int, rotation_scale: float) -> None:
@@ -172,34 +173,3 @@ def shift_for(attention: Any, cache: Any) -> Tensor | None:
     if shift is None or any(kind.__name__ == "SinkCache" for kind in type(cache).__mro__):
         return None
     return shift
-
-
-def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bool) -> Tensor | None:
-    """The shift for new keys in a cache, which is marked as holding such keys of this layer: `shift`, or none.
-
-    None for a cache that holds uncentred keys: 0 is a constant, too, and all keys have to share one.
-    marks_last: nothing rebuilds a cache without its marks, so that keys in one without are a stock model's, or learned.
-    Raises ForeignCacheError where keys in it are centred and the new ones, of another dtype, cannot be: mixed, they
-    would point to the wrong tokens, and nothing would show it.
-    """
-    if cache is None or torch.compiler.is_compiling():
-        return shift
-    layer, marks = attention.layer_idx, cache.__dict__.setdefault("qwen2_fp16_centred", {})
-    centred = marks.get(layer)
-    if centred is None:
-        centred = shift is not None and not (marks_last and holds_keys(cache, layer))
-    if centred and shift is None:
-        raise ForeignCacheError(
-            f"this cache holds keys of layer {layer} from another dtype or another state of the fix, which cannot be "
-            "mixed with this model's: run the prompt again with a new cache."
-        )
-    marks[layer] = centred
-    return shift if centred else None
-
-
-def holds_keys(cache: Any, layer: int) -> bool:
-    """Whether a dynamic cache holds keys of a layer. Of a static one it cannot be told without waiting for the GPU."""
-    layers = getattr(cache, "layers", None) or []
-    found = layers[layer] if layer < len(layers) else None
-    keys = getattr(found, "keys", None)
-    return isinstance(keys, Tensor) and keys.numel() > 0 and "Static" not in type(found).__name__

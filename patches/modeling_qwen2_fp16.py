@@ -19,6 +19,7 @@ from torch import nn
 # Every sibling is imported here: as remote code from a local folder, transformers before 5.10 copies only these.
 from .attention_classes import FlashAttention  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
+from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
@@ -273,6 +274,13 @@ def expect_plans_in(root: nn.Module) -> None:
     """Lets every layer of every Qwen2 inside `root` plan itself at its next forward."""
     for base in base_models(root, ORIGINAL):
         expect_plans(base)
+
+
+def adopt_cache(root: nn.Module, cache: Any, centred: bool) -> None:
+    """Marks a cache as holding keys of the Qwen2 inside `root`, centred as it centres them, or else uncentred ones."""
+    check_modules(root)
+    for base in base_models(root, ORIGINAL):
+        mark_cache(base, cache, centred)
 
 
 def unfix_modules(root: nn.Module) -> None:

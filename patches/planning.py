@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .caches import Witness, witness
 from .errors import StalePlanWarning
+from .keys import centre_factors
 from .numerics import autocast_device
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
@@ -53,9 +55,11 @@ def plan_layers(base: Any) -> None:
 def expect_plans(base: Any) -> None:
     """Lets every layer of a Qwen2Model plan itself at its next forward: who loads weights need not say so."""
     watch = base.norm.__dict__["watch"] = OverflowWatch(base.norm.weight.device)
+    witnesses: dict[int, Witness] = {}  # of all layers: together they tell whose keys a cache holds
     for layer in layers_of(base):
         rotary = getattr(base, "rotary_emb", None) or layer.self_attn.rotary_emb  # each layer's own before 4.45
         layer.__dict__.update(rotary=rotary, watch=watch, plan_due=True)
+        layer.self_attn.__dict__["witnesses"] = witnesses
 
 
 def make_plan(layer: Any) -> None:
@@ -82,8 +86,14 @@ def unrecorded(layer: Any) -> Iterator[None]:
 
 def centre_keys(layer: Any) -> None:
     """Chooses the centre of the keys for their bias as it is."""
-    shape = layer_shape(layer, layer.rotary)
-    layer.self_attn.centre_keys(layer.rotary.frequencies(), shape.positions, shape.rotation_scale)
+    shape, attention, frequencies = layer_shape(layer, layer.rotary), layer.self_attn, layer.rotary.frequencies()
+    attention.centre_keys(frequencies, shape.positions, shape.rotation_scale)
+    if attention.key_shift is None:
+        attention.witnesses.pop(attention.layer_idx, None)
+    else:
+        exact = frequencies.cpu().double()
+        seen = witness(attention.layer_idx, attention.key_shift, exact, centre_factors(exact, shape.positions))
+        attention.witnesses[attention.layer_idx] = seen
 
 
 def exponents_for(layer: Any) -> Exponents | None:

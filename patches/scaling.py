@@ -81,7 +81,8 @@ def linear_by_token(linear: nn.Module, activation: Tensor, width: int) -> Tensor
         output, rest = (torch.func.functional_call(linear, trained, (each,)) for each in (scaled, nothing))
     else:
         output, rest = linear(scaled), bias
-    return (output.float() - rest) * power_of_two(exponent) + bias
+    whole: Tensor = (output.float() - rest) * power_of_two(exponent) + bias
+    return whole
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

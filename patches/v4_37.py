@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
 from .blocks import COMMON_PARTS, PROJECTED, is_safe_in_stock
+from .caches import claim_cache, note_keys
 from .keys import rotated_projections, shift_for
 from .numerics import is_full_precision
 
@@ -37,7 +38,10 @@ class EagerAttention(AttendEagerly):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        if is_safe_in_stock(self, hidden_states):
+        plain = is_safe_in_stock(self, hidden_states)
+        shift = None if plain else shift_for(self, past_key_value)
+        shift = claim_cache(self, past_key_value, shift, marks_last=False)
+        if plain:
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states, attention_mask, position_ids, past_key_value, output_attentions, use_cache, **kwargs
             )
@@ -46,12 +50,11 @@ class EagerAttention(AttendEagerly):
         if past_key_value is not None:
             length += past_key_value.get_usable_length(length, self.layer_idx)
         cos, sin = self.rotary_emb(hidden_states, seq_len=length)
-        query, key, value = rotated_projections(
-            self, hidden_states, cos[position_ids], sin[position_ids], shift_for(self, past_key_value)
-        )
+        query, key, value = rotated_projections(self, hidden_states, cos[position_ids], sin[position_ids], shift)
         if past_key_value is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)
+            note_keys(key, shift)
         output, weights = self.project(query, key, value, attention_mask, output_attentions)
         return output, weights, past_key_value
 

@@ -14,7 +14,8 @@ from .blocks import (
     operands_for,
     project_output,
 )
-from .keys import CentredKeys, claim_cache, rotated_projections, shift_for
+from .caches import claim_cache
+from .keys import CentredKeys, rotated_projections, shift_for
 from .scaling import Scaled
 
 

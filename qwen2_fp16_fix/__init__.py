@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .diagnosis import doctor
     from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
     from .exported_folder import export
-    from .in_place import fix, unfix
+    from .in_place import adopt_cache, fix, unfix
     from .inspection import is_fixed, status
     from .patches.errors import (
         ForeignCacheError,
@@ -60,6 +60,7 @@ __all__ = [
     "stock_models",
     "fix",
     "unfix",
+    "adopt_cache",
     "status",
     "is_fixed",
     "certify",
@@ -103,6 +104,7 @@ _HOME = {
     "registered": "registration",
     "fix": "in_place",
     "unfix": "in_place",
+    "adopt_cache": "in_place",
     "status": "inspection",
     "is_fixed": "inspection",
     "stock_models": "patches.modeling_qwen2_fp16",

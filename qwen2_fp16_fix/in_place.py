@@ -1,7 +1,7 @@
 """Fixes a model that is already loaded, and undoes it."""
 
 import logging
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -39,3 +39,17 @@ def unfix(model: ModelT) -> ModelT:
     with own_errors():
         code_of(model).unfix_modules(model)
     return model
+
+
+def adopt_cache(cache: Any, model: nn.Module, centred: bool = True) -> Any:
+    """Says whose keys a cache holds that lost its mark: rebuilt from its tensors, or read from a file. Returns `cache`.
+
+    cache: a cache object of transformers; model: the fixed model it is for. With `centred`, a model with this fix and
+    the same weights has filled it, in float16 or bf16. Without, its keys are a stock model's or an fp32 model's, or
+    were learned, and new ones in it will not be centred either. Said wrongly, attention goes to the wrong tokens, and
+    nothing shows it.
+    Raises ForeignCacheError for a tuple of tensors, and otherwise as `fix` does.
+    """
+    with own_errors():
+        code_of(model).adopt_cache(model, cache, centred)
+    return cache

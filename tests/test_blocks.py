@@ -141,7 +141,7 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     turned = cos[positions], sin[positions]
     arguments = (cos, sin, positions) if whole_tables else turned
     attention = Fixed()
-    attention.num_key_value_groups = 1
+    attention.num_key_value_groups, attention.layer_idx = 1, 0
     attention.keep_constants(shift)  # two heads of queries, two of keys
     got, key = attention(query, *arguments)
     assert torch.equal(got, numerics.rotate(query, *turned).half())

@@ -30,6 +30,7 @@ NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics",
 PLANNING = "patches/planning.py"
 OVERFLOW = "patches/overflow.py"
 KEYS, LINEARS = "patches/keys.py", "patches/linears.py"
+CACHES = "patches/caches.py"
 CLOSENESS, VERIFICATION = "qwen2_fp16_fix/closeness.py", "qwen2_fp16_fix/verification.py"
 MUTATIONS = (
     Mutation(
@@ -447,17 +448,52 @@ MUTATIONS = (
     ),
     Mutation(
         "a cache is not marked",
-        KEYS,
+        CACHES,
         "    marks[layer] = centred\n",
         "",
         "tests/test_keys.py::test_a_cache_of_another_sort_is_refused",
     ),
     Mutation(
         "new keys are centred beside a stock model's",
-        KEYS,
+        CACHES,
         "return shift if centred else None",
         "return shift",
         "tests/test_keys.py::test_a_cache_of_plain_keys_is_gone_on_with",
+    ),
+    Mutation(
+        "keys are added up in float16",
+        CACHES,
+        "keys.detach()[:, :, :TOKENS].float()",
+        "keys.detach()[:, :, :TOKENS]",
+        "tests/test_caches.py::test_keys_are_added_up_in_fp32",
+    ),
+    Mutation(
+        "what tells keys is fp64, which not every device has",
+        CACHES,
+        "(torch.cat((x.real, x.imag), -1).float() for x",
+        "(torch.cat((x.real, x.imag), -1) for x",
+        "tests/test_caches.py::test_witnesses_come_and_go_with_the_fix",
+    ),
+    Mutation(
+        "a cache without marks is taken for one of ours",
+        CACHES,
+        "if along <= CENTRED * centre and not marks_last:",
+        "if along <= CENTRED * centre:",
+        "tests/test_caches.py::test_a_cache_that_lost_its_mark_is_asked_about[by_constructor]",
+    ),
+    Mutation(
+        "a learned prefix is taken for anything",
+        CACHES,
+        "not is_learned_prefix() and look_centred",
+        "look_centred",
+        "tests/test_caches.py::test_a_learned_prefix_is_uncentred_and_learns[-eager-fixed]",
+    ),
+    Mutation(
+        "the empty places of a static cache count as keys",
+        CACHES,
+        "count = keys.any(-1).any(1).sum()",
+        "count = torch.tensor(keys.shape[0] * keys.shape[2])",
+        "tests/test_caches.py::test_every_sort_of_cache_is_measured[stock-static]",
     ),
     Mutation(
         "a kernel of the user's is handed an fp32 query",
@@ -685,6 +721,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "test_linears.py",
         "test_devices.py",
         "test_default_dtype.py",
+        "test_caches.py",
         "test_verify.py",
         "test_weights_elsewhere.py",
     ):

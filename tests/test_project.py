@@ -33,7 +33,7 @@ def read(name: str) -> str:
 
 
 PROMISED = {
-    "register", "unregister", "registered", "stock_models", "fix", "unfix", "status", "is_fixed",
+    "register", "unregister", "registered", "stock_models", "fix", "unfix", "adopt_cache", "status", "is_fixed",
     "certify", "verify", "scan", "doctor", "export", "push", "lock", "check",
     "Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
