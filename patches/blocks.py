@@ -329,7 +329,7 @@ def _scores_of_function(function: Any) -> str:
         bare = bare and not inner.args and not inner.keywords
         inner = inner.func
     code = _essence(inspect.unwrap(inner))
-    if code is None or code != _essence(inspect.unwrap(getattr(modeling_qwen2, "eager_attention_forward", None))):
+    if code is None or code != _essence(modeling_qwen2.eager_attention_forward):
         return "own"
     return "stock" if bare and not hasattr(inner, "__wrapped__") else "wrapped"
 

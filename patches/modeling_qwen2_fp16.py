@@ -115,7 +115,8 @@ class FixedOnConstruction:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Names a drop-in class by the file it is in: a pickle would find stock's under its `__module__`."""
-        made, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        whole: Any = super().__reduce_ex__(max(protocol, 2))
+        made, arguments, *state = whole
         if type(self) in MODELS.values():
             made, arguments = _unpickled, (type(self).__name__,)
         return (made, arguments, *state)

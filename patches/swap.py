@@ -103,7 +103,7 @@ def known_class(module: nn.Module, known: Collection[type]) -> type | None:
     if found in known:
         return found
     base: Any = next((kind for kind in found.__mro__ if kind in known), None)
-    return base if base is not None and _runs(found.forward, base.forward) else None  # type: ignore[attr-defined]
+    return base if base is not None and _runs(found.forward, base.forward) else None
 
 
 def _runs(forward: Any, expected: Any) -> bool:

@@ -29,7 +29,7 @@ def watch() -> None:
     """From here on every Qwen2Model is fixed, or warned of, at the end of its construction."""
     base = ORIGINAL.Qwen2Model
 
-    def __init_subclass__(cls: type, **kwargs: Any) -> None:
+    def __init_subclass__(cls: type, /, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)
         if is_watching():
             _watch_class(cls, _judge)
@@ -63,7 +63,8 @@ def _replace(owner: Any, name: str, ours: Any) -> None:
 
 def _derived(kind: type) -> list[type]:
     """Every class derived from `kind` that there is."""
-    return [found for direct in kind.__subclasses__() for found in (direct, *_derived(direct))]
+    direct: list[type] = kind.__subclasses__()
+    return [*direct, *(found for child in direct for found in _derived(child))]
 
 
 def _watch_class(kind: Any, judge: Callable[[Any], None]) -> None:
