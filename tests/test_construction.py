@@ -88,6 +88,9 @@ def check_fixed(model: nn.Module, source: Any, oracle: torch.Tensor) -> None:
     assert torch.isfinite(found.last_hidden_state).all()
     error = (found.last_hidden_state.float() - oracle).norm() / oracle.norm()
     assert error < 5e-3  # 11 bits of mantissa in each of some ten roundings; stock is NaN here
+    for row in qwen2_fp16_fix.status(model)["model"]["ranges"]:
+        assert isinstance(row["mlp"], int)  # planned, by whichever way it was built and loaded
+        assert row["keys"] == "centred"
 
 
 class OwnForward(Qwen2Model):

@@ -113,7 +113,9 @@ def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path)
         loaded = load_class(kind, folder)
         assert type(loaded) is kind
         assert qwen2_fp16_fix.is_fixed(loaded)
-        assert qwen2_fp16_fix.status(loaded)["model"]["fixed"]
+        status = qwen2_fp16_fix.status(loaded)["model"]
+        assert status["fixed"]
+        assert all(isinstance(row["mlp"], int) and row["keys"] == "centred" for row in status["ranges"])
         with qwen2_fp16_fix.stock_models():
             assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
     assert [vars(ORIGINAL.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")] == before
