@@ -93,12 +93,50 @@ def load_problem(layer: Any) -> str | None:
 
 def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
     """projection(hidden_states), in fp32 with an unrounded bias where the projection can be split."""
-    bias = loaded_bias(projection) if is_separable(projection) else None
-    if bias is None:
-        whole: Tensor = projection(hidden_states)
-        return whole
-    product = product_of(projection, hidden_states)
-    return product + bias.to(product.device).float()
+    bias = loaded_bias(projection)
+    whole: Any = None
+    product: Tensor | None = None
+    if bias is not None and is_separable(projection):
+        product = product_of(projection, hidden_states)
+    elif bias is not None and is_only_hooked(projection):
+        whole, product = whole_and_product(projection, hidden_states)
+    else:
+        whole = projection(hidden_states)
+    exact: Tensor = whole if bias is None or product is None else product + bias.to(product.device).float()
+    return exact
+
+
+def is_only_hooked(projection: nn.Module) -> bool:
+    """Whether hooks on the forward of a plain linear are all there is to see, and what they do to its output shows."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not is_plain(projection):
+        return False
+    everywhere = nn.modules.module
+    beyond = projection._backward_hooks or projection._backward_pre_hooks
+    return not beyond and not any(getattr(everywhere, f"_global_{name}") for name in WATCHERS)
+
+
+def whole_and_product(linear: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """linear(hidden_states) with its hooks, and its product where they only looked, so that to look changes nothing."""
+    shown: list[Any] = []
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        output: Tensor = type(linear).forward(linear, hidden_states)
+        shown.extend((hidden_states, output, output._version))
+        return output
+
+    own: dict[str, Any] = {**linear.__dict__, "forward": forward}
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # shown the linear itself
+        own[hooks] = {key: functools.partial(call_hook, hook, linear) for key, hook in own[hooks].items()}
+    whole = with_attributes(nn.Module, own)(hidden_states)
+    hidden_states, output, version = shown
+    if whole is not output or output._version != version:
+        return whole, None
+    return whole, nn.functional.linear(hidden_states, linear.weight)
+
+
+def call_hook(hook: Any, module: nn.Module, view: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A hook, called with the module that it was registered on."""
+    return hook(module, *args, **kwargs)
 
 
 def product_of(projection: Any, hidden_states: Tensor) -> Tensor:

@@ -110,6 +110,18 @@ def test_a_hook_sees_what_stocks_hook_would_see(kind: str, where: str) -> None:
             assert found.dtype == torch.float16
 
 
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+def test_to_look_changes_nothing(kind: str) -> None:
+    """To the bit. A model that is watched would else be another than the one that is run."""
+    model = qwen2_fp16_fix.fix(half())
+    expected, seen = logits(model), []
+    for attention in attentions(model):
+        for projection in (attention.q_proj, attention.k_proj):
+            hook(projection, kind, lambda module, *call: seen.append(module))
+    assert torch.equal(logits(model), expected)
+    assert len(set(seen)) == len(seen) == 2 * TINY.layers
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("kind", ["hook", "hook in place", "pre-hook"])
@@ -206,8 +218,8 @@ def test_a_weight_that_is_computed_is_computed() -> None:
     model = half()
     for attention in attentions(model):
         prune.identity(attention.k_proj, "weight")
-    assert error(qwen2_fp16_fix.fix(model)) < 2 * stock_error()
-    assert states(model) == ROUNDED
+    assert error(qwen2_fp16_fix.fix(model)) < CLOSE
+    assert states(model) == ROUNDED  # of hooks it is not known what they will do
 
 
 def replicated(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:

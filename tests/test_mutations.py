@@ -377,6 +377,20 @@ MUTATIONS = (
         "tests/test_linears.py::test_a_hook_that_changes_something_changes_the_result",
     ),
     Mutation(
+        "to look changes what is looked at",
+        LINEARS,
+        "return whole, nn.functional.linear(hidden_states, linear.weight)",
+        "return whole, None",
+        "tests/test_linears.py::test_to_look_changes_nothing[hook]",
+    ),
+    Mutation(
+        "what a hook writes is not seen",
+        LINEARS,
+        " or output._version != version",
+        "",
+        "tests/test_linears.py::test_a_hook_that_changes_something_changes_the_result[hook in place-False-no_grad]",
+    ),
+    Mutation(
         "a view is taken past a hook",
         LINEARS,
         'is_watched(module) or ("forward"',
