@@ -28,7 +28,7 @@ from .numerics import (
     widen_mask,
 )
 from .overflow import OverflowWatch
-from .planning import Plan, drop_plan, plan_kept, settle_plan, watch_for_backward
+from .planning import Plan, drop_plan, plan_kept, settle_in_trace, settle_plan, watch_for_backward
 from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
@@ -82,6 +82,12 @@ class DecoderLayer(nn.Module):
         output = super().forward(promote_residual(hidden_states), *args, **kwargs)
         watch_for_backward(self, output)
         return output
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def settle_in_trace(self, in_grad_mode: bool) -> bool:
+        """What compilers run instead of tracing it. A method: before torch 2.13 they hand no module to a function."""
+        settle_in_trace(self, in_grad_mode)
+        return True
 
     def train(self, mode: bool = True) -> "DecoderLayer":
         """As nn.Module; where training has ended the plan, the first forward after `eval()` makes a new one."""

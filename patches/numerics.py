@@ -13,6 +13,8 @@ from torch import Tensor, nn
 ONE_KERNEL = ("cpu", "cuda", "xpu")
 #: Devices whose softmax may be written over its own input, and whose baddbmm leaves alone what beta 0 multiplies away.
 IN_PLACE = ("cpu", "cuda")
+#: Devices known to have a kernel for torch.frexp. MPS has none.
+FREXP = ("cpu", "cuda")
 
 
 def autocast_device(device_type: str) -> str:
@@ -228,6 +230,9 @@ def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:
     activation (B, S, channels) in fp32; returns integers (B, S, 1).
     """
     largest = activation.detach().abs().amax(-1, keepdim=True)
-    # Read from the bits of an fp32 number, 2^(e - 127)·1.…: torch.frexp has no kernel for MPS.
-    exponent = ((largest.view(torch.int32) >> 23) - 126).clamp(min=bits)
+    if device_of(largest) in FREXP:
+        exponent = torch.frexp(largest).exponent
+    else:  # the same from the bits of the fp32 number, 2^(e - 127)·1.…, which torch.jit.trace cannot follow
+        exponent = (largest.view(torch.int32) >> 23) - 126
+    exponent = exponent.clamp(min=bits)
     return exponent - bits if bits else exponent

@@ -219,7 +219,9 @@ def settle_plan(layer: Any) -> None:
     Not inside a backward: a checkpoint's recomputation must repeat what the forward did.
     """
     if torch.compiler.is_compiling():
-        settle_in_trace(layer)
+        layer.settle_in_trace(torch.is_grad_enabled())
+        if layer.plan is not None and layer.plan.suspect:  # asked so that it is traced anew when a backward comes
+            raise AssertionError("a suspect plan has just been dropped")
     elif torch._C._current_graph_task_id() == -1:
         drop_stale_plan(layer)
         if layer.plan_due and not is_replica(layer) and torch._C._get_tracing_state() is None:
@@ -237,28 +239,20 @@ def make_due_plan(layer: Any) -> None:
         make_plan(layer)
 
 
-def settle_in_trace(layer: Any) -> bool:
-    """The same where a compiler traces. What is compiled is traced anew when the plan changes or becomes suspect."""
-    settle_once(layer, torch.is_grad_enabled())
-    return layer.plan is not None and not layer.plan.suspect
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def settle_once(layer: Any, in_grad_mode: bool) -> bool:
-    """Runs while a compiler traces, on the real layer: compiled code itself looks at no weight.
+def settle_in_trace(layer: Any, in_grad_mode: bool) -> None:
+    """The same while a compiler traces, on the real layer: compiled code itself looks at no weight.
 
     Where an optimiser may write to the weights later, or torch.export shows others in their place, no plan holds.
     """
     weights = weights_of(layer)
     if not all(type(weight) in (nn.Parameter, Tensor) for weight in weights):
         drop_plan(layer, due=layer.plan is not None or layer.plan_due)
-        return True
+        return
     drop_stale_plan(layer)
     if layer.plan_due:
         make_due_plan(layer)
     if in_grad_mode and any(weight.requires_grad for weight in weights):
         drop_plan(layer)
-    return True
 
 
 def check_plan(layer: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qwen2_fp16_fix
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+import bitsandbytes
 Auto = transformers.AutoModelForCausalLM
 PROMPT = random_prompt(TINY, batch=2, length=24)
 KINDS = {

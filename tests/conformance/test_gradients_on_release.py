@@ -41,6 +41,9 @@ Gradients = dict[str, Tensor]
 class Adapter(nn.Module):
     """Stands for PEFT's LoRA, which the matrix does not install: fp32 weights beside a frozen linear of any dtype."""
 
+    __module__ = "peft.tuners.lora.layer"  # an adapter of unknown origin may change the bias, and ends the centre
+    merged = disable_adapters = False
+
     def __init__(self, base_layer: nn.Linear, bias: bool = False) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
