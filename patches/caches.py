@@ -26,6 +26,7 @@ CENTRED, PLAIN = 0.25, 0.75
 SHORT = 2.0**-11
 
 MARKS = "qwen2_fp16_centred"  # of a cache: layer to whether its keys are centred
+TRACED: list[bool] = []  # not empty once a compiler has traced an attention with a cache, in this process
 LEARNED = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's names of what hands over a cache that was learned
 
 
@@ -55,7 +56,10 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
     Raises ForeignCacheError where old keys and new ones are of two sorts, or may be: mixed, they would point to the
     wrong tokens, and nothing would show it.
     """
-    if cache is None or torch.compiler.is_compiling():
+    if cache is None:
+        return shift
+    if torch.compiler.is_compiling():
+        note_tracing()
         return shift
     layer, marks = attention.layer_idx, cache.__dict__.setdefault(MARKS, {})
     wanted, centred = shift is not None, marks.get(layer)
@@ -70,6 +74,15 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
         )
     marks[layer] = centred
     return shift if centred else None
+
+
+def note_tracing() -> bool:
+    """Remembers that compiled code, which cannot mark what it fills, may fill caches with centred keys from here on."""
+    TRACED.append(True)
+    return True
+
+
+note_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while Dynamo traces, not in the graph
 
 
 def note_keys(keys: Tensor, shift: Tensor | None) -> None:
@@ -119,7 +132,7 @@ def look_centred(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool) -
         return True
     if centre <= size * SHORT**2 or along >= PLAIN * centre:
         return False
-    if along <= CENTRED * centre and not marks_last:
+    if along <= CENTRED * centre and (TRACED or not marks_last):
         return True
     raise ForeignCacheError(
         "this cache holds keys, no mark that says whether they are centred, and they do not look like a stock model's. "

@@ -491,7 +491,7 @@ MUTATIONS = (
     Mutation(
         "a cache without marks is taken for one of ours",
         CACHES,
-        "if along <= CENTRED * centre and not marks_last:",
+        "if along <= CENTRED * centre and (TRACED or not marks_last):",
         "if along <= CENTRED * centre:",
         "tests/test_caches.py::test_a_cache_that_lost_its_mark_is_asked_about[by_constructor]",
     ),

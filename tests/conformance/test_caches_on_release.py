@@ -15,6 +15,12 @@ from .conftest import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, Version, fixed_
 FIRST = 16  # tokens of the prompt that go into the cache before it is rebuilt
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own: compiled code leaves no marks, so they are missed less once there is some."""
+    monkeypatch.setattr(caches, "TRACED", [])
+
+
 def filled(model: Any) -> Any:
     """A cache that `model` has filled with the first tokens of the prompt."""
     cache = DynamicCache()
