@@ -230,9 +230,8 @@ def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:
     activation (B, S, channels) in fp32; returns integers (B, S, 1).
     """
     largest = activation.detach().abs().amax(-1, keepdim=True)
-    if device_of(largest) in FREXP:
-        exponent = torch.frexp(largest).exponent
-    else:  # the same from the bits of the fp32 number, 2^(e - 127)·1.…, which torch.jit.trace cannot follow
-        exponent = (largest.view(torch.int32) >> 23) - 126
+    # Without frexp it is read from the bits of an fp32 number, 2^(e - 127)·1.…, which torch.jit.trace cannot follow.
+    by_frexp = device_of(largest) in FREXP
+    exponent = torch.frexp(largest).exponent if by_frexp else (largest.view(torch.int32) >> 23) - 126
     exponent = exponent.clamp(min=bits)
     return exponent - bits if bits else exponent

@@ -386,7 +386,9 @@ def test_stock_models_is_for_one_thread() -> None:
         assert not qwen2_fp16_fix.is_fixed(Qwen2Model(config(TINY)))
 
 
-@pytest.mark.parametrize("thing", [None, 3, "path", nn.Linear(1, 1), Qwen2Model, object()], ids=repr)
+@pytest.mark.parametrize(
+    "thing", [None, 3, "path", nn.Linear(1, 1), Qwen2Model, object()], ids=lambda thing: type(thing).__name__
+)
 def test_is_fixed_takes_anything(thing: Any) -> None:
     assert qwen2_fp16_fix.is_fixed(thing) is False
 

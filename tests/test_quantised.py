@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -15,7 +16,6 @@ from torch import Tensor
 
 import qwen2_fp16_fix
 
-import bitsandbytes
 Auto = transformers.AutoModelForCausalLM
 PROMPT = random_prompt(TINY, batch=2, length=24)
 KINDS = {
