@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from .caches import Witness, witness
 from .errors import StalePlanWarning
 from .keys import centre_factors
-from .numerics import autocast_device
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled
@@ -67,21 +66,13 @@ def make_plan(layer: Any) -> None:
 
     While a weight holds a gradient an optimiser may still write to it, so the layer scales by token until then.
     """
-    with unrecorded(layer):
+    with torch.inference_mode(False), torch.no_grad():  # in which a first forward may come: what is made here stays
         centre_keys(layer)
         layer.watch.reset()
         drop_plan(layer, due=holds_gradients(layer))
         exponents = None if layer.plan_due else exponents_for(layer)
         if exponents is not None:
             keep_plan(layer, exponents)
-
-
-@contextmanager
-def unrecorded(layer: Any) -> Iterator[None]:
-    """A first forward may come under autograd, autocast or inference mode, and none of them is to have a say here."""
-    device = autocast_device(next((weight.device.type for weight in weights_of(layer)), "cpu"))
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        yield
 
 
 def centre_keys(layer: Any) -> None:

@@ -46,7 +46,7 @@ def constants(model: Any) -> list[Any]:
     found: list[Any] = [model.model.rotary_emb.frequencies()]
     for layer in model.model.layers:
         for part in (layer.mlp, layer.self_attn):
-            found += [part.exponent, *(vars(part).get(name) for name in ("zero", "factor", "shift", "one"))]
+            found += [*(part.scale or [None]), *(vars(part).get(name) for name in ("shift", "one"))]
     return found
 
 

@@ -45,8 +45,8 @@ def test_the_readmes_fixed_rows_are_what_the_demo_finds(findings: dict[str, Any]
     shown = re.search(rf"^\| \*\*{row}\*\* \| \*\*([\d.]+)\*\* \| \*\*([\d.]+)\*\* \|$", text, re.M)
     assert shown is not None
     found = [row["perplexity"] for row in findings["rows"] if row["name"].startswith("fixed")]
-    # half a unit of the last digit shown, and 3e-4 for the order of adding up: eager and sdpa differ by 2e-4
-    assert [float(figure) for figure in shown.groups()] == pytest.approx(found, rel=0, abs=8e-4)
+    # half a unit of the last digit shown, and the noise of float16 rounding as above: each CPU adds up in another order
+    assert [float(figure) for figure in shown.groups()] == pytest.approx(found, rel=0, abs=5e-4 + 1.5e-4 * found[0])
 
 
 def test_the_demo_says_what_was_wrong_where(findings: dict[str, Any]) -> None:

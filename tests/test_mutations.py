@@ -605,7 +605,7 @@ MUTATIONS = (
         PLANNING,
         "elif not plan.suspect and plan.fingerprint == fingerprint(layer):",
         "elif not plan.suspect:",
-        "tests/test_planning.py::test_an_edit_in_place_ends_a_plan",
+        "tests/test_stale_plans.py::test_weights_edited_just_before_a_compiler_runs[compile-in_place]",
     ),
     Mutation(
         "a plan outlives a fused optimiser",
@@ -648,13 +648,6 @@ MUTATIONS = (
         "torch.zeros((), dtype=torch.float32, device=device)",
         "torch.zeros((), dtype=torch.float16, device=device)",
         "tests/test_stale_plans.py::test_sums_that_pass_float16_are_no_overflow",
-    ),
-    Mutation(
-        "the way back is in the default dtype",
-        SCALING,
-        "2.0**exponent, dtype=torch.float32, device",
-        "2.0**exponent, device",
-        "tests/test_planning.py::test_the_default_dtype_changes_nothing",
     ),
     Mutation(
         "a plan outlives a merge",

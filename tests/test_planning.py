@@ -104,19 +104,6 @@ def test_the_plan_compiles_in_one_graph() -> None:
     assert kl_to(logits(model), got) < 1e-6  # a compiler takes addcmul apart: fp32 roundings of its own
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
-    """Engines load under set_default_dtype(float16), where a factor of 2^17 is infinite."""
-    expected = logits(fixed("swiglu"))
-    model = build(TINY, ("swiglu",), attn_implementation="eager").half()
-    torch.set_default_dtype(dtype)
-    try:
-        assert torch.equal(logits(qwen2_fp16_fix.fix(model)), expected)
-        assert {layer.mlp.scale.factor.dtype for layer in model.model.layers} == {torch.float32}
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def grown(model: Any) -> Any:
     """A state dict whose first MLP multiplies 64 times as much, which the plan of the old weights does not cover."""
     state = copy.deepcopy(model.state_dict())

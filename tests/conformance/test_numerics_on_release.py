@@ -298,11 +298,12 @@ def test_a_sliding_window_is_the_one_stock_has(attention: str, enabled: bool) ->
 def test_keys_are_rotated_in_fp32_and_rounded_once(attention: str) -> None:
     """Tables or a rotation in float16 round three times more, which no KL of an ordinary model shows."""
     model = fixed_half((), attention)
-    projected: list[torch.Tensor] = []
-    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, out: projected.append(out.double()))
+    k_proj, given = model.model.layers[0].self_attn.k_proj, []
+    k_proj.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     with torch.no_grad():
         found = _tensors(model(input_ids=PROMPT, use_cache=True).past_key_values)[0].double()
-    key = projected[0].view(*PROMPT.shape, TINY.kv_heads, TINY.head_dim).transpose(1, 2)
+        projected = torch.nn.functional.linear(given[0], k_proj.weight).double() + k_proj.bias.double()
+    key = projected.view(*PROMPT.shape, TINY.kv_heads, TINY.head_dim).transpose(1, 2)
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, TINY.head_dim, 2).float() / TINY.head_dim)
     angle = torch.outer(torch.arange(PROMPT.shape[1]).float(), frequency)
     cos, sin = angle.cos().double(), angle.sin().double()
