@@ -19,10 +19,10 @@ from .patches.swap import base_models
 
 BUILDING = "_qwen2_fp16_fix_building"  # in an instance while its constructor runs
 _MISSING = object()
-_replaced: list[
-    tuple[Any, str, Any, Any]
-] = []  # owner, name, what it held itself before or _MISSING, what it was given
-_watching: set[Any] = set()  # the constructors that look at what they have built
+#: Owner, name, what it held itself before or _MISSING, what it was given.
+_replaced: list[tuple[Any, str, Any, Any]] = []
+#: The constructors that look at what they have built.
+_watching: set[Any] = set()
 
 
 def watch() -> None:

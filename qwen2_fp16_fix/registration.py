@@ -19,9 +19,8 @@ logger = logging.getLogger("qwen2_fp16_fix")
 Qwen2Config: Any = ORIGINAL.Qwen2Config
 
 _MISSING = object()
-_before: dict[
-    Any, tuple[Any, Any]
-] = {}  # Auto class to what its table held for Qwen2, or _MISSING, and our class there
+#: Auto class to what its table held for Qwen2, or _MISSING, and our class there.
+_before: dict[Any, tuple[Any, Any]] = {}
 _lock = threading.RLock()  # over all that follows, and over the tables
 _asked = False  # by `register`
 _blocks = 0  # of `registered` that run, in any thread
