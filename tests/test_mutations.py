@@ -3,11 +3,13 @@
 The last test holds the list against the source: an upcast that nothing here removes is one that nothing guards.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -737,26 +739,40 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+@pytest.fixture(scope="module")
+def run_pytest(sources: Path) -> Iterator[Callable[[str], tuple[int, str]]]:
+    """Runs a test of the copy; returns pytest's exit code and what it printed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    command = [sys.executable, str(ROOT / "tests" / "forked_pytest.py")]
+    output = sources / "output.txt"
+    with subprocess.Popen(
+        command, cwd=sources, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(test: str) -> tuple[int, str]:
+            arguments = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", test]
+            print(json.dumps({"arguments": arguments, "output": str(output)}), file=server.stdin, flush=True)
+            return int(server.stdout.readline()), output.read_text()
+
+        yield run
+        server.stdin.close()
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_turns_red(mutation: Mutation, sources: Path) -> None:
+def test_turns_red(mutation: Mutation, sources: Path, run_pytest: Callable[[str], tuple[int, str]]) -> None:
     """The named test fails on the mutated source, and for an assertion or an error of the run, not of the copy."""
     path = sources / mutation.file
     original = path.read_text()
     assert original.count(mutation.old) == 1, f"{mutation.old!r} is not found exactly once in {mutation.file}"
     path.write_text(original.replace(mutation.old, mutation.new))
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.red],
-            cwd=sources,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")},
-        )
+        code, printed = run_pytest(mutation.red)
     finally:
         path.write_text(original)
-    assert done.returncode == 1, done.stdout + done.stderr  # 1: a test failed; 2 to 5: pytest could not run it
-    assert "1 failed" in done.stdout
+    assert code == 1, printed  # 1: a test failed; 2 to 5: pytest could not run it
+    assert "1 failed" in printed
 
 
 GUARDED = re.compile(r"\.float\(\)|\.to\((?!\w+\.device)|masked_fill|enabled=False|dtype=torch\.float32")

@@ -115,12 +115,12 @@ def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path)
         assert qwen2_fp16_fix.is_fixed(loaded)
         status = qwen2_fp16_fix.status(loaded)["model"]
         assert status["fixed"]
-        assert all(isinstance(row["mlp"], int) and row["keys"] == "centred" for row in status["ranges"])
         with qwen2_fp16_fix.stock_models():
             assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
     assert [vars(ORIGINAL.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")] == before
     assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
     if name != "Qwen2ForQuestionAnswering":  # as above
+        assert all(isinstance(row["mlp"], int) and row["keys"] == "centred" for row in status["ranges"])
         with torch.no_grad():
             found = loaded.base_model(input_ids=PROMPT[:1], output_hidden_states=True, output_attentions=True)
         assert torch.isfinite(found.last_hidden_state).all()

@@ -1,0 +1,38 @@
+"""Runs pytest in forks of a process that has imported torch and transformers, which takes longer than most runs here.
+
+Reads requests from stdin, a JSON line each: pytest's `arguments`, and the file for what it prints. Answers each with a
+line: pytest's exit code. What is under test is not imported here, so that every fork imports it anew.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch._dynamo  # noqa: F401
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+CRASHED = 70
+
+
+def run(arguments: list[str], output: str) -> int:
+    """pytest's exit code, from a fork of this process that prints to `output`."""
+    child = os.fork()
+    if child == 0:
+        with Path(output).open("wb") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        code = CRASHED
+        try:
+            code = int(pytest.main(arguments))
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder: what is under test is in the current one
+    for line in sys.stdin:
+        print(run(**json.loads(line)), flush=True)
