@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import PROJECTED, eager_attention, project_output
-from .caches import claim_cache
+from .caches import claim_cache, note_keys, stored_keys
 from .keys import CentredKeys, shift_for
 from .numerics import rotate, sdpa_operands, widen_mask
 from .scaling import Scaled
@@ -95,6 +95,7 @@ class FlashAttention(CentredKeys):
     """
 
     projects_exactly = False
+    layer_idx: int
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
     stock_names: ClassVar = {*PROJECTED, "_flash_attention_forward"}
@@ -112,4 +113,7 @@ class FlashAttention(CentredKeys):
         shift = claim_cache(self, past_key_value, shift_for(self, past_key_value), marks_last=False)
         key_shift = None if shift is None else self.key_shift
         forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]
-        return forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
+        output = forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
+        if past_key_value is not None and (keys := stored_keys(past_key_value, self.layer_idx)) is not None:
+            note_keys(keys, shift)
+        return output

@@ -28,7 +28,7 @@ from .numerics import (
     widen_mask,
 )
 from .overflow import OverflowWatch
-from .planning import Plan, drop_plan, plan_kept, settle_in_trace, settle_plan, watch_for_backward
+from .planning import Plan, drop_plan, plan_kept, settle_for, settle_in_trace, settle_plan, watch_for_backward
 from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
@@ -73,6 +73,7 @@ class DecoderLayer(nn.Module):
     stock_names: ClassVar = {"residual", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
     plan: Plan | None = None
     plan_due = False  # whether the next forward makes one
+    traced = False  # by a compiler
     rotary: Any  # the model's rotary embedding, and the watch over its last hidden state: no submodules of this one
     watch: OverflowWatch
 
@@ -83,17 +84,20 @@ class DecoderLayer(nn.Module):
         watch_for_backward(self, output)
         return output
 
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def settle_in_trace(self, in_grad_mode: bool) -> bool:
         """What compilers run instead of tracing it. A method: before torch 2.13 they hand no module to a function."""
         settle_in_trace(self, in_grad_mode)
         return True
+
+    settle_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> "DecoderLayer":
         """As nn.Module; where training has ended the plan, the first forward after `eval()` makes a new one."""
         super().train(mode)
         if not mode and (self.plan is None or self.plan.suspect):
             self.__dict__["plan_due"] = True
+        if self.traced:  # now: what is compiled must find the layer as it was traced
+            settle_for(self, mode)
         return self
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -115,7 +119,7 @@ class DecoderLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As nn.Module; weights that are loaded end the plan made for the old ones, which compiled code cannot see."""
         if any(name.startswith(prefix) for name in state_dict):
-            drop_plan(self, due=True)
+            drop_plan(self, due=not self.traced)  # else each load would end what is compiled, once more when planned
         missing: list[str] = self.__dict__.pop("missing", [])  # see `note_missing`
         self.__dict__["missing"] = [name for name in missing if prefix + name not in state_dict]
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -124,7 +128,7 @@ class DecoderLayer(nn.Module):
         """Forgets the range plan."""
         for part in (self.mlp, self.self_attn):
             part.__dict__.pop("scale", None)
-        for name in ("plan", "plan_due", "rotary", "watch"):
+        for name in ("plan", "plan_due", "traced", "rotary", "watch", "missing"):
             self.__dict__.pop(name, None)
 
 

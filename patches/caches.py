@@ -20,8 +20,11 @@ from .swap import layers_of
 
 TOKENS = 256  # of a row, the first ones, to take the mean over
 TURN = 0.5  # the most that a pair may turn within them, in radians
-#: From where the measure says one or the other: half of what lies between them is no man's land.
-CENTRED, PLAIN = 0.25, 0.75
+#: How near 0 or 1 the measure has to be to say one or the other.
+NEAR = 0.25
+#: The least <c, c>, relative to the mean square of the keys, at which it says anything: along a shorter centre tokens
+#: have as much in common by chance, and the measure has been anywhere between -2 and 20.
+LONG = 2.0**-4
 #: A centre that is shorter than this, relative to the keys, is shorter than what rounds them off, and cannot matter.
 SHORT = 2.0**-11
 
@@ -52,7 +55,8 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
     """The shift for new keys in a cache, which is marked as holding such keys of this layer: `shift`, or none.
 
     None for a cache that holds uncentred keys: 0 is a constant, too, and all keys have to share one.
-    marks_last: transformers itself rebuilds no cache, so that one without marks that looks centred may be anyone's.
+    marks_last: transformers itself rebuilds no cache. Where it does, in beam search for one, a cache without marks is
+    this model's unless it clearly is a stock model's.
     Raises ForeignCacheError where old keys and new ones are of two sorts, or may be: mixed, they would point to the
     wrong tokens, and nothing would show it.
     """
@@ -60,7 +64,8 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
         return shift
     if torch.compiler.is_compiling():
         note_tracing()
-        return shift
+        known = getattr(cache, MARKS, None)  # read, and guarded, by the compiler; nothing is looked at or marked
+        return None if known is not None and known.get(attention.layer_idx) is False else shift
     layer, marks = attention.layer_idx, cache.__dict__.setdefault(MARKS, {})
     wanted, centred = shift is not None, marks.get(layer)
     if centred is None:
@@ -115,8 +120,10 @@ def holds_centred(attention: Any, cache: Any, marks: dict[int, bool], marks_last
     What is found out holds for all layers, and is found out once. Raises ForeignCacheError where it cannot be.
     """
     keys = stored_keys(cache, attention.layer_idx)
-    if keys is None or hasattr(keys, MARKS):
-        return getattr(keys, MARKS, True)
+    if keys is None:
+        return True
+    if hasattr(keys, MARKS):
+        return bool(getattr(keys, MARKS))
     witnesses = tuple(attention.witnesses.values())
     centred = not is_learned_prefix() and look_centred(cache, witnesses, marks_last)
     for seen in witnesses:
@@ -130,9 +137,12 @@ def look_centred(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool) -
     along, centre, size = measure(cache, witnesses)
     if size == 0:
         return True
-    if centre <= size * SHORT**2 or along >= PLAIN * centre:
+    if centre <= size * SHORT**2:
         return False
-    if along <= CENTRED * centre and (TRACED or not marks_last):
+    is_told = centre >= size * LONG
+    if is_told and abs(along - centre) <= NEAR * centre:
+        return False
+    if not marks_last or (TRACED and (not is_told or abs(along) <= NEAR * centre)):
         return True
     raise ForeignCacheError(
         "this cache holds keys, no mark that says whether they are centred, and they do not look like a stock model's. "

@@ -66,7 +66,8 @@ class CentredKeys(nn.Module):
         inverse_frequencies (head_dim/2,); positions: the longest context; rotation_scale multiplies cos and sin.
         """
         bias = None if may_change_bias(self.k_proj) else loaded_bias(self.k_proj)
-        if bias is None or 2 * len(inverse_frequencies) != self.head_dim:  # a part of the head: stock cannot rotate it
+        known = not inverse_frequencies.is_meta  # and of a part of the head stock itself makes nothing
+        if bias is None or not known or 2 * len(inverse_frequencies) != self.head_dim:
             self.keep_constants(None)
             return
         frequencies = inverse_frequencies.cpu().double()  # in this order: not every device has fp64
@@ -83,6 +84,9 @@ class CentredKeys(nn.Module):
         """
         if shift is not None:
             shift = shift.to(device) if shift.isfinite().all() else None
+        held = self.shift
+        if shift is not None and held is not None and shift.device == held.device and torch.equal(shift, held):
+            return  # a captured graph may hold the old one
         self.__dict__["shift"] = shift
         self.__dict__["one"] = None if shift is None else shift.new_ones(1)
 

@@ -37,7 +37,6 @@ NO_BIAS = property(lambda module: None)  # an attribute of the class would lose 
 _views: dict[type, type] = {}  # class to the class of its views
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_view(kind: type) -> bool:
     """Whether modules of this class return W·x once their bias is None. Makes the class that takes it from them."""
     if kind is not nn.Linear and not kind.__module__.startswith(ADDING_LAST):
@@ -45,6 +44,10 @@ def has_view(kind: type) -> bool:
     if kind not in _views:
         _views[kind] = type(kind.__name__, (kind,), {"bias": NO_BIAS, "__module__": kind.__module__})
     return True
+
+
+#: Compilers run it while they trace. What says so through torch would import torch's compiler with this file.
+has_view._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def inner_linear(projection: Any) -> Any:
@@ -94,16 +97,13 @@ def load_problem(layer: Any) -> str | None:
 def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
     """projection(hidden_states), in fp32 with an unrounded bias where the projection can be split."""
     bias = loaded_bias(projection)
-    whole: Any = None
-    product: Tensor | None = None
     if bias is not None and is_separable(projection):
         product = product_of(projection, hidden_states)
-    elif bias is not None and is_only_hooked(projection):
-        whole, product = whole_and_product(projection, hidden_states)
-    else:
-        whole = projection(hidden_states)
-    exact: Tensor = whole if bias is None or product is None else product + bias.to(product.device).float()
-    return exact
+        return product + bias.to(product.device).float()
+    if bias is not None and is_only_hooked(projection):
+        return with_hooks(projection, hidden_states, bias)
+    whole: Tensor = projection(hidden_states)
+    return whole
 
 
 def is_only_hooked(projection: nn.Module) -> bool:
@@ -115,23 +115,29 @@ def is_only_hooked(projection: nn.Module) -> bool:
     return not beyond and not any(getattr(everywhere, f"_global_{name}") for name in WATCHERS)
 
 
-def whole_and_product(linear: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-    """linear(hidden_states) with its hooks, and its product where they only looked, so that to look changes nothing."""
-    shown: list[Any] = []
+def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor) -> Tensor:
+    """linear(hidden_states) with its hooks, exact wherever they have left its output as it was, so that to look
+    changes nothing. Gradients go through what the hooks were shown.
+    """
+    shown: list[Tensor] = []
 
     def forward(hidden_states: Tensor) -> Tensor:
         output: Tensor = type(linear).forward(linear, hidden_states)
-        shown.extend((hidden_states, output, output._version))
+        shown.extend((hidden_states, output.detach().clone()))
         return output
 
     own: dict[str, Any] = {**linear.__dict__, "forward": forward}
     for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # shown the linear itself
         own[hooks] = {key: functools.partial(call_hook, hook, linear) for key, hook in own[hooks].items()}
-    whole = with_attributes(nn.Module, own)(hidden_states)
-    hidden_states, output, version = shown
-    if whole is not output or output._version != version:
-        return whole, None
-    return whole, nn.functional.linear(hidden_states, linear.weight)
+    whole: Tensor = with_attributes(nn.Module, own)(hidden_states)
+    hidden_states, kept = shown
+    is_simple = type(whole) is Tensor and type(linear.weight) in (nn.Parameter, Tensor)
+    if not is_simple or (whole.shape, whole.dtype) != (kept.shape, kept.dtype):
+        return whole  # theirs, or a shard's
+    with torch.no_grad():
+        exact = nn.functional.linear(hidden_states, linear.weight) + bias.to(hidden_states.device).float()
+        exact = torch.where(whole == kept, exact, whole.float())
+    return exact + (whole.float() - whole.detach().float()) if whole.requires_grad else exact
 
 
 def call_hook(hook: Any, module: nn.Module, view: nn.Module, *args: Any, **kwargs: Any) -> Any:

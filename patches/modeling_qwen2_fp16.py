@@ -142,7 +142,7 @@ def note_made_up(root: nn.Module, told: Any) -> None:
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in told.get("mismatched_keys") or ()]
     names = [*(told.get("missing_keys") or ()), *mismatched]
     for base in base_models(root, ORIGINAL):
-        for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
+        for index, layer in enumerate(layers_of(base)):
             parts = [f".{name}".partition(f".layers.{index}.") for name in sorted(names)]
             note_missing(layer, [rest for _, _, rest in parts if rest])
 

@@ -62,7 +62,7 @@ def runs_on_cpu(tensor: Tensor) -> bool:
 def is_unwatched(*modules: nn.Module) -> bool:
     """Whether what these modules take and return is their caller's alone: no autograd, compiler or hook wants it."""
     everywhere = nn.modules.module
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return False

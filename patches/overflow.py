@@ -44,7 +44,7 @@ class OverflowWatch:
 
     def has_overflowed(self) -> bool:
         """Whether one is known to have been not finite. What the device has still to compute is not waited for."""
-        return not all(math.isfinite(sums.seen) for sums in self.sums.values())
+        return not all(math.isfinite(sums.seen) for sums in tuple(self.sums.values()))
 
     def reset(self) -> None:
         """Forgets what was, for weights whose plan is new."""
@@ -58,6 +58,8 @@ class OverflowWatch:
             return None
         with torch.inference_mode(False):  # else it could not be added to outside of it
             there = torch.zeros((), dtype=torch.float32, device=device)
+            if type(there) is not Tensor:  # shapes alone are computed
+                return None
             here = there if device.type == "cpu" else torch.zeros_like(there, device="cpu", pin_memory=True)
             self.sums[device] = Sums(there, here, here.numpy())
         return self.sums[device]

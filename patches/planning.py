@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .caches import Witness, witness
-from .errors import StalePlanWarning
+from .errors import NotFixedWarning, PatchConflictError, StalePlanWarning
 from .keys import centre_factors
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
@@ -77,7 +78,7 @@ def make_plan(layer: Any) -> None:
 
 def centre_keys(layer: Any) -> None:
     """Chooses the centre of the keys for their bias as it is."""
-    shape, attention, frequencies = layer_shape(layer, layer.rotary), layer.self_attn, layer.rotary.frequencies()
+    shape, attention, frequencies = layer_shape(layer, layer.rotary), layer.self_attn, first_frequencies(layer.rotary)
     attention.centre_keys(frequencies, shape.positions, shape.rotation_scale)
     if attention.key_shift is None:
         attention.witnesses.pop(attention.layer_idx, None)
@@ -85,6 +86,13 @@ def centre_keys(layer: Any) -> None:
         exact = frequencies.cpu().double()
         seen = witness(attention.layer_idx, attention.key_shift, exact, centre_factors(exact, shape.positions))
         attention.witnesses[attention.layer_idx] = seen
+
+
+def first_frequencies(rotary: Any) -> Tensor:
+    """What a rotary embedding began with: variants change it as prompts grow, and caches outlive that."""
+    first = getattr(rotary, "original_inv_freq", None)
+    is_there = isinstance(first, Tensor) and first.dtype == torch.float32 and not first.is_meta
+    return first if is_there else rotary.frequencies()  # type: ignore[return-value]
 
 
 def exponents_for(layer: Any) -> Exponents | None:
@@ -158,8 +166,17 @@ def weights_of(layer: Any) -> list[Tensor]:
 def fingerprint(layer: Any) -> tuple[Any, ...]:
     """Changes whenever a weight of the layer is replaced, moved or written to in a way that torch counts."""
     weights = weights_of(layer)
+    if are_transformed(weights):
+        return ()
     versions = [0 if weight.is_inference() else weight._version for weight in weights]
     return (*map(id, children_of(layer)), *map(id, weights), *map(Tensor.data_ptr, weights), *versions)
+
+
+def are_transformed(weights: list[Tensor]) -> bool:
+    """Whether torch.func has put other tensors in the place of the weights, of which nothing can be asked."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, weights))
 
 
 def holds_gradients(layer: Any) -> bool:
@@ -170,7 +187,7 @@ def holds_gradients(layer: Any) -> bool:
 def drop_plan(layer: Any, due: bool = False) -> None:
     """Lets the layer scale by token; `due`: until its next forward, which plans anew."""
     for part in (layer.mlp, layer.self_attn):
-        if isinstance(part, Scaled):
+        if hasattr(part, "set_exponent"):  # inside a wrapper, too
             part.set_exponent(None)
     layer.__dict__.update(plan=None, plan_due=due)
 
@@ -204,6 +221,12 @@ STALE = (
 )
 
 
+UNPLANNED = (
+    "this model has not run since it was built or loaded, so what is exported or traced now stores its keys uncentred, "
+    "as stock does, and scales by token: run a forward, or call qwen2_fp16_fix.fix(model), before."
+)
+
+
 def settle_plan(layer: Any) -> None:
     """Before a forward: drops a plan that may not hold, and makes one that is due.
 
@@ -215,8 +238,19 @@ def settle_plan(layer: Any) -> None:
             raise AssertionError("a suspect plan has just been dropped")
     elif torch._C._current_graph_task_id() == -1:
         drop_stale_plan(layer)
-        if layer.plan_due and not is_replica(layer) and torch._C._get_tracing_state() is None:
+        if layer.plan_due:
             make_due_plan(layer)
+
+
+def make_due_plan(layer: Any) -> None:
+    """Makes a plan for the weights that are there. Where they are not, or an optimiser still writes, it stays due."""
+    if torch._C._get_tracing_state() is not None:
+        warn_of_no_plan(layer)
+    elif layer.rotary.frequencies().is_meta or is_replica(layer) or is_faked() or are_transformed(weights_of(layer)):
+        return
+    elif not holds_gradients(layer):
+        check_parts(layer)
+        make_plan(layer)
 
 
 def is_replica(layer: Any) -> bool:
@@ -224,10 +258,26 @@ def is_replica(layer: Any) -> bool:
     return getattr(layer, "_is_replica", False)
 
 
-def make_due_plan(layer: Any) -> None:
-    """Makes it, unless an optimiser still has something to apply: then it stays due."""
-    if not holds_gradients(layer):
-        make_plan(layer)
+def is_faked() -> bool:
+    """Whether a FakeTensorMode computes shapes alone."""
+    return type(_get_current_dispatch_mode()).__name__ == "FakeTensorMode"
+
+
+def check_parts(layer: Any) -> None:
+    """Raises PatchConflictError where a part was replaced since the model was fixed: half a fix is none."""
+    for name, needed in (("self_attn", "centre_keys"), ("mlp", "set_exponent")):
+        found = type(getattr(layer, name))
+        if not hasattr(getattr(layer, name), needed):
+            raise PatchConflictError(
+                f"{name} is a {found.__module__}.{found.__qualname__}, put into a layer that was fixed before: build "
+                "the model inside `with qwen2_fp16_fix.stock_models():` and run it in bfloat16 or float32."
+            )
+
+
+def warn_of_no_plan(layer: Any) -> None:
+    """Says that a program is being made of a model whose keys nothing has centred yet."""
+    if layer.plan_due and layer.self_attn.shift is None:
+        warnings.warn(UNPLANNED, NotFixedWarning, stacklevel=2)
 
 
 def settle_in_trace(layer: Any, in_grad_mode: bool) -> None:
@@ -236,7 +286,9 @@ def settle_in_trace(layer: Any, in_grad_mode: bool) -> None:
     Where an optimiser may write to the weights later, or torch.export shows others in their place, no plan holds.
     """
     weights = weights_of(layer)
+    layer.__dict__["traced"] = True
     if not all(type(weight) in (nn.Parameter, Tensor) for weight in weights):
+        warn_of_no_plan(layer)
         drop_plan(layer, due=layer.plan is not None or layer.plan_due)
         return
     drop_stale_plan(layer)
@@ -244,6 +296,15 @@ def settle_in_trace(layer: Any, in_grad_mode: bool) -> None:
         make_due_plan(layer)
     if in_grad_mode and any(weight.requires_grad for weight in weights):
         drop_plan(layer)
+
+
+def settle_for(layer: Any, training: bool) -> None:
+    """At `train()` or `eval()` of a layer that a compiler has traced: as its next trace would find it settled."""
+    drop_stale_plan(layer)
+    if training and any(weight.requires_grad for weight in weights_of(layer)):
+        drop_plan(layer)
+    elif layer.plan_due:
+        make_due_plan(layer)
 
 
 def check_plan(layer: Any) -> None:
@@ -276,6 +337,6 @@ def plan_kept(layer: Any) -> Iterator[None]:
         return
     weights = boundable_weights(layer)
     if weights is None or any(w.dtype not in (torch.float16, torch.float32) for w in weights.values()):
-        drop_plan(layer)
+        drop_plan(layer, due=True)
     else:
         keep_plan(layer, plan.exponents)

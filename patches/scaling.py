@@ -47,7 +47,9 @@ class Scaled(nn.Module):
 
     def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
         """Takes the exponent of a plan, with the constants it needs on `device`: no buffers, so casts pass them by."""
-        scale = None
+        scale, held = None, self.scale
+        if held is not None and held.exponent == exponent and held.zero.device == torch.device(device or "cpu"):
+            return  # a captured graph may hold the old constants
         if exponent is not None:
             zero = torch.zeros((), dtype=torch.float16, device=device)
             scale = Scale(exponent, zero, torch.full((1,), 2.0**exponent, dtype=torch.float32, device=device))

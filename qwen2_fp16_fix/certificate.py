@@ -32,6 +32,7 @@ from .patches.range_plan import (
     plan_layer,
     unproven_sites,
 )
+from .patches.swap import layers_of
 from .running_code import code_of, sibling
 from .weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
 
@@ -147,7 +148,7 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
 def dropped_plans(source: ModelSource) -> list[str]:
     """Drops every plan of a fixed model that is not for its weights as they are, and says so."""
     reasons = []
-    for number, layer in enumerate(source.base.layers):
+    for number, layer in enumerate(layers_of(source.base)):
         if getattr(layer, "plan", None) is not None:
             sibling(code_of(layer), "planning").check_plan(layer)
             if layer.plan is None:

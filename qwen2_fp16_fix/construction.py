@@ -53,7 +53,7 @@ def unwatch() -> None:
 
 def is_watching() -> bool:
     """Whether `watch` is in force."""
-    return bool(_watching)
+    return bool(_replaced)
 
 
 def _replace(owner: Any, name: str, ours: Any) -> None:
@@ -95,7 +95,12 @@ def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fetch)
     def get_class_from_dynamic_module(*args: Any, **kwargs: Any) -> Any:
         found = fetch(*args, **kwargs)
-        if get_class_from_dynamic_module in _watching and isinstance(found, type) and issubclass(found, nn.Module):
+        if (
+            is_watching()
+            and get_class_from_dynamic_module in _watching
+            and isinstance(found, type)
+            and issubclass(found, nn.Module)
+        ):
             _watch_class(found, _judge_checkpoints_own)
         return found
 

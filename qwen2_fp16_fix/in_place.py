@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .patches.errors import ForeignCacheError
 from .patches.modeling_qwen2_fp16 import is_switched_off
 from .running_code import code_of, own_errors
 
@@ -50,6 +51,12 @@ def adopt_cache(cache: Any, model: nn.Module, centred: bool = True) -> Any:
     nothing shows it.
     Raises ForeignCacheError for a tuple of tensors, and otherwise as `fix` does.
     """
+    code = code_of(model)
+    if not hasattr(code, "adopt_cache"):
+        raise ForeignCacheError(
+            "this model runs the code of an export made by 0.1.0, which marks no caches: export it anew, or run the "
+            "prompt again with a new cache."
+        )
     with own_errors():
-        code_of(model).adopt_cache(model, cache, centred)
+        code.adopt_cache(model, cache, centred)
     return cache

@@ -119,11 +119,13 @@ def is_fixed(model: Any) -> bool:
     if not isinstance(model, nn.Module):
         return False
     try:
+        from .patches.blocks import is_stock_eager
         from .running_code import code_of, own_errors
 
         code = code_of(model)
         with own_errors():
             code.check_modules(model)
+            is_stock_eager(getattr(getattr(model, "config", None), "_attn_implementation", None))
     except Qwen2FP16FixError:  # no Qwen2, one that another tool has changed, or a transformers that is not supported
         return False
     total, fixed = count_parts(model, code)

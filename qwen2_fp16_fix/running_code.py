@@ -37,6 +37,11 @@ def origin_of(code: ModuleType) -> str:
     return "package" if code is modeling_qwen2_fp16 else "remote"
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the weights of a linear are all there is to it. Code exported by 0.1.0 has a class of its own for it."""
+    return type(module) is nn.Linear or type(module).__name__ == "ExactBiasLinear"
+
+
 @contextmanager
 def own_errors() -> Iterator[None]:
     """Turns an error of another copy into this package's of the same name, which is what callers can catch."""

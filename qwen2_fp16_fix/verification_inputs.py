@@ -15,6 +15,7 @@ from .errors import CheckpointError, VerificationError
 from .patches.errors import NotQwen2Error
 from .patches.modeling_qwen2_fp16 import ORIGINAL
 from .patches.scaling import PLAIN
+from .running_code import is_plain_linear
 from .user_files import read_utf8
 from .weight_sources import FolderSource, reachable
 
@@ -65,7 +66,7 @@ def _check_loaded(model: Any) -> None:
     if getattr(model.config, "quantization_config", None):
         raise CheckpointError("this model is quantised: there is no fp32 to compare with, load it unquantised.")
     for name, module in model.named_modules():
-        if name.endswith("_proj") and type(module) is not nn.Linear:
+        if name.endswith("_proj") and not is_plain_linear(module):
             raise CheckpointError(f"{name} is a {type(module).__name__}: verify takes a model of plain linear layers.")
     for name, weight in model.named_parameters():
         if weight.is_meta or weight.dtype not in PLAIN:

@@ -129,10 +129,12 @@ class ModelSource:
 
     def read(self, name: str) -> Tensor:
         """A weight. Raises Unbounded where it is wrapped, quantised or not loaded."""
+        from .running_code import is_plain_linear
+
         owner, _, kind = name.rpartition(".")
         module = self._module(owner)
-        plain = nn.Embedding if owner == "embed_tokens" else nn.Linear
-        if not owner.endswith("norm") and type(module) is not plain:
+        is_plain = type(module) is nn.Embedding if owner == "embed_tokens" else is_plain_linear(module)
+        if not owner.endswith("norm") and not is_plain:
             raise Unbounded(f"{owner} is a {type(module).__name__}, whose weights cannot be bounded here")
         return check_values(name, getattr(module, kind))
 

@@ -604,6 +604,34 @@ def test_a_wrapper_of_linears_forward_meets_the_original_signature(monkeypatch: 
 # --- what status says of what was loaded ---
 
 
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_gradients_reach_what_a_hook_was_shown(name: str) -> None:
+    """Attribution tools keep activations and ask for their gradients."""
+    model = qwen2_fp16_fix.fix(half())
+    shown: list[Tensor] = []
+    getattr(attentions(model)[1], name).register_forward_hook(lambda _, __, output: shown.append(output))
+    loss = model(input_ids=PROMPT, use_cache=False).logits.float().square().mean()
+    (gradient,) = torch.autograd.grad(loss, shown)
+    assert gradient.abs().max() > 0
+
+
+def test_what_a_hook_writes_through_data_counts() -> None:
+    """As interventions do; torch counts no such write."""
+    model = qwen2_fp16_fix.fix(half())
+    with torch.no_grad():
+        before = model(input_ids=PROMPT, use_cache=False).logits
+
+        def write(_: Any, __: Any, output: Tensor) -> None:
+            output.data.zero_()
+
+        handle = attentions(model)[1].q_proj.register_forward_hook(write)
+        written = model(input_ids=PROMPT, use_cache=False).logits
+        handle.remove()
+        attentions(model)[1].q_proj.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        assert torch.equal(written, model(input_ids=PROMPT, use_cache=False).logits)
+    assert not torch.equal(before, written)
+
+
 def test_status_knows_what_loading_made_up(tmp_path: Any) -> None:
     """A quantised checkpoint whose names no module has loads with random numbers, and generates finite nonsense."""
     import transformers
