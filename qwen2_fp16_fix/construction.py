@@ -27,15 +27,15 @@ _watching: set[Any] = set()
 
 def watch() -> None:
     """From here on every Qwen2Model is fixed, or warned of, at the end of its construction."""
-    base = ORIGINAL.Qwen2Model
+    base = ORIGINAL.Qwen2PreTrainedModel  # of Qwen2Model, its heads, and whatever else is made of Qwen2's parts
 
     def __init_subclass__(cls: type, /, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)
         if is_watching():
-            _watch_class(cls, _judge)
+            _watch_class(cls, _judge_for(cls))
 
-    for kind in (base, *_derived(base)):
-        _watch_class(kind, _judge)
+    for kind in _derived(base):
+        _watch_class(kind, _judge_for(kind))
     _replace(base, "__init_subclass__", classmethod(__init_subclass__))
     _replace(
         auto_factory, "get_class_from_dynamic_module", _watching_classes(auto_factory.get_class_from_dynamic_module)
@@ -111,6 +111,22 @@ def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
 def _fixes_itself(kind: type) -> bool:
     """Whether this is a drop-in class, of this copy of `patches/` or any other."""
     return any(base.__name__ == "FixedOnConstruction" for base in kind.__mro__)
+
+
+def _judge_for(kind: type) -> Callable[[Any], None]:
+    """What looks at the models of this class."""
+    return _judge if issubclass(kind, ORIGINAL.Qwen2Model) else _judge_stack
+
+
+def _judge_stack(model: Any) -> None:
+    """Fixes what holds Qwen2's layers as a Qwen2Model does and is none, or warns of it. Heads are not looked at."""
+    inside = any(isinstance(module, ORIGINAL.Qwen2Model) for module in model.modules())
+    if inside or _fixes_itself(type(model)) or not any(True for _ in base_models(model, ORIGINAL)):
+        return
+    try:
+        fix_built(model)
+    except Qwen2FP16FixError as error:
+        _warn(model, str(error))
 
 
 def _judge(model: Any) -> None:

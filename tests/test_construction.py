@@ -737,3 +737,22 @@ def test_a_pickle_names_our_files(source: Any) -> None:
     written = io.BytesIO()
     torch.save(qwen2_fp16_fix.Qwen2ForCausalLM(source.config), written)
     assert b"qwen2_fp16_fix.patches.modeling_qwen2_fp16" in written.getvalue()
+
+
+class OwnStack(ORIGINAL.Qwen2PreTrainedModel):  # type: ignore[misc, name-defined]
+    """Holds Qwen2's layers, norm and rotation as a Qwen2Model does, and is none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ORIGINAL.Qwen2DecoderLayer(config, index) for index in range(2))
+        self.norm = ORIGINAL.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = ORIGINAL.Qwen2RotaryEmbedding(config)
+        self.post_init()
+
+
+def test_a_stack_of_qwen2s_parts_is_fixed() -> None:
+    """Nobody was told of it: the class is no Qwen2Model, and no checkpoint's own."""
+    with qwen2_fp16_fix.registered():
+        assert qwen2_fp16_fix.is_fixed(OwnStack(config(TINY)))
+    assert not qwen2_fp16_fix.is_fixed(OwnStack(config(TINY)))

@@ -67,7 +67,7 @@ def listed() -> list[Release]:
 
 def digest() -> str:
     """Of everything the outcome depends on: the patches, what applies them, and the suite."""
-    package = ("__init__", "registration", "in_place", "inspection", "running_code")
+    package = ("__init__", "registration", "construction", "in_place", "inspection", "running_code")
     package += ("exported_folder", "exported_config", "pinning")
     files = [
         *(ROOT / "patches").glob("*.py"),
