@@ -3,12 +3,13 @@
 `measure` returns plain data; `render` shows it. The checkpoint lies beside this file, so nothing is downloaded.
 """
 
+import contextvars
 import gc
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,18 @@ def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Mo
     """The checkpoint as a stock or a fixed Qwen2ForCausalLM, ready to run."""
     keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
     model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
-    with nullcontext() if fixed else stock_models(), quiet():
-        model: nn.Module = model_class.from_pretrained(folder, attn_implementation=attention, **{keyword: dtype})
-    return model.eval()
+    with quiet():
+        loaded = build(fixed, model_class.from_pretrained, folder, attn_implementation=attention, **{keyword: dtype})
+    model: nn.Module = loaded.eval()
+    return model
+
+
+def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """make(*args, **kwargs), a fixed or a stock model, whatever is registered or the caller's thread wants."""
+    if fixed:
+        return contextvars.Context().run(make, *args, **kwargs)  # in which nobody wants stock models
+    with stock_models():
+        return make(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2Config
 
-from .demo import quiet
+from .demo import build, quiet
 from .errors import CheckpointError
 from .patches.blocks import ALL_ATTENTION_FUNCTIONS
 from .patches.errors import Qwen2FP16FixError
@@ -90,8 +90,8 @@ class ModelOnDisk:
         keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
         options = {"attn_implementation": attention, keyword: torch.float32}  # of rotation tables, before 4.45
         try:
-            with nullcontext() if fixed else stock_models(), quiet(), _Weightless():
-                model = model_class._from_config(Qwen2Config.from_pretrained(folder), **options).eval()
+            with quiet(), _Weightless():
+                model = build(fixed, model_class._from_config, Qwen2Config.from_pretrained(folder), **options).eval()
         except Qwen2FP16FixError:
             raise
         except Exception as error:  # a bad config ends in whatever transformers trips over, or its validators raise

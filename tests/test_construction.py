@@ -756,3 +756,14 @@ def test_a_stack_of_qwen2s_parts_is_fixed() -> None:
     with qwen2_fp16_fix.registered():
         assert qwen2_fp16_fix.is_fixed(OwnStack(config(TINY)))
     assert not qwen2_fp16_fix.is_fixed(OwnStack(config(TINY)))
+
+
+def test_what_a_command_builds_is_what_it_says(tmp_path: Path) -> None:
+    """`verify` inside `stock_models` would have measured stock under the name of fixed."""
+    from qwen2_fp16_fix import demo
+
+    build(TINY, ()).save_pretrained(tmp_path)
+    with qwen2_fp16_fix.stock_models():
+        assert qwen2_fp16_fix.is_fixed(demo.load(tmp_path, True, torch.float16, "eager"))
+    with qwen2_fp16_fix.registered():
+        assert not qwen2_fp16_fix.is_fixed(demo.load(tmp_path, False, torch.float16, "eager"))
