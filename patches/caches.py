@@ -105,7 +105,8 @@ def stored_keys(cache: Any, layer: int) -> Tensor | None:
     found: Any = layers[layer] if layer < len(layers) else None
     quantised = getattr(found, "_quantized_keys", None)
     keys = getattr(found, "keys", found) if quantised is None else found._dequantize(quantised)
-    return keys if isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel() > 0 else None
+    is_there = isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel() > 0 and not keys.is_meta
+    return keys if is_there else None  # on the meta device 4.49 makes its static ones
 
 
 def is_emptied(cache: Any, layer: int, look: bool) -> bool:
