@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import kl_to
 from qwen2_fp16_fix.patches import numerics
+from stand_ins import Logits
 from stress import KINDS, TINY, build, random_prompt
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
@@ -84,18 +85,6 @@ def test_a_compiled_graph_still_sees_autocast(dtype: torch.dtype) -> None:
         assert compiled(x) == answers(x) == (dtype == torch.float16, dtype == torch.float32)
         with torch.autocast("cpu", torch.float16):
             assert compiled(x) == answers(x) == (True, False)
-
-
-class Logits(torch.nn.Module):
-    """Tokens in, logits out: what torch.export can write a signature for."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

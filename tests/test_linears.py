@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 import pickle
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import torch.nn.parallel.replicate
 from conftest import kl_to
 from qwen2_fp16_fix.patches import linears
+from stand_ins import replicated
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -220,17 +220,6 @@ def test_a_weight_that_is_computed_is_computed() -> None:
         prune.identity(attention.k_proj, "weight")
     assert error(qwen2_fp16_fix.fix(model)) < CLOSE
     assert states(model) == ROUNDED  # of hooks it is not known what they will do
-
-
-def replicated(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As DataParallel hands it to a device; only the way to a GPU is left out."""
-    module = sys.modules["torch.nn.parallel.replicate"]
-    monkeypatch.setattr(
-        module,
-        "_broadcast_coalesced_reshape",
-        lambda tensors, devices, detach=False: [[each.view_as(each) for each in tensors] for _ in devices],
-    )
-    return module.replicate(model, [0, 0], detach=True)[1]  # type: ignore[attr-defined]
 
 
 class Quantised(nn.Linear):

@@ -747,6 +747,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / "tests").mkdir()
     for name in (
         "conftest.py",
+        "stand_ins.py",
         "test_numerics.py",
         "test_blocks.py",
         "test_ways_in.py",

@@ -6,15 +6,14 @@ weights the model overflows, and a status that believes its plan says that all i
 
 import copy
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.parallel.replicate
 from conftest import kl_to
+from stand_ins import Logits, replicated
 from stress import TINY, build, random_prompt
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -216,18 +215,6 @@ def test_a_gradient_asked_for_by_name_makes_a_plan_suspect() -> None:
     assert model.model.layers[0].plan.suspect
 
 
-class Logits(nn.Module):
-    """Tokens in, logits out: what torch.export can write a signature for."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return found
-
-
 def in_place(weight: nn.Parameter) -> None:
     weight.mul_(GROWTH)
 
@@ -424,15 +411,9 @@ def test_the_first_forward_may_be_compiled() -> None:
 
 def test_the_first_forward_may_be_one_of_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer wraps a model in DataParallel where it sees several GPUs: the layer itself then never runs."""
-    replicate = sys.modules["torch.nn.parallel.replicate"]
-    monkeypatch.setattr(
-        replicate,
-        "_broadcast_coalesced_reshape",
-        lambda tensors, devices, detach=False: [[each.view_as(each) for each in tensors] for _ in devices],
-    )
     model = built(build(TINY, ("swiglu",)).half())
     with torch.no_grad():
-        replica = replicate.replicate(model, [0, 0], detach=True)[1]
+        replica = replicated(model, monkeypatch)
         got = replica(input_ids=PROMPT, use_cache=False).logits.float()
     assert kl_to(logits(build(TINY, ("swiglu",))), got) < CLOSE
     assert all(layer.self_attn.shift is not None for layer in replica.model.layers)

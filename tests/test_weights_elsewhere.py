@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.parallel.replicate
 from conftest import kl_to
 from qwen2_fp16_fix.patches import range_plan, scaling
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
+from stand_ins import replicated
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -40,15 +40,9 @@ def ranges(model: Any, site: str = "mlp") -> list[Any]:
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_replica_runs_without_its_parameters(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """DataParallel hands each device tensors that are plain attributes; only the way to a GPU is left out here."""
-    replicate = sys.modules["torch.nn.parallel.replicate"]
-    monkeypatch.setattr(
-        replicate,
-        "_broadcast_coalesced_reshape",
-        lambda tensors, devices, detach=False: [[each.view_as(each) for each in tensors] for _ in devices],
-    )
     model = fixed("swiglu")
     with torch.set_grad_enabled(grad):
-        replica = replicate.replicate(model, [0, 0], detach=not grad)[1]
+        replica = replicated(model, monkeypatch, detach=not grad)
         got = replica(input_ids=PROMPT, use_cache=False).logits.detach().float()
     assert torch.isfinite(got).all()
     assert kl_to(logits(build(TINY, ("swiglu",))), got) < CLOSE
