@@ -54,9 +54,8 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
             return facts, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
         return facts, [], [remark("checkpoint.not_qwen2", kind=facts["model_type"])]
     notes = [*traps(facts), *_quantised(facts["quantised"])]
-    problems = (
-        [] if foreign_code(config) is None else [remark("checkpoint.foreign_code", module=_foreign_module(facts))]
-    )
+    foreign = foreign_code(config)
+    problems = [] if foreign is None else [remark("checkpoint.foreign_code", module=foreign.partition(".")[0])]
     if _only_pickles(path):
         return facts, [*notes, remark("checkpoint.bin")], problems
     try:
@@ -124,12 +123,6 @@ def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) ->
     if found["proven"]:
         return remark("checkpoint.proven", layers=len(found["layers"]), scaled=found["scaled_layers"])
     return remark("checkpoint.not_proven", reason=found["reasons"][0])
-
-
-def _foreign_module(facts: dict[str, Any]) -> str:
-    """The file that an auto_map names, of those that are not this project's."""
-    modules = [target.partition(".")[0] for target in facts["auto_map"].values()]
-    return next((module for module in modules if module not in OWN_CODE), "unnamed")
 
 
 def _quantised(method: str | None) -> list[Remark]:

@@ -153,14 +153,12 @@ class FolderSource:
                 raise CheckpointError(f"there is no {path}: give a checkpoint folder or a .safetensors file.")
         self.config = read_config(folder)
         self.foreign_code = foreign_code(self.config)
-        self.warnings = (
-            []
-            if self.foreign_code is None
-            else [
+        self.warnings: list[str] = []
+        if self.foreign_code is not None:
+            self.warnings.append(
                 f"its auto_map names code of its own ({self.foreign_code}): with trust_remote_code=True that is what "
                 "loads, not what was looked at here"
-            ]
-        )
+            )
         self.layers, self.intermediate = self._size("num_hidden_layers"), self._size("intermediate_size")
         self.shape = self._shape()
         self.files = self._index(path, folder)
