@@ -32,9 +32,7 @@ chromium:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && mkdir -p build/types
-	cp -r qwen2_fp16_fix build/types/ && cp -r patches build/types/qwen2_fp16_fix/patches
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+	$(BIN)/mypy
 
 matrix: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --torch $(TORCH)
@@ -48,13 +46,13 @@ bench: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install -q -e ".[docs]"
-	rm -rf build/documented build/handbook && mkdir -p build/documented
-	cp -r qwen2_fp16_fix build/documented/ && cp -r patches build/documented/qwen2_fp16_fix/patches
+	rm -rf build/handbook
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it
 
 dist: $(INSTALLED)
-	$(BIN)/python tools/make_dist.py
+	rm -rf dist
+	$(BIN)/python -m build -q
 	$(BIN)/twine check --strict dist/*
 
 # torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.

@@ -12,12 +12,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen2_fp16_fix.patches import numerics
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from qwen2_fp16_fix.patches import numerics
 
 aten = torch.ops.aten
 #: Operators whose last two arguments are the factors of a product in their dtype.

@@ -5,22 +5,18 @@ compared, the layers, is not hidden behind an output projection that stock and f
 """
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import qwen2_fp16_fix
+from tests.stress import models as stress
 
 from . import rivals
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-import stress
 
 VOCABULARY = 1024
 WIDTHS = {"0.5b": stress.QWEN2_0_5B, "1.5b": stress.QWEN2_1_5B, "7b": stress.QWEN2_7B}

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qwen2_fp16_fix.inspection import status
+from qwen2_fp16_fix.model_status import status
 
 from .models import VOCABULARY
 

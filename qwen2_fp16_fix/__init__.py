@@ -7,22 +7,19 @@ Importing this package imports neither torch nor transformers; the first use of 
 """
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.1"
-
-# In a checkout that is not installed, `patches/` lies beside this folder instead of inside it.
-if not (Path(__file__).parent / "patches").is_dir() and (Path(__file__).parents[1] / "patches").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
+from ._version import __version__
 
 if TYPE_CHECKING:
     from .certificate import certify
-    from .diagnosis import doctor
+    from .diagnosis.doctor import doctor
     from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
-    from .exported_folder import export
+    from .hub.export import export
+    from .hub.push import push
     from .in_place import adopt_cache, fix, unfix
-    from .inspection import is_fixed, status
+    from .locking import check, lock
+    from .model_status import is_fixed, status
     from .patches.errors import (
         ForeignCacheError,
         HalfPrecisionScoresError,
@@ -47,11 +44,9 @@ if TYPE_CHECKING:
         Qwen2Model,
         stock_models,
     )
-    from .pinning import check, lock
-    from .publishing import push
-    from .registration import register, registered, unregister
-    from .scanning import scan
-    from .verification import verify
+    from .registration.register import register, registered, unregister
+    from .scanning.scan import scan
+    from .verification.verify import verify
 
 __all__ = [
     "register",
@@ -99,23 +94,23 @@ __all__ = [
 ]
 
 _HOME = {
-    "register": "registration",
-    "unregister": "registration",
-    "registered": "registration",
+    "register": "registration.register",
+    "unregister": "registration.register",
+    "registered": "registration.register",
     "fix": "in_place",
     "unfix": "in_place",
     "adopt_cache": "in_place",
-    "status": "inspection",
-    "is_fixed": "inspection",
+    "status": "model_status",
+    "is_fixed": "model_status",
     "stock_models": "patches.modeling_qwen2_fp16",
     "certify": "certificate",
-    "verify": "verification",
-    "export": "exported_folder",
-    "push": "publishing",
-    "doctor": "diagnosis",
-    "lock": "pinning",
-    "check": "pinning",
-    "scan": "scanning",
+    "verify": "verification.verify",
+    "export": "hub.export",
+    "push": "hub.push",
+    "doctor": "diagnosis.doctor",
+    "lock": "locking",
+    "check": "locking",
+    "scan": "scanning.scan",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
     **dict.fromkeys(("CheckpointError", "VerificationError", "ExportError", "PublishError", "ScanError"), "errors"),

@@ -1,5 +1,5 @@
 """`python -m qwen2_fp16_fix` is the command line."""
 
-from .cli import main
+from .cli.main import main
 
 main()

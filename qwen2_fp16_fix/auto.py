@@ -1,5 +1,5 @@
 """Importing this module registers the fix: for harnesses where one line is all that can be added."""
 
-from .registration import register
+from .registration.register import register
 
 register()

@@ -17,6 +17,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from .checkpoints.weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
+from .code_copies import code_of, sibling
 from .patches.range_plan import (
     FLOAT16_MAX,
     LIMIT,
@@ -33,8 +35,6 @@ from .patches.range_plan import (
     unproven_sites,
 )
 from .patches.swap import layers_of
-from .running_code import code_of, sibling
-from .weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
 
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 CHUNK = 2**19  # numbers counted at a time: what stays in a core's cache

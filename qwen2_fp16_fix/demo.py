@@ -21,9 +21,9 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
+from .activations.magnitudes import FLOAT16_MAX, Magnitudes
 from .errors import CheckpointError
-from .inspection import status
-from .magnitudes import FLOAT16_MAX, Magnitudes
+from .model_status import status
 from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM, stock_models
 from .whole_folder import whole_folder
 

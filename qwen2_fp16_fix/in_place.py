@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .code_copies import code_of, own_errors
 from .patches.errors import ForeignCacheError
 from .patches.modeling_qwen2_fp16 import is_switched_off
-from .running_code import code_of, own_errors
 
 logger = logging.getLogger("qwen2_fp16_fix")
 

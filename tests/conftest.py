@@ -22,8 +22,8 @@ def as_in_any_order() -> Iterator[None]:
     """Every test starts with the same random numbers and with transformers' own Auto classes, whatever ran before."""
     torch.manual_seed(0)
     yield
-    if "qwen2_fp16_fix.registration" in sys.modules:
-        sys.modules["qwen2_fp16_fix.registration"].unregister()
+    if "qwen2_fp16_fix.registration.register" in sys.modules:
+        sys.modules["qwen2_fp16_fix.registration.register"].unregister()
 
 
 @pytest.fixture
@@ -46,9 +46,3 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-def kl_to(oracle: torch.Tensor, logits: torch.Tensor) -> float:
-    """Mean over tokens of KL(oracle || logits), in nats, over logits (..., vocabulary)."""
-    p, q = torch.log_softmax(oracle.double(), -1), torch.log_softmax(logits.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROOT, kl_to
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import cli, demo
+from qwen2_fp16_fix import demo
+from qwen2_fp16_fix.cli import commands as cli
+from tests.helpers import kl_to
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
 
@@ -41,7 +42,7 @@ def test_the_demo_is_as_promised(findings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("readme", "row"), [("README.md", "fixed float16"), ("README.zh-CN.md", "修复后 float16")])
 def test_the_readmes_fixed_rows_are_what_the_demo_finds(findings: dict[str, Any], readme: str, row: str) -> None:
     """They were remembered: eager stood at 18.838 where the demo prints 18.837."""
-    text = (ROOT / readme).read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / readme).read_text(encoding="utf-8")
     shown = re.search(rf"^\| \*\*{row}\*\* \| \*\*([\d.]+)\*\* \| \*\*([\d.]+)\*\* \|$", text, re.M)
     assert shown is not None
     found = [row["perplexity"] for row in findings["rows"] if row["name"].startswith("fixed")]

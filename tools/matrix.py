@@ -67,14 +67,21 @@ def listed() -> list[Release]:
 
 def digest() -> str:
     """Of everything the outcome depends on: the patches, what applies them, and the suite."""
-    package = ("__init__", "registration", "construction", "in_place", "inspection", "running_code")
-    package += ("exported_folder", "exported_config", "pinning")
+    package = (
+        "__init__",
+        "registration/register",
+        "registration/construction",
+        "in_place",
+        "model_status",
+        "code_copies",
+    )
+    package += ("hub/export", "hub/export_config", "locking")
     files = [
         *(ROOT / "patches").glob("*.py"),
         *(ROOT / "qwen2_fp16_fix" / f"{name}.py" for name in package),
         *SUITE.glob("*.py"),
         ROOT / "tests" / "conftest.py",
-        ROOT / "tools" / "stress.py",
+        ROOT / "tests" / "stress" / "models.py",
     ]
     state = hashlib.sha256()
     for path in sorted(files):

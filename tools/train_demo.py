@@ -39,10 +39,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from stress import peaks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.stress.models import peaks
 
 VERSES = "gen1:1-rev22:21"
 HELD_OUT_BOOK = "Ruth"

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
-from stress import TINY
 
 import qwen2_fp16_fix
-
-from .conftest import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from tests.conformance.models import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
+from tests.stress.models import TINY
 
 STRESS = ("scores", "residual")
 CACHES: tuple[dict[str, Any], ...] = ({},) if RELEASE < Version("4.45") else ({}, {"cache_implementation": "static"})

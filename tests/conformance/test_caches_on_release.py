@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from qwen2_fp16_fix.patches import caches
 from torch import Tensor
 from transformers import DynamicCache
 
 import qwen2_fp16_fix
-
-from .conftest import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, Version, fixed_half, kl, logits, stress
+from qwen2_fp16_fix.patches import caches
+from tests.conformance.models import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, Version, fixed_half, kl, logits, stress
 
 FIRST = 16  # tokens of the prompt that go into the cache before it is rebuilt
 

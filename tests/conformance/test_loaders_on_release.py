@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from qwen2_fp16_fix.patches import linears
-from stress import TINY
 from torch import Tensor, nn
 from transformers.models.qwen2 import modeling_qwen2
 
 import qwen2_fp16_fix
-
-from .conftest import ATTENTIONS, DTYPE, fixed_half, kl, logits, stress
+from qwen2_fp16_fix.patches import linears
+from tests.conformance.models import ATTENTIONS, DTYPE, fixed_half, kl, logits, stress
+from tests.stress.models import TINY
 
 #: KL to fp32, nats. Exact biases beside spikes of 300 are at 3e-7, rounded ones at 1e-3.
 EXACT, ROUNDED = 2e-5, 1e-2

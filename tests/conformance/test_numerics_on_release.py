@@ -5,12 +5,23 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from stress import KINDS, ROPE_THETA, TINY, random_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen2_fp16_fix
-
-from .conftest import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, STRESSES, fixed_half, kl, logits, padded, stress
+from tests.conformance.models import (
+    ATTENTIONS,
+    CACHE,
+    CLOSE,
+    PROMPT,
+    RELEASE,
+    STRESSES,
+    fixed_half,
+    kl,
+    logits,
+    padded,
+    stress,
+)
+from tests.stress.models import KINDS, ROPE_THETA, TINY, random_prompt
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

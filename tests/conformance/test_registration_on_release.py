@@ -10,13 +10,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from qwen2_fp16_fix.patches import errors, version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, PARTS, RANGE
-from stress import TINY, config
 
 import qwen2_fp16_fix
-
-from .conftest import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, logits, stress
+from qwen2_fp16_fix.patches import errors, version_map
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, PARTS, RANGE
+from tests.conformance.models import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, logits, stress
+from tests.stress.models import TINY, config
 
 HEADS = {
     "AutoModel": "Qwen2Model",

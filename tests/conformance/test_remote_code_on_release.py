@@ -14,8 +14,7 @@ import torch
 import transformers
 
 import qwen2_fp16_fix
-
-from .conftest import ATTENTIONS, DTYPE, expected_release
+from tests.conformance.models import ATTENTIONS, DTYPE, expected_release
 
 CHECKPOINT = Path(qwen2_fp16_fix.__file__).parent / "demo_checkpoint"
 PROMPT = "And the LORD said unto Moses,"

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from stress import TINY
 
 import qwen2_fp16_fix
-
-from .conftest import CLOSE, DTYPE, PROMPT, kl, stress
+from tests.conformance.models import CLOSE, DTYPE, PROMPT, kl, stress
+from tests.stress.models import TINY
 
 NAMES = ("AutoModelForCausalLM", "Qwen2ForCausalLM", "AutoModel", "Qwen2Model")
 #: What the command line does with the words after `run --`; a matrix's environment has nothing to read it with.

@@ -1,0 +1,1 @@
+"""The numbers that flow through a running model."""

@@ -1,0 +1,1 @@
+"""A checkpoint: its configuration, its weights tensor by tensor or loaded, its tokenizer."""

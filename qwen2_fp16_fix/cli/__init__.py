@@ -1,0 +1,1 @@
+"""The command line: options, what a terminal prints, exit codes."""

@@ -1,0 +1,90 @@
+"""From what a device is to how a Qwen2 is best run on it, why, and the lines of code that do it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from packaging.version import Version
+
+from ..doctor_texts import Remark, remark
+from .devices import Device
+
+
+class Way(NamedTuple):
+    """How a model is loaded."""
+
+    dtype: str
+    needs_fix: bool  # without it, the model may overflow
+    takes_fix: bool  # with it, the model computes something else than stock
+
+
+#: By the name that reports use. float32 is stock's, bit for bit, with the fix or without.
+WAYS = {
+    "bfloat16": Way("bfloat16", needs_fix=False, takes_fix=True),
+    "fixed float16": Way("float16", needs_fix=True, takes_fix=True),
+    "float32": Way("float32", needs_fix=False, takes_fix=False),
+}
+
+
+class Advice(NamedTuple):
+    """One recommendation for devices that are alike."""
+
+    devices: tuple[Device, ...]
+    way: str
+    reason: Remark
+    also: tuple[Remark, ...]  # what to change for other needs
+
+
+def advise(found: Sequence[Device]) -> list[Advice]:
+    """Advice for the accelerators, or for the CPU where there is none; one for devices that are alike."""
+    best = [device for device in found if device.kind != "cpu"] or list(found)
+    grouped: dict[tuple[str, str, str, str], list[Device]] = {}
+    for device in best:
+        grouped.setdefault((*choose(device), device.name, device.generation), []).append(device)
+    return [
+        Advice(
+            tuple(alike),
+            way,
+            remark(reason, name=name, capability=capability),
+            tuple(remark(code) for code in _also(way, alike[0])),
+        )
+        for (way, reason, name, capability), alike in grouped.items()
+    ]
+
+
+def choose(device: Device) -> tuple[str, str]:
+    """The way to run on a device, and the name of the sentence that says why."""
+    if device.bfloat16:
+        return "bfloat16", "reason.cpu_bfloat16" if device.kind == "cpu" else "reason.native_bfloat16"
+    if device.kind == "cpu":
+        return ("fixed float16", "reason.cpu_float16") if device.float16 else ("float32", "reason.cpu_neither")
+    if device.kind == "cuda":
+        return "fixed float16", "reason.no_bfloat16" if device.float16 else "reason.slow_float16"
+    reasons = {"rocm": "reason.old_amd", "mps": "reason.mps"}
+    return "fixed float16", reasons.get(device.kind, "reason.unknown_device")
+
+
+def _also(way: str, device: Device) -> list[str]:
+    if way == "bfloat16":
+        return ["also.bfloat16_eager", *(["also.closest"] if device.float16 else [])]
+    if way == "float32":
+        return ["also.half_the_memory"]
+    return ["also.float16_eager", *([] if device.float16 is not False else ["also.float32_if_it_fits"])]
+
+
+def lines_of_code(way: str, device: Device, transformers_version: str, among_others: bool = False) -> str:
+    """What to paste, for the installed transformers; PATH stands for the checkpoint.
+
+    among_others: other devices here are better run in another way, so the code names this one.
+    """
+    keyword = "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
+    target = device.place if among_others else device.place.partition(":")[0]
+    load = f'"PATH", {keyword}=torch.{WAYS[way].dtype}, attn_implementation="sdpa"'
+    fix = ["import qwen2_fp16_fix", "", "qwen2_fp16_fix.register()"] if WAYS[way].takes_fix else [""]
+    return "\n".join(
+        [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            *fix,
+            f"model = AutoModelForCausalLM.from_pretrained({load})" + ("" if target == "cpu" else f'.to("{target}")'),
+        ]
+    )

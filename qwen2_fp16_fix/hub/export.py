@@ -1,0 +1,213 @@
+"""Exports a checkpoint as a folder for the Hub: its weights, and the fix beside them as remote code.
+
+What is exported loads with `trust_remote_code=True` where this package is not installed. The code is the files of
+`patches/`, unchanged.
+"""
+
+import errno
+import fnmatch
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+
+from .. import locking
+from ..checkpoints.weight_sources import FolderSource, reachable, read_config, read_json
+from ..errors import CheckpointError, ExportError
+from ..patches import errors as patches_errors
+from ..whole_folder import whole_folder
+from . import model_card
+from .export_config import check_foreign_code, exported_config, heads_to_check
+
+PATCHES = Path(patches_errors.__file__).parent
+CODE_FILES = tuple(sorted(path.name for path in PATCHES.glob("*.py")))
+INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+CARRIED = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    f"{TEMPLATES}/*",
+    "generation_config.json",
+    "quantize_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+Weights = Literal["link", "copy", "none"]
+
+
+def export(
+    path_or_repo: str | Path,
+    out: str | Path,
+    *,
+    weights: Weights = "link",
+    code_repo: str | None = None,
+    strict: bool = False,
+    verification: dict[str, Any] | str | Path | None = None,
+) -> Path:
+    """Writes a folder that loads fixed with `trust_remote_code=True`, and returns its path.
+
+    path_or_repo: a checkpoint folder, or OWNER/NAME on the Hub (from the cache, if HF_HUB_OFFLINE=1). out: a new
+    folder, or an empty one. weights: hard links (copies, where those cannot be had), copies, or none.
+    code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which then is not copied.
+    strict: a model type of its own: loading without `trust_remote_code` then fails instead of giving the stock class.
+    verification: what `verify` returned, or a file with it as JSON, for the model card.
+    Raises CheckpointError and NotQwen2Error for a checkpoint that is not a whole Qwen2, ExportError for the rest. After
+    an error, or when interrupted or killed, there is nothing at `out`.
+    """
+    if weights not in ("link", "copy", "none"):
+        raise ExportError(f"weights={weights!r}: give link, copy or none.")
+    code_name, code_revision = _code_repo(code_repo, weights)
+    findings = None if verification is None else model_card.read_verification(verification)
+    folder, base_model = _source(path_or_repo, weights)
+    target = Path(out).absolute()
+    _check_apart(folder, target)
+    config = read_config(folder)
+    exported = exported_config(config, strict, code_name, _tokenizer_class(folder))
+    files = [*_weight_files(folder, config, weights), *_carried_files(folder)]
+    for file in files:
+        _check_inside(file, folder)
+    card = model_card.model_card(
+        folder,
+        exported,
+        base_model=base_model,
+        code_repo=code_name,
+        code_revision=code_revision,
+        has_weights=weights != "none",
+        verification=findings,
+    )
+    with whole_folder(target) as written:
+        for file in files:
+            _place(file, written / file.relative_to(folder), link=weights == "link" and file.suffix == ".safetensors")
+        for name in () if code_name else CODE_FILES:
+            shutil.copyfile(PATCHES / name, written / name)
+        texts = {"config.json": json.dumps(exported, indent=2, ensure_ascii=False) + "\n", "README.md": card}
+        if not code_name:  # the lock of code that lies here
+            texts[locking.FILE_NAME] = locking.as_text(locking.make_lock())
+        for name, text in texts.items():
+            (written / name).write_text(text, encoding="utf-8")
+    return target
+
+
+def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | None]:
+    """OWNER/NAME and the revision, from `OWNER/NAME@REVISION`."""
+    if code_repo is None:
+        return None, None
+    if weights == "none":
+        raise ExportError("neither code nor weights: leave out --code-only, or --code-repo.")
+    name, at, revision = code_repo.partition("@")
+    if not is_repo_id(name) or bool(at) != bool(revision):
+        raise ExportError(f"{code_repo!r} is no repository: give OWNER/NAME, or OWNER/NAME@REVISION.")
+    return name, revision or None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether it is OWNER/NAME as the Hub has them; `--` would end the name in an `auto_map`."""
+    return re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.A) is not None
+
+
+def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
+    """The checkpoint's folder, absolute, and the repository it came from if that is known."""
+    folder = Path(path_or_repo)
+    with reachable(folder):
+        if folder.is_dir():
+            return folder.resolve(), _cached_repo(folder.resolve())
+        if folder.exists():
+            raise CheckpointError(f"{folder} is a file: give the folder it lies in.")
+    if isinstance(path_or_repo, Path) or not is_repo_id(path_or_repo):
+        raise CheckpointError(f"there is no {path_or_repo}: give a checkpoint folder, or OWNER/NAME on the Hub.")
+    wanted = ["config.json", "README.md", *CARRIED, *((INDEX, "*.safetensors") if weights != "none" else ())]
+    try:
+        found = huggingface_hub.snapshot_download(path_or_repo, allow_patterns=wanted)
+    except Exception as error:  # of the Hub, of its HTTP client (three in as many years) or of the cache
+        offline = "; HF_HUB_OFFLINE=1 leaves only the cache" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+        raise CheckpointError(
+            f"there is no folder {path_or_repo}, nor a repository on the Hub ({type(error).__name__}{offline})."
+        ) from None
+    return Path(found).resolve(), path_or_repo
+
+
+def _cached_repo(folder: Path) -> str | None:
+    """OWNER/NAME, if the folder is a snapshot in the Hub's cache."""
+    repo = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    owner, _, name = repo.removeprefix("models--").partition("--")
+    return f"{owner}/{name}" if repo.startswith("models--") and name else None
+
+
+def _check_apart(folder: Path, target: Path) -> None:
+    place = target.parent.resolve() / target.name
+    if place == folder or folder in place.parents:
+        raise ExportError(f"{target} lies inside {folder}, which would be exported into itself: name a folder outside.")
+    if place in folder.parents:
+        raise ExportError(f"{folder} lies inside {target}: name a new folder to export into.")
+
+
+def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Path]:
+    """The shards and their index, checked: nothing is missing, and all of it is what transformers would load."""
+    if weights == "none":
+        return []
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
+    source = FolderSource(folder)
+    shards, index = set(source.files.values()), folder / INDEX
+    for shard in shards:
+        if shard.parent != folder:
+            raise ExportError(f"{INDEX} names {shard}, which is not beside it: it is damaged.")
+    single = folder / "model.safetensors"
+    if index.is_file() and single.is_file() and single not in shards:
+        raise ExportError(f"{folder} has model.safetensors and shards beside it: remove the one that is out of date.")
+    for head in heads_to_check(config):
+        source.check_complete(head)
+    return sorted(shards | ({index} if index.is_file() else set()))
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """The name in tokenizer_config.json, if there is one. Raises ExportError for a tokenizer that is code."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    check_foreign_code(config, file.name)
+    return config.get("tokenizer_class")
+
+
+def _carried_files(folder: Path) -> list[Path]:
+    """Tokenizer, templates, generation configuration and licence."""
+    names = (path.relative_to(folder).as_posix() for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")))
+    found = {name for name in names for pattern in CARRIED if fnmatch.fnmatch(name, pattern)}
+    return [folder / name for name in sorted(found) if not (folder / name).is_dir()]
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """Raises ExportError for a link out of the checkpoint; a snapshot's lead to the blobs of its repository."""
+    real = file.resolve()
+    allowed = [folder]
+    if _cached_repo(folder) is not None:
+        allowed.append(folder.parents[1] / "blobs")
+    if not any(place in real.parents for place in allowed):
+        raise ExportError(
+            f"{file} is a link to {real}, outside the checkpoint: put the file itself there if it belongs to it."
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{file} is a link to nothing: the download is unfinished.")
+
+
+def _place(file: Path, target: Path, link: bool) -> None:
+    """Puts the file at `target`: the same bytes under a second name, if asked and possible, or else a copy."""
+    target.parent.mkdir(exist_ok=True)
+    real = file.resolve()
+    if link:
+        try:
+            target.hardlink_to(real)
+            return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+    shutil.copyfile(real, target)

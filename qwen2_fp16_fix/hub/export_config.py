@@ -1,0 +1,96 @@
+"""The config.json of an exported checkpoint: what tells transformers, and engines built on it, which code to run."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ExportError
+from ..patches.configuration_qwen2_fp16 import Qwen2FP16Config
+
+MODELS = "modeling_qwen2_fp16"
+CONFIGURATION = "configuration_qwen2_fp16"
+STRICT = Qwen2FP16Config.model_type
+
+#: Auto class to what the names of its classes end in, and to the weight its head must have. vLLM builds `AutoModel`,
+#: and silently runs the stock class where `auto_map` lacks it.
+AUTO_CLASSES = {
+    "AutoModel": ("Model", None),
+    "AutoModelForCausalLM": ("ForCausalLM", "lm_head.weight"),
+    "AutoModelForSequenceClassification": ("ForSequenceClassification", "score.weight"),
+    "AutoModelForTokenClassification": ("ForTokenClassification", "score.weight"),
+    "AutoModelForQuestionAnswering": ("ForQuestionAnswering", "qa_outputs.weight"),
+}
+HEADS = dict(AUTO_CLASSES.values())
+
+
+def exported_config(
+    config: Mapping[str, Any], strict: bool, code_repo: str | None, tokenizer: str | None
+) -> dict[str, Any]:
+    """The config with an `auto_map`, and with architectures that no engine has a class of its own for.
+
+    code_repo: OWNER/NAME of the repository that holds the code; None for the folder itself. tokenizer: the name of its
+    class, without which `pipeline` loads none for an unknown model type in 4.37 to 4.52.
+    Raises ExportError where the checkpoint names other code or another architecture.
+    """
+    check_foreign_code(config, "config.json")
+    prefix, source = "Qwen2FP16Strict" if strict else "Qwen2FP16", f"{code_repo}--" if code_repo else ""
+    auto_map = {auto: f"{source}{MODELS}.{prefix}{end}" for auto, (end, _) in AUTO_CLASSES.items()}
+    if strict:
+        auto_map = {"AutoConfig": f"{source}{CONFIGURATION}.Qwen2FP16Config"} | auto_map
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of the exporter's machine
+    named = {"tokenizer_class": tokenizer} if strict and tokenizer else {}
+    return (
+        kept
+        | named
+        | {
+            "architectures": [f"{prefix}{head}" for head in heads_of(config)],
+            "auto_map": auto_map,
+            "model_type": STRICT if strict else "qwen2",
+        }
+    )
+
+
+def heads_of(config: Mapping[str, Any]) -> list[str]:
+    """What the names of the checkpoint's architectures end in; a checkpoint without any generates."""
+    heads = []
+    for architecture in config.get("architectures") or ["Qwen2ForCausalLM"]:
+        found = re.fullmatch(r"Qwen2(?:FP16)?(?:Strict)?(\w+)", str(architecture))
+        if found is None or found[1] not in HEADS:
+            raise ExportError(
+                f"config.json has the architecture {architecture!r}, which is not one of {', '.join(HEADS)} of Qwen2: "
+                "there is no fixed class for it."
+            )
+        heads.append(found[1])
+    return heads
+
+
+def heads_to_check(config: Mapping[str, Any]) -> list[str | None]:
+    """The weight that each architecture's head must have, or None for a model without a head."""
+    return [HEADS[head] for head in heads_of(config)]
+
+
+def is_exported(config: Mapping[str, Any]) -> bool:
+    """Whether the config is one that `exported_config` writes."""
+    auto_map = config.get("auto_map")
+    return isinstance(auto_map, dict) and _module(auto_map.get("AutoModel")) == MODELS
+
+
+def has_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether an exported config takes the code from the folder it lies in."""
+    return "--" not in str(config["auto_map"]["AutoModel"])
+
+
+def check_foreign_code(config: Mapping[str, Any], name: str) -> None:
+    """Raises ExportError where a configuration names code that is not this project's and would get lost."""
+    auto_map = config.get("auto_map") or {}
+    for auto, value in auto_map.items() if isinstance(auto_map, dict) else [("?", auto_map)]:
+        if _module(value) not in (MODELS, CONFIGURATION):
+            raise ExportError(
+                f"{name} takes its {auto} from other code ({value!r}), which an export would lose: remove that "
+                "auto_map if the model is a plain Qwen2 without it."
+            )
+
+
+def _module(value: Any) -> str:
+    """The module of `OWNER/NAME--module.Class` or `module.Class`; of a value that is neither, something else."""
+    return str(value).rpartition("--")[2].partition(".")[0]

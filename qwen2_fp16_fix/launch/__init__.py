@@ -1,0 +1,1 @@
+"""Running another program with the fix registered in it."""

@@ -1,0 +1,1 @@
+"""Making transformers build fixed models, and undoing it."""

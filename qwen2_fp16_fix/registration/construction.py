@@ -1,0 +1,170 @@
+"""Fixes a Qwen2 that is built by its class's own name, by a subclass, or by code that came with a checkpoint.
+
+`watch` wraps the `__init__` of transformers' Qwen2Model, and of what derives from it, so that whatever is built is
+looked at once it is built: fixed where its parts are Qwen2's, and named in a warning where they are not. `unwatch`
+puts everything back. No name is rebound and no class takes another's place.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.models.auto import auto_factory
+
+from ..patches.errors import NotFixedWarning, PatchConflictError, Qwen2FP16FixError
+from ..patches.modeling_qwen2_fp16 import ORIGINAL, fix_built, is_switched_off, stock_is_wanted
+from ..patches.swap import base_models
+
+BUILDING = "_qwen2_fp16_fix_building"  # in an instance while its constructor runs
+_MISSING = object()
+#: Owner, name, what it held itself before or _MISSING, what it was given.
+_replaced: list[tuple[Any, str, Any, Any]] = []
+#: The constructors that look at what they have built.
+_watching: set[Any] = set()
+
+
+def watch() -> None:
+    """From here on every Qwen2Model is fixed, or warned of, at the end of its construction."""
+    base = ORIGINAL.Qwen2PreTrainedModel  # of Qwen2Model, its heads, and whatever else is made of Qwen2's parts
+
+    def __init_subclass__(cls: type, /, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)
+        if is_watching():
+            _watch_class(cls, _judge_for(cls))
+
+    for kind in _derived(base):
+        _watch_class(kind, _judge_for(kind))
+    _replace(base, "__init_subclass__", classmethod(__init_subclass__))
+    _replace(
+        auto_factory, "get_class_from_dynamic_module", _watching_classes(auto_factory.get_class_from_dynamic_module)
+    )
+
+
+def unwatch() -> None:
+    """Puts back what `watch` has replaced. What somebody else has wrapped since stays, and ours in it does nothing."""
+    _watching.clear()
+    for owner, name, before, ours in reversed(_replaced):
+        if vars(owner).get(name) is ours:
+            delattr(owner, name) if before is _MISSING else setattr(owner, name, before)
+    _replaced.clear()
+
+
+def is_watching() -> bool:
+    """Whether `watch` is in force."""
+    return bool(_replaced)
+
+
+def _replace(owner: Any, name: str, ours: Any) -> None:
+    _replaced.append((owner, name, vars(owner).get(name, _MISSING), ours))
+    setattr(owner, name, ours)
+
+
+def _derived(kind: type) -> list[type]:
+    """Every class derived from `kind` that there is."""
+    direct: list[type] = kind.__subclasses__()
+    return [*direct, *(found for child in direct for found in _derived(child))]
+
+
+def _watch_class(kind: Any, judge: Callable[[Any], None]) -> None:
+    """Lets `judge` see what this class has built. Not twice, and no drop-in class: those fix themselves."""
+    build = kind.__init__
+    if build in _watching or _fixes_itself(kind):
+        return
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if BUILDING in self.__dict__ or __init__ not in _watching:  # within the constructor of a class derived from it
+            build(self, *args, **kwargs)
+            return
+        self.__dict__[BUILDING] = True
+        try:
+            build(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(BUILDING, None)
+        judge(self)
+
+    _watching.add(__init__)
+    _replace(kind, "__init__", __init__)
+
+
+def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
+    """How the Auto classes come by a checkpoint's own code, with the class that comes watched."""
+
+    @functools.wraps(fetch)
+    def get_class_from_dynamic_module(*args: Any, **kwargs: Any) -> Any:
+        found = fetch(*args, **kwargs)
+        if (
+            is_watching()
+            and get_class_from_dynamic_module in _watching
+            and isinstance(found, type)
+            and issubclass(found, nn.Module)
+        ):
+            _watch_class(found, _judge_checkpoints_own)
+        return found
+
+    _watching.add(get_class_from_dynamic_module)
+    return get_class_from_dynamic_module
+
+
+def _fixes_itself(kind: type) -> bool:
+    """Whether this is a drop-in class, of this copy of `patches/` or any other."""
+    return any(base.__name__ == "FixedOnConstruction" for base in kind.__mro__)
+
+
+def _judge_for(kind: type) -> Callable[[Any], None]:
+    """What looks at the models of this class."""
+    return _judge if issubclass(kind, ORIGINAL.Qwen2Model) else _judge_stack
+
+
+def _judge_stack(model: Any) -> None:
+    """Fixes what holds Qwen2's layers as a Qwen2Model does and is none, or warns of it. Heads are not looked at."""
+    inside = any(isinstance(module, ORIGINAL.Qwen2Model) for module in model.modules())
+    if inside or _fixes_itself(type(model)) or not any(True for _ in base_models(model, ORIGINAL)):
+        return
+    try:
+        fix_built(model)
+    except Qwen2FP16FixError as error:
+        _warn(model, str(error))
+
+
+def _judge(model: Any) -> None:
+    """Fixes a Qwen2Model that has been built. Where a subclass has changed its parts, warns instead.
+
+    Raises PatchConflictError where transformers' own class was built and another tool has replaced parts of it.
+    """
+    if _fixes_itself(type(model)):
+        return
+    try:
+        fix_built(model)
+    except PatchConflictError as error:
+        if type(model) is ORIGINAL.Qwen2Model:
+            raise
+        _warn(model, str(error))
+
+
+def _judge_checkpoints_own(model: Any) -> None:
+    """The same for what a checkpoint's own code has built, if that is for a Qwen2 and not around a Qwen2Model."""
+    inside = any(isinstance(module, ORIGINAL.Qwen2Model) for module in model.modules())
+    if inside or not isinstance(getattr(model, "config", None), ORIGINAL.Qwen2Config):
+        return
+    if not any(True for _ in base_models(model, ORIGINAL)):
+        _warn(model, "it is made of parts of its own.")
+        return
+    try:
+        fix_built(model)
+    except Qwen2FP16FixError as error:
+        _warn(model, str(error))
+
+
+def _warn(model: Any, reason: str) -> None:
+    if is_switched_off() or stock_is_wanted():
+        return
+    kind = type(model)
+    warnings.warn(
+        f"{kind.__module__}.{kind.__qualname__} is a Qwen2 with code of its own and is NOT fixed, so in float16 it may "
+        f"overflow: {reason} Run it in bfloat16 or float32.",
+        NotFixedWarning,
+        stacklevel=2,
+    )

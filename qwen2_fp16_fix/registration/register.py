@@ -1,0 +1,150 @@
+"""Makes transformers build fixed Qwen2 models, by its Auto classes and by the classes' own names, and undoes it."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto import auto_factory, modeling_auto
+
+from ..locking import refuse_drift
+from ..patches.errors import RegistrationError
+from ..patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, is_switched_off
+from . import construction
+
+logger = logging.getLogger("qwen2_fp16_fix")
+
+Qwen2Config: Any = ORIGINAL.Qwen2Config
+
+_MISSING = object()
+#: Auto class to what its table held for Qwen2, or _MISSING, and our class there.
+_before: dict[Any, tuple[Any, Any]] = {}
+_lock = threading.RLock()  # over all that follows, and over the tables
+_asked = False  # by `register`
+_blocks = 0  # of `registered` that run, in any thread
+
+
+def register(lock: str | Path | None = None) -> None:
+    """From here on every Qwen2 that this process builds is fixed, whichever way it is built.
+
+    AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the drop-in classes. transformers'
+    own, named directly or inside another model, are fixed once they are built, whenever their names were imported.
+    A subclass of Qwen2Model and code that comes with a checkpoint run as they are: fixed where their parts are Qwen2's,
+    else a NotFixedWarning says that they are not.
+    lock: a file made by `qwen2_fp16_fix.lock`; LockError is raised where anything differs from it, LockFileError where
+    it is none. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and
+    logs a warning.
+    Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
+    RegistrationError where a look-up afterwards does not answer with the fixed class; then nothing is registered.
+    """
+    global _asked
+    if _may_apply(lock):
+        with _lock:
+            _apply()
+            _asked = True
+
+
+def unregister() -> None:
+    """Lets transformers build what it built before `register`. Models already built stay as they are.
+
+    Inside a block of `registered`, of this thread or another, that happens when the last block ends.
+    """
+    global _asked
+    with _lock:
+        _asked = False
+        _undo_unless_wanted()
+
+
+@contextlib.contextmanager
+def registered(lock: str | Path | None = None) -> Iterator[None]:
+    """`register` for the length of a with block; a registration made before it, or by another block, outlives it.
+
+    lock and errors: as of `register`, before the block begins.
+    """
+    global _blocks
+    if not _may_apply(lock):
+        yield
+        return
+    with _lock:
+        _apply()
+        _blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            _undo_unless_wanted()
+
+
+def _may_apply(lock: str | Path | None) -> bool:
+    """Whether the environment lets the fix be registered. Raises where the lock does not."""
+    if lock is not None:
+        refuse_drift(lock)
+    if is_switched_off():
+        logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
+        return False
+    return True
+
+
+def _apply() -> None:
+    """Registers what is not registered; all of it or nothing."""
+    try:
+        if not construction.is_watching():
+            construction.watch()
+        for auto in qwen2_auto_classes():
+            _register_one(auto)
+    except BaseException:
+        _undo_unless_wanted()
+        raise
+
+
+def _undo_unless_wanted() -> None:
+    if _asked or _blocks:
+        return
+    construction.unwatch()
+    for auto, (before, ours) in _before.items():
+        table: Any = auto._model_mapping._extra_content
+        if table.get(Qwen2Config) is not ours:  # a checkpoint's own class, which 4.45 to 4.52 put there
+            continue
+        del table[Qwen2Config]
+        if before is not _MISSING:
+            table[Qwen2Config] = before
+    _before.clear()
+
+
+def qwen2_auto_classes() -> list[Any]:
+    """The Auto classes that build a Qwen2 for which there is a fixed class, each once."""
+    found: list[Any] = []
+    for auto in vars(modeling_auto).values():
+        is_auto = isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)
+        mapping: Any = getattr(auto, "_model_mapping", None) if is_auto else None
+        if mapping is None or Qwen2Config not in mapping:
+            continue
+        if mapping[Qwen2Config] in {*MODELS, *MODELS.values()} or Qwen2Config in mapping._extra_content:
+            found.append(auto)
+    return found
+
+
+def is_registered(auto: Any) -> bool:
+    """Whether this Auto class builds a fixed class for Qwen2, by looking it up as transformers does."""
+    return auto._model_mapping[Qwen2Config] in MODELS.values()
+
+
+def _register_one(auto: Any) -> None:
+    mapping = auto._model_mapping
+    if is_registered(auto):
+        return
+    extra = mapping._extra_content
+    before = extra.pop(Qwen2Config, _MISSING)  # so that the table answers with the stock class
+    fixed = MODELS[mapping[Qwen2Config]]
+    _before[auto] = (before, fixed)
+    auto.register(Qwen2Config, fixed, exist_ok=True)
+    if not is_registered(auto):  # 5.13.0 to 5.18.0 ignore a registration for a configuration of their own
+        extra[Qwen2Config] = fixed
+    if not is_registered(auto):
+        raise RegistrationError(
+            f"{auto.__name__} still builds a class of {mapping[Qwen2Config].__module__} after registering: this "
+            "transformers keeps its table in an unknown way; use qwen2_fp16_fix.fix(model) on the loaded model instead."
+        )

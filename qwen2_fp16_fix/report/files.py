@@ -1,0 +1,104 @@
+"""The files of a scan: checked before the run, so that minutes of it are not lost, and written whole or not at all."""
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ScanError
+from ..files import write_whole
+
+#: What each kind of file is made with, from the `report` extra.
+NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
+
+
+@dataclass(frozen=True)
+class ScanFiles:
+    """Where to write what; None for what is not asked for."""
+
+    report: Path | None = None
+    json: Path | None = None
+    png: Path | None = None
+    verification: Path | None = None
+    lang: str = "en"
+
+    def check(self, force: bool) -> dict[str, Any] | None:
+        """What `verify` found, if a file of that is named. Raises ScanError for whatever would fail after the run."""
+        asked = {"report": self.report, "json": self.json, "png": self.png}
+        named = {kind: path for kind, path in asked.items() if path is not None}
+        if len({path.resolve() for path in named.values()}) < len(named):
+            raise ScanError("two of the files asked for have the same name: give each its own.")
+        for kind, path in named.items():
+            _check_extra(kind)
+            _check_path(path, force)
+        if self.png is not None:
+            from .picture import fonts
+
+            fonts(self.lang)
+        if self.verification is None:
+            return None
+        if self.report is None:
+            raise ScanError("a verification goes into a report: add --report OUT.html.")
+        return read_verification(self.verification)
+
+    def write(self, scans: list[dict[str, Any]], verification: dict[str, Any] | None) -> list[Path]:
+        """Writes what was asked for and returns the paths. scans: stock's, fixed's, or both."""
+        written: list[Path] = []
+        if self.json is not None:
+            named = {"fixed" if scan["settings"]["fixed"] else "stock": scan for scan in scans}
+            text = json.dumps(named, indent=2, allow_nan=False, ensure_ascii=False)
+            written.append(_write(self.json, lambda part: part.write_text(text + "\n", encoding="utf-8")))
+        if self.report is not None:
+            from .page import page
+
+            html = page(scans, verification, self.lang)
+            written.append(_write(self.report, lambda part: part.write_text(html, encoding="utf-8")))
+        if self.png is not None:
+            from .picture import draw
+
+            written.append(_write(self.png, lambda part: draw(scans, part, self.lang)))
+        return written
+
+
+def _check_extra(kind: str) -> None:
+    missing = [name for name in NEEDS.get(kind, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ScanError(f'--{kind} needs {" and ".join(missing)}: run pip install "qwen2-fp16-fix[report]".')
+
+
+def _check_path(path: Path, force: bool) -> None:
+    """Raises where a file cannot be written, or would be overwritten."""
+    try:
+        if path.is_dir():
+            raise ScanError(f"{path} is a folder: name a file in it.")
+        if path.exists() and not force:
+            raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
+        with suppress(FileNotFoundError):
+            path.lstat()  # from Python 3.14, the questions above keep it to themselves that no file can have this name
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ScanError(f"{path} cannot be written ({error.strerror}): name another file.") from None
+
+
+def _write(path: Path, make: Callable[[Path], object]) -> Path:
+    write_whole(path, make, "another file", ScanError)
+    return path
+
+
+def read_verification(path: Path) -> dict[str, Any]:
+    """What `verify --json` printed. Raises ScanError for anything else."""
+    wanted = {"name", "finite", "perplexity", "drift", "kl_mean", "kl_max", "top1_agreement", "first_overflow"}
+    wanted |= {"largest_logit_difference"}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        good = {"tokens", "window"} <= set(found["settings"]) and all(wanted <= set(row) for row in found["rows"])
+    except (OSError, ValueError, TypeError, KeyError):
+        good = False
+    if not good or not found["rows"]:
+        raise ScanError(f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json.")
+    return found

@@ -1,0 +1,92 @@
+"""The looks of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..report_texts import TEXTS
+from ..scanning.sentences import number, place_name
+
+#: Stand-ins for colours that differ by theme: plotly wants colours, the page replaces these by its own.
+PALETTE = {
+    "ground": {"light": "#f6f7f9", "dark": "#101418"},
+    "panel": {"light": "#ffffff", "dark": "#181e25"},
+    "line": {"light": "#dde2e8", "dark": "#313a45"},
+    "ink": {"light": "#18212c", "dark": "#e8edf2"},
+    "muted": {"light": "#56616e", "dark": "#a3b0bd"},
+    "link": {"light": "#0b57d0", "dark": "#8ab4f8"},
+    "bad": {"light": "#b3261e", "dark": "#ff8a80"},
+    "good": {"light": "#0f6e56", "dark": "#5fd0ae"},
+    "stock": {"light": "#c2410c", "dark": "#fb923c"},
+    "fixed": {"light": "#0f6e8c", "dark": "#56c4e8"},
+    "third": {"light": "#7c3aed", "dark": "#b79cff"},
+    "fourth": {"light": "#64748b", "dark": "#94a3b8"},
+}
+STAND_INS = {name: f"#0000{index:02x}" for index, name in enumerate(PALETTE, start=1)}
+#: Headroom in bits from the lower edge of a band on, with its colour by theme: red past the limit, then less and less.
+BANDS = (
+    (-math.inf, {"light": "#a50f15", "dark": "#e0443e"}),
+    (0.0, {"light": "#fb9a4b", "dark": "#b8621b"}),
+    (2.0, {"light": "#fdd49e", "dark": "#806434"}),
+    (4.0, {"light": "#d9e8f3", "dark": "#3d5568"}),
+    (8.0, {"light": "#eef4f8", "dark": "#28343f"}),
+)
+BAND_STAND_INS = [f"#0001{index:02x}" for index in range(len(BANDS))]
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+
+
+def stand_ins() -> dict[str, dict[str, str]]:
+    """What the page replaces in the figures, by theme."""
+    return {STAND_INS[name]: colours for name, colours in PALETTE.items()} | dict(
+        zip(BAND_STAND_INS, (colours for _, colours in BANDS), strict=True)
+    )
+
+
+def scan_name(scan: dict[str, Any], lang: str) -> str:
+    """What a scan is called in a legend."""
+    return TEXTS[lang]["fixed" if scan["settings"]["fixed"] else "stock"]
+
+
+def colour_of(scan: dict[str, Any]) -> str:
+    """A scan's colour, the same in every figure."""
+    return STAND_INS["fixed" if scan["settings"]["fixed"] else "stock"]
+
+
+def is_past(cell: dict[str, Any] | None) -> bool:
+    """Whether a site's largest passes what it is stored as, or is not finite."""
+    return cell is not None and (cell["headroom_bits"] is None or cell["headroom_bits"] < 0)
+
+
+def band_of(cell: dict[str, Any] | None) -> float | None:
+    """The middle of a site's band, by number; None for what is not stored."""
+    if cell is None or (cell["stored_as"] is None and not is_past(cell)):
+        return None
+    bits: float = -1.0 if cell["headroom_bits"] is None else cell["headroom_bits"]
+    return sum(bits >= edge for edge, _ in BANDS) - 0.5
+
+
+def bits_text(cell: dict[str, Any] | None) -> str:
+    """What a cell of the map says: bits, with a cross past the limit; fp32, or – where it is not stored."""
+    if cell is None or cell["stored_as"] is None:
+        return "–"
+    if cell["headroom_bits"] is None:
+        return "✗"
+    if cell["stored_as"] == "float32":
+        return "fp32"
+    bits = f"{cell['headroom_bits']:.1f}".replace("-", "−")
+    return f"✗ {bits}" if is_past(cell) else bits
+
+
+def hover_text(cell: dict[str, Any] | None, lang: str) -> str:
+    """A site's place and its largest, for a pointer."""
+    return "" if cell is None else f"{place_name(cell, lang)}<br>{number(cell['largest'], lang)}".replace("`", "")
+
+
+def log_ticks(values: Sequence[float | None]) -> tuple[float, float, list[float]]:
+    """The range of a logarithmic axis, in powers of ten, and ticks at round multiples of them, as many as have room."""
+    known = [value for value in values if value]
+    low, high = math.log10(min(known, default=1)) - 0.1, math.log10(max(known, default=10)) + 0.1
+    steps = (1,) if high - low > 3 else (1, 2, 5) if high - low > 0.7 else range(1, 10)
+    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+    return low, high, [tick for tick in ticks if low <= math.log10(tick) <= high]

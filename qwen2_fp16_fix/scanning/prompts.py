@@ -1,0 +1,138 @@
+"""What a scan runs on: prompts as token ids, and a model to run them through."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations.layerwise import LoadedModel, ModelOnDisk, Subject, is_fixed
+from ..checkpoints.verification_inputs import first_line, open_tokenizer
+from ..demo import quiet
+from ..errors import CheckpointError, ScanError
+from ..files import read_utf8
+from ..patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
+from ..patches.swap import base_models, check_weights
+
+#: What is read where no prompts are given: a question, a story, code and Chinese, as people send them.
+DEFAULT_PROMPTS = (
+    "What is the capital of France, and since when?",
+    "Tell me a story about a lighthouse keeper who finds a letter in a bottle.",
+    "Write a Python function that returns the prime factors of a number, with a short explanation:\n\ndef factors(n):",
+    "请用三句话介绍一下长城的历史。",
+)
+
+Prompts = str | Path | Sequence[str | Sequence[int] | Tensor]
+
+
+def read_prompts(prompts: Prompts | None) -> list[str | Sequence[int] | Tensor]:
+    """The prompts: one text, several texts or lists of token ids, or what a file holds. Raises ScanError."""
+    if prompts is None:
+        return list(DEFAULT_PROMPTS)
+    found: list[Any] = (
+        _read_file(prompts) if isinstance(prompts, Path) else [prompts] if isinstance(prompts, str) else list(prompts)
+    )
+    name = str(prompts) if isinstance(prompts, Path) else "prompts"
+    if not found or any(isinstance(prompt, str) and not prompt.strip() for prompt in found):
+        raise ScanError(f"{name} holds no prompt, or an empty one: give at least one, and text in each.")
+    return found
+
+
+def _read_file(path: Path) -> list[Any]:
+    """A JSON file's list of texts, or the lines of any other file."""
+    text = read_utf8(path, "a file of prompts", ScanError)
+    if path.suffix != ".json":
+        return [line for line in text.splitlines() if line.strip()]
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ScanError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+        raise ScanError(f'{path} is not a list of texts: write ["first prompt", "second prompt"].')
+    if any("\ud800" <= letter <= "\udfff" for prompt in found for letter in prompt):
+        raise ScanError(f"{path} has a surrogate without its other half, which is no letter: escape both, or write it.")
+    return found
+
+
+class Readable(NamedTuple):
+    """The prompts as a model reads them: what was asked, ids (1, S) of each, and the tokenizer to read them with."""
+
+    asked: list[str | Sequence[int] | Tensor]
+    ids: list[Tensor]
+    tokenizer: Any
+
+    def token(self, prompt: int, position: int) -> tuple[int, str | None]:
+        """A token and how it reads, or is written where it is part of a letter; without a tokenizer None."""
+        token = int(self.ids[prompt][0, position])
+        if self.tokenizer is None:
+            return token, None
+        text = str(self.tokenizer.decode([token]))
+        odd = not text or "\ufffd" in text
+        return token, str(self.tokenizer.convert_ids_to_tokens([token])[0]) if odd else text
+
+
+def readable(asked: list[str | Sequence[int] | Tensor], subject: Subject, tokenizer: Any, tokens: int) -> Readable:
+    """The prompts, at most `tokens` of each, in the subject's own tokens. Raises ScanError or CheckpointError."""
+    if tokenizer is None and isinstance(subject, ModelOnDisk) and any(isinstance(prompt, str) for prompt in asked):
+        tokenizer = open_tokenizer(subject.folder)
+    config = subject.base.config
+    limit = min(tokens, config.max_position_embeddings)
+    return Readable(asked, [token_ids(prompt, tokenizer, limit, config.vocab_size) for prompt in asked], tokenizer)
+
+
+def token_ids(prompt: str | Sequence[int] | Tensor, tokenizer: Any, limit: int, vocabulary: int) -> Tensor:
+    """A prompt as ids (1, S), the first `limit` of them. A text goes through the chat template if there is one.
+
+    Raises ScanError, or CheckpointError where the tokenizer is another model's.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ScanError("a text needs a tokenizer: pass tokenizer=, or prompts as token ids.")
+        with quiet():
+            if getattr(tokenizer, "chat_template", None):
+                turns = [{"role": "user", "content": prompt}]
+                prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            found = tokenizer(prompt)["input_ids"]
+    else:
+        found = prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
+    if not found:
+        raise ScanError("a prompt has no tokens: give text, or token ids, in each.")
+    if not 0 <= min(found) <= max(found) < vocabulary:
+        raise CheckpointError(
+            f"a prompt has token {max(found)}, but the model's vocabulary ends at {vocabulary - 1}: it is another "
+            "model's tokenizer."
+        )
+    return torch.tensor([found[:limit]], dtype=torch.int64)
+
+
+def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
+    """A loaded model, ready to walk, and whether it is fixed. Raises where it cannot be scanned as asked."""
+    check_modules(model)
+    check_weights(model)
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        raise CheckpointError("this model is quantised: scan the float16 model that it was made from.")
+    weights = next(p for p in next(base_models(model, ORIGINAL)).parameters() if p.is_floating_point())
+    if weights.dtype != torch.float16:
+        name = str(weights.dtype).removeprefix("torch.")
+        raise CheckpointError(f"this model is {name}: load it in float16, or scan its folder.")
+    loaded = LoadedModel(model)
+    found = is_fixed(loaded.base)
+    if fixed is not None and fixed != found:
+        what, other = ("fixed", "unfix") if found else ("stock", "fix")
+        raise ScanError(f"this model is {what}, not as asked: call {other}(model) first, or scan its folder.")
+    return loaded, found
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device by its name; cuda where there is one. Raises ScanError."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ScanError(f"{name} is no device here ({first_line(error)}): give cpu, or leave it away.") from None
+    if chosen.type == "meta":
+        raise ScanError("the meta device computes nothing: give cpu, or leave it away.")
+    return chosen

@@ -1,0 +1,194 @@
+"""The rows of a verification: one way each of running a checkpoint, measured against the oracle's logits."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..activations.magnitudes import Magnitudes
+from ..checkpoints.verification_inputs import first_line
+from ..demo import forward, load, quiet
+from ..errors import CheckpointError
+from ..model_status import model_status
+from ..patches.errors import PatchConflictError, Qwen2FP16FixError
+from .divergence import Closeness, OracleLogits, Window
+from .peak_memory import PeakMemory
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PROMPT_TOKENS, NEW_TOKENS = 32, 32
+UNKNOWN = dict.fromkeys(
+    ("perplexity", "kl_mean", "kl_max", "top1_agreement", "largest_logit_difference"), None
+)  # of a row that is not finite
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running the checkpoint."""
+
+    dtype: str
+    attention: str
+    fixed: bool
+
+    @property
+    def name(self) -> str:
+        """As the demo names its rows."""
+        return f"{'fixed' if self.fixed else 'stock'} {self.dtype} {self.attention}"
+
+
+ORACLE = Row("float32", "eager", fixed=False)
+
+
+@dataclass
+class Bench:
+    """What every row runs on. tokens (1, S); oracle: its logits; continuations: its greedy tokens, by prompt."""
+
+    folder: Path
+    tokens: Tensor
+    windows: list[Window]
+    device: torch.device
+    oracle: OracleLogits
+    tick: Callable[[int], None]
+    continuations: list[list[int]] = field(default_factory=list)
+
+
+def planned_rows(device: torch.device) -> list[Row]:
+    """Every row that can run on the device, the oracle first."""
+    return [
+        Row(dtype, attention, fixed)
+        for dtype in DTYPES
+        for attention in ("eager", "sdpa", *(() if dtype == "float32" else flash_attentions(device)))
+        for fixed in (False, True)
+    ]
+
+
+def flash_attentions(device: torch.device) -> list[str]:
+    """The flash kernels that are installed and run on this device: the second from Ampere on, the third on Hopper."""
+    if device.type != "cuda":
+        return []
+    major, _ = torch.cuda.get_device_capability(device)
+    fits = {2: major >= 8, 3: major == 9}
+    installed = (getattr(transformers.utils, f"is_flash_attn_{number}_available", lambda: False) for number in fits)
+    return [
+        f"flash_attention_{number}" for number, there in zip(fits, installed, strict=True) if fits[number] and there()
+    ]
+
+
+def measure(bench: Bench, row: Row) -> dict[str, Any]:
+    """Loads the row's model, scores the text with it, continues the prompts, and gives the row.
+
+    Raises CheckpointError where the oracle itself is not finite: there is nothing to compare with.
+    """
+    peak = PeakMemory(bench.device)
+    model = open_row(bench.folder, row, bench.device)
+    closeness, broken, seconds = score(bench, model, keep=row == ORACLE)
+    site = first_overflow(model, bench, broken or bench.windows[0])
+    if broken is not None and row == ORACLE:
+        raise CheckpointError(
+            f"{row.name} is not finite, first in {site or 'the logits'}: the checkpoint is broken, and there is "
+            "nothing to compare with."
+        )
+    continued = [continuation(model, prompt) for prompt in prompts_of(bench.tokens)]
+    if row == ORACLE:
+        bench.continuations = continued
+    return {
+        "name": row.name,
+        "dtype": row.dtype,
+        "attention": row.attention,
+        "fixed": row.fixed,
+        "finite": broken is None,
+        **(closeness.summary() if broken is None else UNKNOWN),
+        "first_overflow": site,
+        "first_differences": [
+            first_difference(ours, theirs) for ours, theirs in zip(continued, bench.continuations, strict=True)
+        ],
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak.bytes(),
+    }
+
+
+def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
+    """The row's model, on the device, and checked to be what the row is called.
+
+    Raises CheckpointError where transformers cannot load it, PatchConflictError where stock and fixed are not.
+    """
+    try:
+        model = load(folder, row.fixed, DTYPES[row.dtype], row.attention)
+    except Qwen2FP16FixError:
+        raise
+    except Exception as error:  # as many kinds as there are ways for a config to be wrong
+        raise CheckpointError(f"transformers cannot load {folder} as {row.name} ({first_line(error)}).") from None
+    model = model.to(device)
+    found = model_status(model)
+    asked = (row.fixed, row.dtype, row.attention)
+    partly = not row.fixed and any(part["fixed"] for part in found["parts"].values())
+    if found["problem"] or partly or (found["fixed"], found["dtype"], found["attention"]) != asked:
+        raise PatchConflictError(
+            f"{row.name} was loaded as {'fixed' if partly or found['fixed'] else 'stock'} {found['dtype']} "
+            f"{found['attention']}: run verify in a process of its own, in which nothing else changes Qwen2."
+        )
+    return model
+
+
+def score(bench: Bench, model: nn.Module, keep: bool) -> tuple[Closeness, Window | None, float]:
+    """The closeness over all windows, the first window whose logits are not finite, which ends it, and seconds.
+
+    keep: the model is the oracle, whose logits are kept and then compared with themselves.
+    """
+    closeness, seconds = Closeness(), 0.0
+    for index, window in enumerate(bench.windows):
+        started = time.monotonic()
+        logits = forward(model, bench.tokens[:, window.start : window.end].to(bench.device))[0]
+        finite = bool(torch.isfinite(logits).all())  # waits for the GPU
+        seconds += time.monotonic() - started
+        if not finite:
+            bench.tick(len(bench.windows) - index)
+            return closeness, window, seconds
+        scored = logits[window.predictions]
+        if keep:
+            bench.oracle.put(index, scored)
+        closeness.add(scored, bench.oracle.get(index), bench.tokens[0, window.first : window.end])
+        bench.tick(1)
+    return closeness, None, seconds
+
+
+def first_overflow(model: nn.Module, bench: Bench, window: Window) -> str | None:
+    """The first site that is not finite when the window runs; apart from the scoring, which watching would slow."""
+    with Magnitudes(model) as magnitudes:
+        forward(model, bench.tokens[:, window.start : window.end].to(bench.device))
+    return magnitudes.first_overflow()
+
+
+def prompts_of(tokens: Tensor) -> list[Tensor]:
+    """Three prompts (1, P) from the beginning, the middle and the end of tokens (1, S)."""
+    length = min(PROMPT_TOKENS, tokens.shape[1])
+    last = tokens.shape[1] - length
+    return [tokens[:, start : start + length] for start in (0, last // 2, last)]
+
+
+@torch.no_grad()
+def continuation(model: Any, prompt: Tensor) -> list[int]:
+    """The greedy tokens that follow prompt (1, P)."""
+    prompt = prompt.to(model.device)
+    with quiet():
+        found: Tensor = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # Qwen2.5's own generation_config.json has another
+            pad_token_id=0,
+        )
+    return [int(token) for token in found[0, prompt.shape[1] :]]
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Where two continuations part, also where one ends before the other; None if they are equal."""
+    pairs = enumerate(zip_longest(ours, theirs))
+    return next((index for index, (own, other) in pairs if own != other), None)

@@ -1,0 +1,61 @@
+"""Models, prompts and measures that the files of the conformance suite share."""
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+
+import qwen2_fp16_fix
+from tests.stress.models import KINDS, TINY, build, random_prompt
+
+RELEASE = Version(Version(transformers.__version__).base_version)
+CACHE = "cache" if RELEASE >= Version("5.24") else "past_key_values"  # what a model calls its cache
+DTYPE = "dtype" if RELEASE >= Version("4.56") else "torch_dtype"  # what from_pretrained calls it
+#: Every published magnitude at once, but for the two that cost accuracy instead of range.
+ALL = tuple(kind for kind in KINDS if not kind.startswith("keys"))
+ATTENTIONS = ("eager", "sdpa")
+STRESSES = (("scores",), ("residual",), ("scores", "residual"), ("swiglu",), ALL)
+
+PROMPT = random_prompt(TINY, batch=2, length=24)
+
+#: KL to fp32, nats, mean over tokens. An ordinary model in fixed float16 is at 1e-6 here: 11 bits of mantissa in every
+#: activation. A stressed one keeps that, since fp32 holds what float16 could not. Mask or position errors cost 1e-2.
+CLOSE = 2e-5
+
+
+def stress(kinds: tuple[str, ...] = (), attention: str = "eager", **settings: Any) -> Any:
+    """A stock fp32 stress model; the same call gives the same weights."""
+    return build(TINY, kinds, attn_implementation=attention, **settings)
+
+
+def fixed_half(kinds: tuple[str, ...] = (), attention: str = "eager", **settings: Any) -> Any:
+    """The same model fixed, in float16."""
+    return qwen2_fp16_fix.fix(stress(kinds, attention, **settings).half())
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor = PROMPT, **inputs: Any) -> torch.Tensor:
+    """Logits (B, S, vocabulary) as fp32."""
+    found: torch.Tensor = model(input_ids=tokens, **inputs).logits
+    return found.float()
+
+
+def kl(oracle: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean over tokens of KL(oracle || found) in nats; both are logits (…, vocabulary) and must be finite."""
+    assert torch.isfinite(found).all()
+    p, q = torch.log_softmax(oracle.double(), -1), torch.log_softmax(found.double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two ragged prompts, left-padded: tokens and mask (2, 24); the first row has 5 pads."""
+    mask = torch.ones_like(PROMPT)
+    mask[0, :5] = 0
+    return PROMPT * mask, mask
+
+
+def expected_release() -> str | None:
+    """The release the matrix meant to run, or None outside the matrix."""
+    return os.environ.get("QWEN2_FP16_FIX_MATRIX")

@@ -1,0 +1,360 @@
+"""The bounds of patches/range_plan.py: never passed, by exact arithmetic, float16 runs or an adversary."""
+
+import math
+import random
+from dataclasses import asdict, replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qwen2_fp16_fix.patches import numerics, range_plan
+from qwen2_fp16_fix.patches.planning import boundable_weights, layer_shape
+from qwen2_fp16_fix.patches.range_plan import (
+    Exponents,
+    LayerBounds,
+    LayerShape,
+    bound_layer,
+    plan_layer,
+    unproven_sites,
+)
+from tests.stress.models import KINDS, TINY, build
+
+HIDDEN, HEADS, KV, DIM, INNER = 16, 4, 2, 4, 24
+SHAPE = LayerShape(hidden=HIDDEN, heads=HEADS, kv_heads=KV, head_dim=DIM, positions=64)
+
+
+def layer_weights(seed: int, scale: float = 1.0, gain: float = 0.5) -> dict[str, Tensor]:
+    """A small random layer, in float16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*size: int) -> Tensor:
+        return (torch.randn(*size, generator=generator) * scale / math.sqrt(size[-1])).half()
+
+    weights = {f"{name}.weight": 1 + gain * matrix(HIDDEN) for name in ("input_layernorm", "post_attention_layernorm")}
+    for name, rows in (("q", HEADS * DIM), ("k", KV * DIM), ("v", KV * DIM)):
+        weights[f"self_attn.{name}_proj.weight"] = matrix(rows, HIDDEN)
+        weights[f"self_attn.{name}_proj.bias"] = matrix(rows)
+    weights["self_attn.o_proj.weight"] = matrix(HIDDEN, HEADS * DIM)
+    for name in ("gate", "up"):
+        weights[f"mlp.{name}_proj.weight"] = matrix(INNER, HIDDEN)
+    weights["mlp.down_proj.weight"] = matrix(HIDDEN, INNER)
+    return weights
+
+
+def sites(weights: dict[str, Tensor], residual: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """The largest magnitude at each site for residuals (N, hidden) fp32; attention over the N rows, unmasked."""
+    w = {name: weight.to(dtype) for name, weight in weights.items()}
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return nn.functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    first = numerics.rms_norm(residual, w["input_layernorm.weight"].float(), 1e-6, dtype)
+    q, k, v = (linear(first, f"self_attn.{name}_proj") for name in ("q", "k", "v"))
+    angle = torch.arange(len(residual))[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+    heads_first = [x.view(1, len(x), -1, DIM).transpose(1, 2) for x in (q, k, v)]
+    turned = [numerics.rotate(x, angle.cos()[None], angle.sin()[None]).to(dtype) for x in heads_first[:2]]
+    out, _ = numerics.grouped_attention(*turned, heads_first[2], None, DIM**-0.5)
+    attended = out.transpose(1, 2).reshape(len(residual), -1).to(dtype)
+    hidden = numerics.rms_norm(residual, w["post_attention_layernorm.weight"].float(), 1e-6, dtype)
+    gate, up = linear(hidden, "mlp.gate_proj"), linear(hidden, "mlp.up_proj")
+    product = nn.functional.silu(gate) * up
+    found = {
+        "norm": torch.cat((first, hidden)),
+        "q": q,
+        "k": k,
+        "v": v,
+        "rotated": torch.cat([x.flatten() for x in turned]),
+        "attention": attended,
+    }
+    found |= {"o_proj": linear(attended, "self_attn.o_proj"), "gate": gate, "up": up, "product": product}
+    found["down_proj"] = linear(product, "mlp.down_proj")
+    return {site: float(value.abs().max()) for site, value in found.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.integers(-24, 5),
+    gain=st.floats(0, 4),
+    lone=st.sampled_from([0.0, 1.0, 300.0, 6e4]),
+    peak=st.floats(0, 1e4),
+    size=st.floats(1e-3, 1e5),
+)
+def test_no_run_passes_a_bound(seed: int, scale: int, gain: float, lone: float, peak: float, size: float) -> None:
+    """Float16 as the layer runs it, and fp64, on residuals with one channel far above the others.
+
+    Weights from subnormal to large; `lone` is the gain of a channel that the linears behind the norm ignore.
+    """
+    weights = layer_weights(seed, 2.0**scale, gain)
+    if lone:
+        weights["post_attention_layernorm.weight"][1] = lone
+        for name in ("gate", "up"):
+            weights[f"mlp.{name}_proj.weight"][:, 1] = 0
+    bounds = bound_layer(weights, SHAPE)
+    residual = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    residual[:, seed % HIDDEN] *= peak
+    residual[0] = torch.eye(HIDDEN)[1]
+    for dtype in (torch.float64, torch.float16):
+        if dtype == torch.float16 and unproven_sites(bounds, Exponents(0, 0)):
+            continue  # what overflows there is no bound's business
+        for site, magnitude in sites(weights, residual * size, dtype).items():
+            limit = asdict(bounds)[site] * range_plan.growth(HIDDEN)  # of what is computed, not of the exact sum
+            assert magnitude <= limit, (site, dtype, magnitude, limit)
+
+
+def test_a_norm_that_overflows_by_itself_is_not_proven() -> None:
+    """No linear has to look at a channel for its norm to overflow there: 0 · inf is NaN."""
+    weights = layer_weights(6)
+    weights["post_attention_layernorm.weight"][1] = 6e4
+    for name in ("gate", "up"):
+        weights[f"mlp.{name}_proj.weight"][:, 1] = 0
+    bounds = bound_layer(weights, SHAPE)
+    assert unproven_sites(bounds, plan_layer(bounds)) == ["norm"]
+    found = sites(weights, torch.eye(HIDDEN)[1:2], torch.float16)
+    assert math.isinf(found["norm"])
+    assert math.isnan(found["gate"])
+
+
+def test_an_exponent_leaves_room_for_what_it_makes_subnormal() -> None:
+    """Inputs that the exponent sends below 2^-24 can round up to it, which no exponent shrinks."""
+    for columns in (16, 4096, 2**21):
+        weight = torch.full((1, columns), 65504.0).half()
+        inputs = torch.ones(columns, dtype=torch.float64)
+        bound, exactly = float(range_plan.output_sums(weight, inputs)), 65504.0 * columns
+        spill = 65504.0 * columns * range_plan.TINY
+        largest_allowed = exactly * range_plan.LIMIT / (bound / range_plan.slack(columns))  # once it is scaled
+        assert largest_allowed + spill <= range_plan.LIMIT
+
+
+def test_what_rounds_up_from_below_float16s_smallest_number_is_bounded() -> None:
+    """1.51 · 2^-24 rounds to 2 · 2^-24: on numbers this small, rounding adds more than any factor near 1."""
+    gain = torch.full((HIDDEN,), 2.0**-24)
+    row = torch.zeros(1, HIDDEN)
+    row[0, :7] = 1.0
+    z = row[0] * 1.51
+    assert z.norm() <= math.sqrt(HIDDEN)
+    output = (gain * z).half().double() @ row[0].double()
+    assert output == 14 * 2.0**-24
+    assert output <= float(range_plan.project(row, gain))
+    stored = torch.tensor([0.6 * 2.0**-24], dtype=torch.float64)
+    assert stored.half() > stored
+    assert range_plan.computed(stored, 1) >= stored.half().double()
+
+
+def test_split_sums_that_all_round_up_pass_no_bound() -> None:
+    """2048 + 1.008 rounds to 2050: a gate and an up summed in 16 rounded parts, on the input that is worst for both."""
+    terms = torch.full((HIDDEN,), 1.008, dtype=torch.float64)
+    terms[0] = 2049.0
+    hidden = (terms / terms.sum() * HIDDEN).sqrt().half()
+    row = (terms / hidden.double()).half()
+    weights = layer_weights(9)
+    weights["post_attention_layernorm.weight"] = torch.ones(HIDDEN).half()
+    for name in ("gate", "up"):
+        weights[f"mlp.{name}_proj.weight"] = row.expand(INNER, HIDDEN).clone()
+    products = row.double() * hidden.double()
+    total = torch.zeros((), dtype=torch.float16)
+    for product in products:
+        total = (total.double() + product).half()
+    assert total > 1.005 * products.sum()
+    assert float(total.double() ** 2) <= bound_layer(weights, SHAPE).product
+
+
+def test_exact_arithmetic_passes_no_bound() -> None:
+    """Fractions round nothing: what the inequalities say of real numbers, on inputs of norm exactly √hidden."""
+    weights = layer_weights(3)
+    bounds = bound_layer(weights, SHAPE)
+    rng = random.Random(0)
+    gain = [Fraction(float(x)) for x in weights["post_attention_layernorm.weight"]]
+    gate, up = ([[Fraction(float(x)) for x in row] for row in weights[f"mlp.{n}_proj.weight"]] for n in ("gate", "up"))
+    for _ in range(200):
+        signs = [Fraction(rng.choice((-1, 1))) for _ in range(HIDDEN)]  # ‖signs‖² is hidden
+        hidden = [g * s for g, s in zip(gain, signs, strict=True)]
+        for gate_row, up_row in zip(gate, up, strict=True):
+            g = sum(w * x for w, x in zip(gate_row, hidden, strict=True))
+            u = sum(w * x for w, x in zip(up_row, hidden, strict=True))
+            assert abs(g) <= Fraction(bounds.gate)
+            assert abs(u) <= Fraction(bounds.up)
+            assert abs(g * u) <= Fraction(bounds.product)
+
+
+def maximiser(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """The z of norm √hidden with the largest ⟨a,z⟩, or the largest |⟨a,z⟩⟨b,z⟩|."""
+    direction = a if b is None else a / a.norm() + (1 if a @ b >= 0 else -1) * b / b.norm()
+    return direction / direction.norm() * math.sqrt(HIDDEN)
+
+
+def test_an_adversary_comes_close() -> None:
+    """A bound that no input comes near would ask for exponents that nothing needs."""
+    weights = {name: weight.double() for name, weight in layer_weights(5).items()}
+    bounds = bound_layer(weights, SHAPE)
+    gain = weights["post_attention_layernorm.weight"]
+    gate, up = (weights[f"mlp.{name}_proj.weight"] * gain for name in ("gate", "up"))
+    reached = max(float(row @ maximiser(row)) for row in gate)
+    assert 0.95 < reached / bounds.gate <= 1  # 64 roundings of split sums are what lies between
+    products = [float((a @ maximiser(a, b)) * (b @ maximiser(a, b))) for a, b in zip(gate, up, strict=True)]
+    assert 0.85 < max(map(abs, products)) / bounds.product <= 1  # the same, twice
+
+
+def test_gradient_ascent_passes_no_bound_and_comes_within_a_factor() -> None:
+    """On down_proj, where every channel would have to peak at once. Within 32 here: five bits at the very most."""
+    weights = {name: weight.double() for name, weight in layer_weights(7).items()}
+    bounds = bound_layer(weights, SHAPE)
+    gain = weights["post_attention_layernorm.weight"]
+    best = 0.0
+    for restart in range(8):
+        z = torch.randn(HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(restart)).requires_grad_()
+        for _ in range(300):
+            hidden = gain * z / z.norm() * math.sqrt(HIDDEN)
+            gate, up = weights["mlp.gate_proj.weight"] @ hidden, weights["mlp.up_proj.weight"] @ hidden
+            magnitudes = weights["mlp.down_proj.weight"].abs() @ (nn.functional.silu(gate) * up).abs()
+            value = magnitudes.max()
+            (slope,) = torch.autograd.grad(value, z)
+            z = (z + 0.1 * slope / slope.norm()).detach().requires_grad_()
+            best = max(best, value.item())
+    assert bounds.down_proj / 32 < best <= bounds.down_proj
+
+
+def chain(terms: Tensor) -> tuple[float, float]:
+    """Largest magnitude of a float16 accumulation of `terms` in their order, every sum rounded, and Σ|t|."""
+    total, top = torch.zeros((), dtype=torch.float16), 0.0
+    for term in terms.half():
+        total = (total.double() + term.double()).half()
+        top = max(top, abs(float(total)))
+    return top, float(terms.half().double().abs().sum())
+
+
+def test_float16_accumulation_in_any_order_stays_within_twice_the_sum() -> None:
+    """The lemma behind LIMIT, on random orders and signs. It holds the proof's arithmetic; no code of the plan runs."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        terms = torch.randn(600, generator=generator) * torch.rand(600, generator=generator) * 20
+        top, magnitudes = chain(terms[torch.randperm(600, generator=generator)])
+        assert top <= 2 * magnitudes
+
+
+def test_float16_accumulation_can_outgrow_the_sum() -> None:
+    """2048 + 1.0078 rounds to 2050: the factor is no pedantry. The lemma's other half; no code of the plan runs."""
+    terms = torch.cat((torch.tensor([2048.0]), torch.full((1000,), 1.0078125)))
+    top, magnitudes = chain(terms)
+    assert 1.3 < top / magnitudes <= 2
+
+
+SAFE = LayerBounds(**dict.fromkeys(asdict(bound_layer(layer_weights(0), SHAPE)), 1.0))
+ONE_BIT_PAST = [
+    (site, range_plan.FLOAT16_MAX if site in range_plan.STORED else range_plan.LIMIT) for site in asdict(SAFE)
+]
+
+
+@pytest.mark.parametrize(("site", "limit"), ONE_BIT_PAST)
+def test_one_bit_past_the_limit_flips_the_verdict(site: str, limit: float) -> None:
+    at, past = replace(SAFE, **{site: limit}), replace(SAFE, **{site: limit * 2})
+    assert unproven_sites(at, Exponents(0, 0)) == []
+    assert unproven_sites(past, Exponents(0, 0)) == [site]
+    planned = plan_layer(past)
+    can_scale = site in ("product", "down_proj", "o_proj")
+    assert max(planned) == (1 if can_scale else 0)
+    assert unproven_sites(past, planned) == ([] if can_scale else [site])
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_is_not_proven(bad: float) -> None:
+    for site in asdict(SAFE):
+        bounds = replace(SAFE, **{site: bad})
+        assert site in unproven_sites(bounds, plan_layer(bounds))
+
+
+def test_a_planted_weight_flips_the_verdict() -> None:
+    """The weights of down_proj, grown until a row stands just below the limit: one bit more, one exponent more."""
+    weights = layer_weights(1, scale=4)
+    factor = range_plan.LIMIT / bound_layer(weights, SHAPE).down_proj
+    assert factor > 2
+    weights["mlp.down_proj.weight"] = weights["mlp.down_proj.weight"].double() * factor * 0.99
+    assert plan_layer(bound_layer(weights, SHAPE)) == Exponents(0, 0)
+    weights["mlp.down_proj.weight"] = weights["mlp.down_proj.weight"] * 2
+    bounds = bound_layer(weights, SHAPE)
+    assert unproven_sites(bounds, Exponents(0, 0)) == ["down_proj"]
+    assert plan_layer(bounds) == Exponents(1, 0)
+
+
+def test_fp32_sums_in_chunks_bound_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every size, one to a chunk: never below the exact sums, and above them by no more than `slack`, twice."""
+    monkeypatch.setattr(range_plan, "CHUNK", {"cpu": 1})
+    weights = {name: w * 2.0 ** (7 * (i % 3)) for i, (name, w) in enumerate(layer_weights(8).items())}
+    weight, gain = weights["mlp.down_proj.weight"], weights["input_layernorm.weight"]
+    inputs = torch.rand(INNER, dtype=torch.float64) * 1e3
+    sums = range_plan.output_sums(weight, inputs)
+    assert torch.all(sums >= weight.double().abs() @ inputs)
+    assert torch.all(sums <= (weight.double().abs() @ inputs) * range_plan.slack(INNER) ** 2)
+    rows = weights["mlp.up_proj.weight"]
+    length = (rows.double() * gain.double()).norm(dim=1)
+    found = range_plan.project(rows, gain)
+    assert torch.all(found >= length * range_plan.norm_length(HIDDEN))
+    torch.testing.assert_close(found, length * range_plan.norm_length(HIDDEN), rtol=1e-5, atol=0)  # fp32, 24 roundings
+
+
+def test_a_weight_that_float16_cannot_hold_proves_nothing() -> None:
+    for value in (1e6, math.nan, math.inf):
+        weights = {name: weight.float() for name, weight in layer_weights(2).items()}
+        weights["mlp.up_proj.weight"][3, 4] = value
+        bounds = bound_layer(weights, SHAPE)
+        assert {"up", "product", "down_proj"} <= set(unproven_sites(bounds, plan_layer(bounds)))
+
+
+def test_an_unknown_activation_proves_nothing() -> None:
+    """A bound by |act(x)| <= |x| says nothing of an activation that grows."""
+    bounds = bound_layer(layer_weights(2), replace(SHAPE, activation="relu2"))
+    assert "product" in unproven_sites(bounds, plan_layer(bounds))
+
+
+def test_logits_are_bounded() -> None:
+    norm, head = layer_weights(4)["input_layernorm.weight"], torch.randn(50, HIDDEN).half()
+    residual = torch.randn(500, HIDDEN)
+    logits = numerics.rms_norm(residual, norm, 1e-6, torch.float16).double() @ head.double().T
+    assert float(logits.abs().max()) <= range_plan.bound_logits(norm, head) < 20 * float(logits.abs().max())
+
+
+def planned(model: Any) -> list[Exponents]:
+    found = []
+    for layer in model.model.layers:
+        layer.self_attn.head_dim = TINY.head_dim
+        weights = boundable_weights(layer)
+        assert weights is not None
+        bounds = bound_layer(weights, layer_shape(layer))
+        assert unproven_sites(bounds, plan_layer(bounds)) == []
+        found.append(plan_layer(bounds))
+    return found
+
+
+def test_every_stress_kind_is_proven() -> None:
+    """Alone and all at once; and an ordinary model needs no exponent at all."""
+    assert set(planned(build(TINY, ()))) == {Exponents(0, 0)}
+    for kinds in (*((kind,) for kind in KINDS), KINDS):
+        planned(build(TINY, kinds))
+    assert max(exponents.mlp for exponents in planned(build(TINY, ("swiglu",)))) > 0
+
+
+@pytest.mark.parametrize(("hidden", "inner", "heads", "kv_heads"), [(896, 4864, 14, 2), (3584, 18944, 28, 4)])
+def test_real_widths_need_an_exponent_of_5_at_most(hidden: int, inner: int, heads: int, kv_heads: int) -> None:
+    """Random weights at Qwen2's own initial scale of 0.02, gains of 1."""
+    generator = torch.Generator().manual_seed(0)
+    dim = hidden // heads
+
+    def matrix(*size: int) -> Tensor:
+        return (torch.randn(*size, generator=generator) * 0.02).half()
+
+    weights = {f"{name}.weight": torch.ones(hidden).half() for name in ("input_layernorm", "post_attention_layernorm")}
+    for name, rows in (("q", heads * dim), ("k", kv_heads * dim), ("v", kv_heads * dim)):
+        weights |= {f"self_attn.{name}_proj.weight": matrix(rows, hidden), f"self_attn.{name}_proj.bias": matrix(rows)}
+    weights["self_attn.o_proj.weight"] = matrix(hidden, heads * dim)
+    weights |= {f"mlp.{name}_proj.weight": matrix(inner, hidden) for name in ("gate", "up")}
+    weights["mlp.down_proj.weight"] = matrix(hidden, inner)
+    bounds = bound_layer(weights, LayerShape(hidden, heads, kv_heads, dim, positions=32768))
+    exponents = plan_layer(bounds)
+    assert exponents.mlp <= 5
+    assert exponents.o_proj == 0
+    assert unproven_sites(bounds, exponents) == []

@@ -1,0 +1,769 @@
+"""`register` by whatever way a Qwen2 is built, beside the Auto classes; what it wraps, and that it leaves no trace."""
+
+import copy
+import functools
+import gc
+import io
+import json
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.auto import auto_factory
+from transformers.models.qwen2 import modeling_qwen2
+
+import qwen2_fp16_fix
+from qwen2_fp16_fix.patches import modeling_qwen2_fp16 as patched
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.registration import construction
+from tests.stress.models import TINY, build, config, random_prompt
+
+PROMPT = random_prompt(TINY, batch=2, length=24)
+CLOSE = 2e-5  # KL to fp32, nats: as in the conformance suite, where the reason is
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """What `register` has wrapped is itself again after each test."""
+    before = [vars(owner).get(name) for owner, name in WRAPPED]
+    yield
+    qwen2_fp16_fix.unregister()
+    assert [vars(owner).get(name) for owner, name in WRAPPED] == before
+
+
+WRAPPED = (
+    (ORIGINAL.Qwen2Model, "__init__"),
+    (ORIGINAL.Qwen2Model, "__init_subclass__"),
+    (auto_factory, "get_class_from_dynamic_module"),
+)
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    """A stock fp32 model that breaks stock float16 in eager."""
+    return build(TINY, ("scores", "residual"), attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def folder(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    copy.deepcopy(source).half().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def oracle(source: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = source.model(input_ids=PROMPT).last_hidden_state
+    return found
+
+
+def base_of(model: nn.Module) -> Any:
+    return next(module for module in model.modules() if isinstance(module, ORIGINAL.Qwen2Model))
+
+
+def check_fixed(model: nn.Module, source: Any, oracle: torch.Tensor) -> None:
+    """By what it says and by what it computes: close to fp32 in float16 eager, its states and attentions recorded."""
+    assert qwen2_fp16_fix.is_fixed(model)
+    status = qwen2_fp16_fix.status(model)["model"]
+    assert (status["fixed"], status["problem"]) == (True, None)
+    base = base_of(model)
+    missing, unexpected = base.load_state_dict(source.model.state_dict(), strict=False)  # whatever it was built with
+    assert not unexpected
+    assert all(name.startswith(("projector.", "vision.", "more.")) for name in missing)  # a subclass's own
+    base.half().eval()
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = base(input_ids=PROMPT, output_hidden_states=True, output_attentions=True)
+    assert len(found.hidden_states) == TINY.layers + 1
+    assert len(found.attentions) == TINY.layers
+    assert torch.isfinite(found.last_hidden_state).all()
+    error = (found.last_hidden_state.float() - oracle).norm() / oracle.norm()
+    assert error < 5e-3  # 11 bits of mantissa in each of some ten roundings; stock is NaN here
+    for row in qwen2_fp16_fix.status(model)["model"]["ranges"]:
+        assert isinstance(row["mlp"], int)  # planned, by whichever way it was built and loaded
+        assert row["keys"] == "centred"
+
+
+class OwnForward(Qwen2Model):
+    """Derived before anything is registered, without a constructor of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class OwnConstructor(Qwen2Model):
+    """As LLaVA's: more modules beside Qwen2's parts."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.projector = nn.Linear(2, 2)
+
+
+class Beside:
+    """A mixin whose constructor is the outermost."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.vision = nn.Linear(2, 2)
+
+
+class Mixed(Beside, Qwen2Model):  # type: ignore[misc]
+    pass
+
+
+class Wrapper(nn.Module):
+    """As VibeVoice's or MiniCPM-V's: names the class it holds."""
+
+    def __init__(self, inner: type) -> None:
+        super().__init__()
+        self.llm = inner(config(TINY))
+
+
+class SameName(Qwen2Config):
+    pass
+
+
+SameName.__name__ = SameName.__qualname__ = "Qwen2Config"
+
+
+def by_trl(folder: Path) -> Any:
+    kind = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    return kind.from_pretrained(folder, dtype=torch.float16)
+
+
+def derived_later() -> Any:
+    class Later(Qwen2Model):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.more = nn.Linear(2, 2)
+
+    return Later(config(TINY))
+
+
+def in_a_thread(make: Callable[[], Any]) -> Any:
+    made: list[Any] = []
+    thread = threading.Thread(target=lambda: made.append(make()))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+WAYS: dict[str, Callable[[Path], Any]] = {
+    "AutoModelForCausalLM": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16),
+    "AutoModel": lambda folder: AutoModel.from_pretrained(folder, dtype=torch.float16),
+    "Auto from_config": lambda folder: AutoModelForCausalLM.from_config(config(TINY)),
+    "name imported before": lambda folder: Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float16),
+    "base imported before": lambda folder: Qwen2Model.from_pretrained(folder, dtype=torch.float16),
+    "name looked up after": lambda folder: modeling_qwen2.Qwen2ForCausalLM.from_pretrained(folder),
+    "architectures[0], as TRL": by_trl,
+    "a head": lambda folder: transformers.Qwen2ForSequenceClassification(config(TINY, pad_token_id=0)),
+    "a generic head": lambda folder: transformers.Qwen2ForTokenClassification(config(TINY)),
+    "constructor": lambda folder: Qwen2ForCausalLM(config(TINY)),
+    "_from_config": lambda folder: Qwen2ForCausalLM._from_config(config(TINY)),
+    "wrapper of a head": lambda folder: Wrapper(Qwen2ForCausalLM),
+    "wrapper of a base": lambda folder: Wrapper(Qwen2Model),
+    "subclass": lambda folder: OwnForward.from_pretrained(folder),
+    "subclass with a constructor": lambda folder: OwnConstructor(config(TINY)),
+    "subclass with a mixin": lambda folder: Mixed(config(TINY)),
+    "subclass made after": lambda folder: derived_later(),
+    "drop-in class": lambda folder: qwen2_fp16_fix.Qwen2ForCausalLM(config(TINY)),
+    "config of the same name": lambda folder: AutoModelForCausalLM.from_config(SameName(**config(TINY).to_dict())),
+    "thread": lambda folder: in_a_thread(lambda: Qwen2Model(config(TINY))),
+    "copy": lambda folder: copy.deepcopy(Qwen2ForCausalLM(config(TINY))),
+    "pickle": lambda folder: pickle.loads(pickle.dumps(Qwen2ForCausalLM(config(TINY)))),
+    "pickle of a drop-in": lambda folder: pickle.loads(pickle.dumps(AutoModelForCausalLM.from_config(config(TINY)))),
+    "copy of a drop-in": lambda folder: copy.deepcopy(AutoModel.from_config(config(TINY))),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_fixed_while_registered_and_stock_afterwards(
+    way: str, folder: Path, source: Any, oracle: torch.Tensor
+) -> None:
+    """TRL, wrappers and whatever named a class got a stock model, and nobody was told."""
+    make = WAYS[way]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", qwen2_fp16_fix.NotFixedWarning)
+        qwen2_fp16_fix.register()
+        check_fixed(make(folder), source, oracle)
+        with qwen2_fp16_fix.registered():
+            pass
+        check_fixed(make(folder), source, oracle)
+        with qwen2_fp16_fix.stock_models():
+            assert not qwen2_fp16_fix.is_fixed(make(folder)) or way == "thread"
+    qwen2_fp16_fix.unregister()
+    assert not qwen2_fp16_fix.is_fixed(make(folder)) or way == "drop-in class"
+
+
+def test_a_model_on_the_meta_device_is_fixed() -> None:
+    """Where from_pretrained builds it, and estimators."""
+    with qwen2_fp16_fix.registered(), torch.device("meta"):
+        assert qwen2_fp16_fix.is_fixed(Qwen2ForCausalLM(config(TINY)))
+
+
+def test_pickles_of_stock_models_and_classes_stay_readable(source: Any) -> None:
+    """Rebound names made `pickle.dumps` fail, and isinstance false for classes imported before."""
+    with qwen2_fp16_fix.registered():
+        assert modeling_qwen2.Qwen2ForCausalLM is Qwen2ForCausalLM is transformers.Qwen2ForCausalLM
+        again = pickle.loads(pickle.dumps(source))
+        assert type(again) is Qwen2ForCausalLM
+        assert not qwen2_fp16_fix.is_fixed(again)
+        assert pickle.loads(pickle.dumps(Qwen2ForCausalLM)) is Qwen2ForCausalLM
+        assert isinstance(AutoModelForCausalLM.from_config(config(TINY)), Qwen2ForCausalLM)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickled_drop_in_comes_back_as_itself(protocol: int) -> None:
+    """Its `__module__` is stock's, where a pickle would look for it."""
+    model = qwen2_fp16_fix.Qwen2ForCausalLM(config(TINY))
+    again = pickle.loads(pickle.dumps(model, protocol))
+    assert type(again) is qwen2_fp16_fix.Qwen2ForCausalLM
+    assert qwen2_fp16_fix.is_fixed(again)
+
+
+def test_a_drop_in_class_is_fixed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base inside a head was built by the wrapped constructor, and then the head was fixed again."""
+    checks: list[Any] = []
+    monkeypatch.setattr(patched, "exchange_all", lambda root, *_, **__: checks.append(type(root)))
+    with qwen2_fp16_fix.registered():
+        AutoModelForCausalLM.from_config(config(TINY))
+    assert checks == [qwen2_fp16_fix.Qwen2ForCausalLM]
+
+
+class OwnLayer(modeling_qwen2.Qwen2DecoderLayer):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class OwnParts(Qwen2Model):
+    """As LLM2Vec's: other layers, put in after transformers' constructor."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(OwnLayer(config, index) for index in range(config.num_hidden_layers))
+
+
+class PastTheBase(Qwen2Model):
+    """As LLM2Vec's, too: it never calls Qwen2Model's constructor."""
+
+    def __init__(self, config: Any) -> None:
+        modeling_qwen2.Qwen2PreTrainedModel.__init__(self, config)
+        whole = Qwen2Model(config)
+        self.embed_tokens, self.norm, self.rotary_emb = whole.embed_tokens, whole.norm, whole.rotary_emb
+        self.layers = nn.ModuleList(OwnLayer(config, index) for index in range(config.num_hidden_layers))
+
+
+@pytest.mark.parametrize("kind", [OwnParts, PastTheBase])
+def test_a_subclass_with_parts_of_its_own_is_warned_of_and_not_half_fixed(kind: Any) -> None:
+    with qwen2_fp16_fix.registered(), pytest.warns(qwen2_fp16_fix.NotFixedWarning, match=kind.__name__) as said:
+        model = kind(config(TINY))
+    assert len(said) == 1
+    assert not qwen2_fp16_fix.is_fixed(model)
+    parts = [module for module in model.modules() if type(module).__module__.startswith("qwen2_fp16_fix")]
+    assert len(parts) == (2 if kind is PastTheBase else 0)  # norm and rotation, out of the whole one that it has built
+
+
+def test_a_subclass_that_is_made_while_registered_is_not_half_fixed_either() -> None:
+    """Looked at when transformers' constructor ends, its parts would still be Qwen2's."""
+    with qwen2_fp16_fix.registered():
+        later = type("Later", (OwnParts,), {"__init__": lambda self, config: OwnParts.__init__(self, config)})
+
+        class Afterwards(Qwen2Model):
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.norm = nn.LayerNorm(config.hidden_size)
+
+        for kind in (later, Afterwards):
+            with pytest.warns(qwen2_fp16_fix.NotFixedWarning, match=kind.__name__) as said:
+                model = kind(config(TINY))
+            assert len(said) == 1
+            assert not any(type(module).__module__.startswith("qwen2_fp16_fix") for module in model.modules())
+
+
+def test_a_subclass_with_its_own_parts_is_quiet_where_stock_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", qwen2_fp16_fix.NotFixedWarning)
+        with qwen2_fp16_fix.registered(), qwen2_fp16_fix.stock_models():
+            OwnParts(config(TINY))
+
+
+def test_another_tools_parts_in_stock_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for by name raises: silently stock, it would print `!!!!`."""
+
+    class FastMLP(modeling_qwen2.Qwen2MLP):
+        def forward(self, x: Any) -> Any:
+            return x
+
+    with qwen2_fp16_fix.registered():
+        monkeypatch.setattr(modeling_qwen2, "Qwen2MLP", FastMLP)
+        with pytest.raises(qwen2_fp16_fix.PatchConflictError, match="FastMLP"):
+            Qwen2Model(config(TINY))
+
+
+def test_a_wrapper_that_came_later_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed wraps every constructor for a while, and may put its own back after we are gone."""
+    kind = ORIGINAL.Qwen2Model
+    original = kind.__init__
+    qwen2_fp16_fix.register()
+    ours = kind.__init__
+
+    @functools.wraps(ours)
+    def theirs(self: Any, *args: Any, **kwargs: Any) -> None:
+        ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__init__", theirs)
+    assert qwen2_fp16_fix.is_fixed(kind(config(TINY)))
+    qwen2_fp16_fix.unregister()
+    assert kind.__init__ is theirs
+    assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
+    monkeypatch.undo()
+    kind.__init__ = original  # type: ignore[misc]
+
+
+def test_what_is_wrapped_still_counts_as_transformers_own(tmp_path: Path) -> None:
+    """The structure check, the lock and doctor take a class that another tool has replaced for a conflict."""
+    before = qwen2_fp16_fix.lock(tmp_path / "before.json")
+    with qwen2_fp16_fix.registered():
+        patched.check_structure(ORIGINAL, patched.PARTS, transformers.__version__)
+        assert qwen2_fp16_fix.check(before) == []
+        assert Qwen2Model.__init__.__module__ == modeling_qwen2.__name__
+
+
+def test_overlapping_blocks_are_counted() -> None:
+    """The end of one took away what the other still needed."""
+    first, second = qwen2_fp16_fix.registered(), qwen2_fp16_fix.registered()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert qwen2_fp16_fix.is_fixed(AutoModelForCausalLM.from_config(config(TINY)))
+    qwen2_fp16_fix.unregister()  # ends register(), not a block
+    assert qwen2_fp16_fix.is_fixed(Qwen2ForCausalLM(config(TINY)))
+    assert all(qwen2_fp16_fix.status()["registered"].values())
+    second.__exit__(None, None, None)
+    assert not construction.is_watching()
+    assert not any(qwen2_fp16_fix.status()["registered"].values())
+
+
+def test_register_outlives_blocks() -> None:
+    with qwen2_fp16_fix.registered():
+        qwen2_fp16_fix.register()
+    assert qwen2_fp16_fix.is_fixed(Qwen2ForCausalLM(config(TINY)))
+
+
+def test_blocks_in_threads() -> None:
+    """Each thread builds fixed models in its blocks, whatever the others do meanwhile."""
+    tiny = config(TINY, num_hidden_layers=2)
+    fixed: list[bool] = []
+
+    def work() -> None:
+        for _ in range(6):
+            with qwen2_fp16_fix.registered():
+                fixed.append(qwen2_fp16_fix.is_fixed(Qwen2Model(tiny)))
+                fixed.append(qwen2_fp16_fix.is_fixed(AutoModel.from_config(tiny)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fixed == [True] * 48
+    assert not construction.is_watching()
+
+
+def test_stock_models_is_for_one_thread() -> None:
+    """A scan in one thread must not switch the fix off for a server in another."""
+    with qwen2_fp16_fix.registered(), qwen2_fp16_fix.stock_models():
+        assert qwen2_fp16_fix.is_fixed(in_a_thread(lambda: Qwen2Model(config(TINY))))
+        assert not qwen2_fp16_fix.is_fixed(Qwen2Model(config(TINY)))
+
+
+@pytest.mark.parametrize(
+    "thing", [None, 3, "path", nn.Linear(1, 1), Qwen2Model, object()], ids=lambda thing: type(thing).__name__
+)
+def test_is_fixed_takes_anything(thing: Any) -> None:
+    assert qwen2_fp16_fix.is_fixed(thing) is False
+
+
+def test_stock_is_not_fixed(source: Any) -> None:
+    model = copy.deepcopy(source)
+    assert qwen2_fp16_fix.is_fixed(model) is False
+    assert qwen2_fp16_fix.is_fixed(qwen2_fp16_fix.fix(model)) is True
+    model.model.layers[0].mlp.__class__ = ORIGINAL.Qwen2MLP
+    assert qwen2_fp16_fix.is_fixed(model) is False
+
+
+def test_nothing_of_ours_is_kept_alive() -> None:
+    """A class that was derived while registered can go."""
+    with qwen2_fp16_fix.registered():
+        derived_later()
+    gc.collect()
+    assert not [kind for kind in Qwen2Model.__subclasses__() if kind.__name__ == "Later"]
+
+
+# What a checkpoint brings along.
+
+OWN_CODE = """
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model as Stock, PreTrainedModel
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+class OwnModel(Stock):
+    def forward(self, *args, **kwargs):
+        self.__dict__["ran"] = True
+        return super().forward(*args, **kwargs)
+
+class OwnForCausalLM(Qwen2ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OwnModel(config)
+
+class AlikeModel(PreTrainedModel):
+    config_class = Qwen2Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(qwen2.Qwen2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = qwen2.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = qwen2.Qwen2RotaryEmbedding(config=config)
+        self.post_init()
+    def forward(self, input_ids):
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1])[None]
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=self.rotary_emb(hidden, positions))
+        return self.norm(hidden)
+
+class ForeignModel(PreTrainedModel):
+    config_class = Qwen2Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+    def forward(self, input_ids):
+        return self.norm(self.embed_tokens(input_ids))
+"""
+FIXED = {"OwnModel": True, "OwnForCausalLM": True, "AlikeModel": True, "ForeignModel": False}
+
+
+def with_code(folder: Path, path: Path, name: str) -> Path:
+    """The checkpoint with code of its own in its auto_map."""
+    auto = "AutoModelForCausalLM" if name.endswith("LM") else "AutoModel"
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    (path / "modeling_own.py").write_text(OWN_CODE)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"auto_map": {auto: f"modeling_own.{name}"}}))
+    return path
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_checkpoints_own_code_loads_and_is_fixed_or_warned_of(name: str, folder: Path, tmp_path: Path) -> None:
+    """From 5.5 a class registered from elsewhere goes before it: a bidirectional embedder became a causal Qwen2."""
+    path = with_code(folder, tmp_path / f"own_{name}", name)
+    auto = AutoModelForCausalLM if name.endswith("LM") else AutoModel
+    with qwen2_fp16_fix.registered(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", qwen2_fp16_fix.NotFixedWarning)
+        model = auto.from_pretrained(path, trust_remote_code=True, dtype=torch.float16, attn_implementation="eager")
+        plain = AutoModel.from_pretrained(path)
+    assert type(model).__name__ == name
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert qwen2_fp16_fix.is_fixed(model) is FIXED[name]
+    told = [one for one in said if issubclass(one.category, qwen2_fp16_fix.NotFixedWarning)]
+    assert len(told) == (0 if FIXED[name] else 1)
+    assert type(plain) is qwen2_fp16_fix.Qwen2Model  # without trust_remote_code its code does not run, as in stock
+    with torch.no_grad():
+        found = model(input_ids=PROMPT)
+    found = found if isinstance(found, torch.Tensor) else found[0]
+    assert torch.isfinite(found).all()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    return with_code(Path(qwen2_fp16_fix.__file__).parent / "demo_checkpoint", tmp_path / "own_demo", "OwnModel")
+
+
+def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
+    """`certify` said Proven and `doctor` that all is well about a model that does not load."""
+    found = qwen2_fp16_fix.certify(own)
+    assert not found["proven"]
+    assert "modeling_own.OwnModel" in found["verdict"]
+    scanned = qwen2_fp16_fix.scan(own, [[5, 6, 7]])
+    assert scanned["foreign_code"] == "modeling_own.OwnModel"
+    assert "modeling_own.OwnModel" in scanned["verdict"]
+    with pytest.raises(qwen2_fp16_fix.ExportError, match="OwnModel"):
+        qwen2_fp16_fix.export(own, own.parent / "out")
+    from qwen2_fp16_fix.diagnosis.checkpoint import examine
+
+    assert [problem.code for problem in examine(own)[2]] == ["checkpoint.foreign_code"]
+
+
+def test_verify_says_so_too(own: Path) -> None:
+    found = qwen2_fp16_fix.verify(own, "And the LORD said unto Moses, go", window=8)
+    assert not found["passed"]
+    assert "modeling_own.OwnModel" in found["verdict"]
+
+
+def test_a_loaded_model_with_a_forward_of_its_own_is_not_proven(source: Any) -> None:
+    """The bounds are those of transformers' forward."""
+    with qwen2_fp16_fix.registered():
+        model = OwnForward(source.config).half()
+    assert "OwnForward has a forward of its own, which is not bounded here" in qwen2_fp16_fix.certify(model)["reasons"]
+
+
+# Attention functions.
+
+
+def stock_attention(monkeypatch: pytest.MonkeyPatch, name: str, function: Any) -> None:
+    table = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(table._global_mapping, name, function)
+    masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks._global_mapping, name, masks["eager"])
+
+
+def copied() -> Any:
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    return eager_attention_forward
+
+
+def wrapping(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+STOCK_EAGER = {
+    "itself": modeling_qwen2.eager_attention_forward,
+    "another model's": copied(),
+    "partial": functools.partial(copied()),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["eager", "mine", "sdpa"])
+@pytest.mark.parametrize("kind", STOCK_EAGER)
+def test_ours_stands_in_for_stocks_eager_under_any_name(
+    kind: str, name: str, compiled: bool, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered, it ran in place of ours: NaN, and `status` named no problem."""
+    expected = qwen2_fp16_fix.fix(copy.deepcopy(source).half())(input_ids=PROMPT).logits
+    stock_attention(monkeypatch, name, STOCK_EAGER[kind])
+    model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
+    model.set_attn_implementation(name)
+    assert qwen2_fp16_fix.status(model)["model"]["problem"] is None
+    torch._dynamo.reset()
+    run: Any = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    found = run(input_ids=PROMPT, use_cache=False).logits
+    # a compiler takes addcmul apart and rounds in fp32 once more: a float16 step of a logit of 4
+    torch.testing.assert_close(found, expected, atol=4e-3 if compiled else 0, rtol=0)
+
+
+INSIDE = {"wraps": wrapping(copied()), "partial": functools.partial(copied(), dropout=0.0)}
+
+
+@pytest.mark.parametrize("function", INSIDE.values(), ids=INSIDE)
+def test_stocks_eager_inside_something_else_is_refused(
+    function: Any, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock_attention(monkeypatch, "mine", function)
+    model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
+    model.set_attn_implementation("mine")
+    assert "mine" in qwen2_fp16_fix.status(model)["model"]["problem"]
+    with pytest.raises(qwen2_fp16_fix.HalfPrecisionScoresError, match="mine"):
+        model(input_ids=PROMPT)
+
+
+def test_another_function_is_called(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def mine(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        calls.append(query.dtype)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    stock_attention(monkeypatch, "mine", mine)
+    model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
+    model.set_attn_implementation("mine")
+    model(input_ids=PROMPT)
+    assert calls == [torch.float16] * TINY.layers
+
+
+# Classes made at runtime.
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """This process alone, by gloo."""
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fully_shard_renames_classes(source: Any) -> None:
+    """FSDPQwen2DecoderLayer: `status` said that what is fixed is not."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
+    expected = model(input_ids=PROMPT).logits
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert type(model.model.layers[0]).__name__ == "FSDPQwen2DecoderLayer"
+    status = qwen2_fp16_fix.status(model)["model"]
+    assert (status["fixed"], status["problem"], status["code"]) == (True, None, "package")
+    assert status["parts"]["Qwen2DecoderLayer"] == {"fixed": TINY.layers, "total": TINY.layers}
+    assert len(status["ranges"]) == TINY.layers
+    assert qwen2_fp16_fix.is_fixed(model)
+    found = model(input_ids=PROMPT).logits
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)  # by token now: a float16 step of a logit of 16
+    assert qwen2_fp16_fix.fix(model) is model  # it is
+    with pytest.raises(qwen2_fp16_fix.PatchConflictError, match="fully_shard"):
+        qwen2_fp16_fix.unfix(model)
+    assert qwen2_fp16_fix.is_fixed(model)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_is_sharded_first_says_why_it_cannot_be_fixed(source: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = copy.deepcopy(source).half()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    assert not qwen2_fp16_fix.is_fixed(model)
+    with pytest.raises(qwen2_fp16_fix.PatchConflictError, match="fully_shard"):
+        qwen2_fp16_fix.fix(model)
+    assert not any(type(module).__module__.startswith("qwen2_fp16_fix") for module in model.modules())
+
+
+def test_layers_wrapped_afterwards_stay_fixed(source: Any) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    status = qwen2_fp16_fix.status(model)["model"]
+    assert (status["fixed"], status["problem"]) == (True, None)
+    assert len(status["ranges"]) == TINY.layers
+    assert qwen2_fp16_fix.is_fixed(qwen2_fp16_fix.fix(model))
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=PROMPT).logits).all()
+
+
+# What is saved.
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def save_everything(kind: Any, folder: Path, out: Path) -> None:
+    """Checkpoint, adapters with and without a task, a prompt, and what training writes."""
+    peft = pytest.importorskip("peft")
+    model = kind.from_pretrained(folder, dtype=torch.float16)
+    model.save_pretrained(out / "model")
+    model.generation_config.save_pretrained(out / "generation")
+    for name, thing in (("config", model.config), ("generation", model.generation_config)):
+        (out / f"{name}.pickle").write_bytes(pickle.dumps(thing))
+    torch.save(model.state_dict(), out / "state.pt")
+    for task in (None, "CAUSAL_LM"):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type=task)
+        inner = kind.from_pretrained(folder, dtype=torch.float16)
+        peft.get_peft_model(inner, lora).save_pretrained(out / f"lora-{task}")
+    optimiser = torch.optim.AdamW(model.parameters())
+    torch.save(optimiser.state_dict(), out / "optimizer.pt")
+    arguments = transformers.TrainingArguments(output_dir="x", report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model, arguments)
+    trainer.save_model(out / "trainer")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks transformers for it
+def test_nothing_of_ours_is_in_a_saved_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT wrote `parent_library: qwen2_fp16_fix.patches…`, and then refused to load the adapter."""
+    from transformers import trainer_utils
+
+    monkeypatch.setattr(trainer_utils.time, "time", lambda: 0.0, raising=False)
+    save_everything(AutoModelForCausalLM, folder, make(tmp_path / "stock"))
+    with qwen2_fp16_fix.registered():
+        assert qwen2_fp16_fix.is_fixed(AutoModelForCausalLM.from_pretrained(folder))
+        save_everything(AutoModelForCausalLM, folder, make(tmp_path / "ours"))
+    stock, ours = files_of(tmp_path / "stock"), files_of(tmp_path / "ours")
+    assert stock.keys() == ours.keys()
+    assert not [name for name, content in ours.items() if b"qwen2_fp16_fix" in content]
+    differing = [name for name in stock if stock[name] != ours[name] and not name.endswith("training_args.bin")]
+    assert not differing  # training arguments hold the time and the machine's name
+
+
+def make(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("registered", [True, False])
+def test_an_adapter_without_a_task_loads_again(registered: bool, folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with qwen2_fp16_fix.registered():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    if registered:
+        qwen2_fp16_fix.register()
+    loaded = peft.AutoPeftModel.from_pretrained(tmp_path)
+    assert qwen2_fp16_fix.is_fixed(loaded) is registered
+
+
+def test_a_pickle_names_our_files(source: Any) -> None:
+    """So that a process without the fix says so, in place of building a stock model."""
+    written = io.BytesIO()
+    torch.save(qwen2_fp16_fix.Qwen2ForCausalLM(source.config), written)
+    assert b"qwen2_fp16_fix.patches.modeling_qwen2_fp16" in written.getvalue()
+
+
+class OwnStack(ORIGINAL.Qwen2PreTrainedModel):  # type: ignore[misc, name-defined]
+    """Holds Qwen2's layers, norm and rotation as a Qwen2Model does, and is none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ORIGINAL.Qwen2DecoderLayer(config, index) for index in range(2))
+        self.norm = ORIGINAL.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = ORIGINAL.Qwen2RotaryEmbedding(config)
+        self.post_init()
+
+
+def test_a_stack_of_qwen2s_parts_is_fixed() -> None:
+    """Nobody was told of it: the class is no Qwen2Model, and no checkpoint's own."""
+    with qwen2_fp16_fix.registered():
+        assert qwen2_fp16_fix.is_fixed(OwnStack(config(TINY)))
+    assert not qwen2_fp16_fix.is_fixed(OwnStack(config(TINY)))
+
+
+def test_what_a_command_builds_is_what_it_says(tmp_path: Path) -> None:
+    """`verify` inside `stock_models` would have measured stock under the name of fixed."""
+    from qwen2_fp16_fix import demo
+
+    build(TINY, ()).save_pretrained(tmp_path)
+    with qwen2_fp16_fix.stock_models():
+        assert qwen2_fp16_fix.is_fixed(demo.load(tmp_path, True, torch.float16, "eager"))
+    with qwen2_fp16_fix.registered():
+        assert not qwen2_fp16_fix.is_fixed(demo.load(tmp_path, False, torch.float16, "eager"))

@@ -1,0 +1,361 @@
+"""What cannot be fixed ends in one clear sentence, and nothing is left half patched."""
+
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import qwen2_fp16_fix as q
+from qwen2_fp16_fix.launch import launcher as launch
+from qwen2_fp16_fix.patches import structure, version_map
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL, PARTS
+from tests.stress.models import TINY, build, config
+
+
+def classes_of(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def refuses(error: type[Exception], model: Any, *words: str) -> None:
+    """`fix` raises `error` with `words` in its one sentence, and has changed no class."""
+    before = classes_of(model) if isinstance(model, nn.Module) else []
+    with pytest.raises(error) as caught:
+        q.fix(model)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+    assert not before or classes_of(model) == before
+
+
+ERRORS = [getattr(q, name) for name in q.__all__ if name.endswith("Error")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_pipeline_cannot_swallow_our_errors(error: type) -> None:
+    """pipeline() catches these four from a registered class and goes on with the stock class."""
+    assert not issubclass(error, (OSError, ValueError, TypeError, RuntimeError))
+    assert issubclass(error, q.Qwen2FP16FixError)
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, "Qwen/Qwen2-7B"], ids=["module", "None", "path"])
+def test_not_a_qwen2(thing: Any) -> None:
+    refuses(q.NotQwen2Error, thing, "no Qwen2")
+
+
+def test_another_architecture() -> None:
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    refuses(q.NotQwen2Error, llama, "LlamaForCausalLM")
+
+
+@pytest.mark.filterwarnings("ignore:.*token_id must be")
+@pytest.mark.parametrize(("name", "title"), [("Qwen2VL", "Qwen2-VL"), ("Qwen2_5_VL", "Qwen2.5-VL")])
+def test_the_models_with_pictures_are_refused_and_the_pages_say_so(name: str, title: str) -> None:
+    """The pages said that their text model was covered: it is a class of its own, with rotations of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    rotation = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    tower = {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 32, "intermediate_size": 32}
+    settings = getattr(transformers, f"{name}Config")(
+        text_config=sizes | heads | rotation, vision_config=tower | {"out_hidden_size": 32, "mlp_ratio": 2}
+    )
+    refuses(q.NotQwen2Error, getattr(transformers, f"{name}ForConditionalGeneration")(settings), "no Qwen2")
+    for page in ("README.md", "README.zh-CN.md", "docs/troubleshooting.md", "docs/troubleshooting.zh.md"):
+        text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+        said = [part for part in re.split(r"\n\n|\n- ", text) if title in part and "`fix`" in part]
+        assert len(said) == 1, page
+        assert "`Qwen2Model`" in said[0]
+
+
+def test_a_norm_replaced_by_another_tool() -> None:
+    """As Liger replaces them in a loaded model: modules of a class of its own."""
+
+    class LigerRMSNorm(nn.Module):
+        pass
+
+    model = build(TINY, ())
+    model.model.layers[2].input_layernorm = LigerRMSNorm()
+    refuses(q.PatchConflictError, model, "layers.2.input_layernorm", "LigerRMSNorm", "another tool")
+
+
+def test_a_subclass_of_a_part() -> None:
+    """A subclass may override what the fix relies on, as Unsloth's do, and FSDP2 goes by its own."""
+    model = build(TINY, ())
+    own = type("OwnLayer", (ORIGINAL.Qwen2DecoderLayer,), {"forward": lambda self, hidden_states: hidden_states})
+    model.model.layers[2].__class__ = own
+    refuses(q.PatchConflictError, model, "layers.2", "OwnLayer")
+    model = build(TINY, ())
+    model.model.layers[1].__class__ = type("FSDPQwen2DecoderLayer", (ORIGINAL.Qwen2DecoderLayer,), {})
+    refuses(q.PatchConflictError, model, "layers.1", "FSDPQwen2DecoderLayer")
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm"])
+def test_a_forward_bound_to_one_module(part: str) -> None:
+    """As Liger and Unsloth patch instances: the class's forward, ours or stock's, would never run."""
+    model = build(TINY, ())
+    module = getattr(model.model.layers[0], part)
+
+    def fast_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    module.forward = types.MethodType(fast_forward, module)
+    refuses(q.PatchConflictError, model, f"layers.0.{part}", "fast_forward")
+    status = q.status(model)["model"]
+    assert not status["fixed"]
+    assert "fast_forward" in status["problem"]
+
+
+def test_a_forward_bound_after_the_fix_shows_in_status() -> None:
+    model = q.fix(build(TINY, ()))
+    attention = model.model.layers[0].self_attn
+    attention.forward = types.MethodType(ORIGINAL.Qwen2Attention.forward, attention)
+    assert not q.status(model)["model"]["fixed"]
+
+
+@pytest.mark.parametrize("name", ["Qwen2Attention", "Qwen2MLP", "Qwen2Model", "Qwen2ForCausalLM"])
+def test_a_forward_patched_on_a_stock_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Unsloth patches: `Qwen2Attention.forward = …` for the whole process, before or after we are imported."""
+
+    def fast_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    model = build(TINY, ())
+    monkeypatch.setattr(getattr(ORIGINAL, name), "forward", fast_forward)
+    refuses(q.PatchConflictError, model, name, "fast_forward")
+    with pytest.raises(q.PatchConflictError):
+        q.Qwen2ForCausalLM(config(TINY))
+
+
+def test_a_class_replaced_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Liger patches: `modeling_qwen2.Qwen2RMSNorm = LigerRMSNorm`, so that models built later carry it."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    class LigerRMSNorm(nn.Module):
+        def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+            super().__init__()
+
+    monkeypatch.setattr(modeling_qwen2, "Qwen2RMSNorm", LigerRMSNorm)
+    with pytest.raises(q.PatchConflictError, match="LigerRMSNorm"):
+        q.Qwen2ForCausalLM(config(TINY))
+
+
+def test_meta_tensors() -> None:
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config(TINY))
+    refuses(q.MetaTensorError, model, "meta device")
+
+
+def test_a_fault_half_way_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check comes first, but a fault in the exchange itself must not leave half a fix either."""
+    model = build(TINY, ()).half()
+    before = classes_of(model)
+
+    def adopt(self: Any, stock: type) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PARTS["Qwen2RotaryEmbedding"], "adopt", adopt)
+    with pytest.raises(MemoryError):
+        q.fix(model)
+    assert classes_of(model) == before
+
+
+@pytest.mark.parametrize("version", ["4.36.2", "3.0", "not-a-version"])
+def test_an_unsupported_release(version: str) -> None:
+    with pytest.raises(q.UnsupportedTransformersError) as caught:
+        version_map.range_for(version)
+    assert version in str(caught.value)
+    assert version_map.SUPPORTED in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "module"),
+    [("4.37.0", "v4_37"), ("4.46.0rc1", "v4_45"), ("4.53.0.dev0", "v4_53"), ("5.23.0", "v5_4"), ("5.24.0", "v5_24")],
+)
+def test_pre_releases_count_as_their_release(version: str, module: str) -> None:
+    """`4.46.0rc1` is in no specifier range as it stands."""
+    assert version_map.range_for(version).module == module
+
+
+def test_a_newer_release_is_untested_and_says_so(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    program = """
+import transformers.processing_utils  # loads transformers a second time under the same name
+import transformers, warnings
+transformers.__version__ = "5.99.0"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import qwen2_fp16_fix
+    qwen2_fp16_fix.register()
+    qwen2_fp16_fix.register()
+ours = [w for w in caught if issubclass(w.category, qwen2_fp16_fix.UntestedTransformersWarning)]
+found = qwen2_fp16_fix.status()
+print(len(ours), "5.99.0" in str(ours[0].message), found["tested"], all(found["registered"].values()))
+"""
+    done = python("-c", program)
+    assert done.stdout.split() == ["1", "True", "False", "True"], done.stderr
+
+
+def test_an_old_release_is_refused_everywhere(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    program = """
+import transformers.processing_utils
+import transformers
+transformers.__version__ = "4.36.2"
+import qwen2_fp16_fix as q
+for use in (lambda: q.register(), lambda: q.fix(None), lambda: q.Qwen2ForCausalLM):
+    try:
+        use()
+    except q.UnsupportedTransformersError as error:
+        print(str(error).startswith("transformers 4.36.2 is installed"))
+print(q.status()["problem"].startswith("transformers 4.36.2"), q.status()["patch"])
+"""
+    done = python("-c", program)
+    assert done.stdout.split() == ["True"] * 4 + ["None"], done.stderr
+
+
+def altered(name: str, **attributes: Any) -> types.SimpleNamespace:
+    """The stock classes with one of them changed, as a future release might."""
+    changed = type(name, (getattr(ORIGINAL, name),), {"__module__": ORIGINAL.__name__, **attributes})
+    return types.SimpleNamespace(**{**vars(ORIGINAL), name: changed})
+
+
+def in_transformers(function: Any) -> Any:
+    function.__module__ = ORIGINAL.__name__
+    return function
+
+
+def test_the_installed_source_has_the_known_shape() -> None:
+    structure.check_structure(ORIGINAL, PARTS, transformers.__version__)
+
+
+def test_a_renamed_parameter_is_an_unknown_shape() -> None:
+    def forward(
+        self: Any, states: Any, position_embeddings: Any, attention_mask: Any, past_key_values: Any
+    ) -> None: ...
+
+    with pytest.raises(q.UnsupportedTransformersError, match=r"found Qwen2Attention.forward\(states, "):
+        structure.check_structure(altered("Qwen2Attention", forward=in_transformers(forward)), PARTS, "5.99.0")
+
+
+def test_a_step_that_is_gone_is_an_unknown_shape() -> None:
+    def forward(self: Any, hidden_states: Any) -> Any:
+        return self.weight * hidden_states
+
+    with pytest.raises(q.UnsupportedTransformersError, match="Qwen2RMSNorm without rsqrt"):
+        structure.check_structure(altered("Qwen2RMSNorm", forward=in_transformers(forward)), PARTS, "5.99.0")
+
+
+def test_a_class_that_is_gone_is_an_unknown_shape() -> None:
+    gone = types.SimpleNamespace(**{**vars(ORIGINAL), "Qwen2RotaryEmbedding": None})
+    with pytest.raises(q.UnsupportedTransformersError, match="no class Qwen2RotaryEmbedding"):
+        structure.check_structure(gone, PARTS, "5.99.0")
+
+
+def test_paged_eager_attention_is_refused() -> None:
+    """transformers' continuous batching has an eager function of its own, with float16 scores."""
+    model = q.fix(build(TINY, ("scores",), attn_implementation="eager").half())
+    model.config._attn_implementation = "paged|eager"
+    with pytest.raises(q.HalfPrecisionScoresError, match=r"paged\|sdpa"), torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    """transformers' own error stands: registering must not turn it into a success or another model."""
+    with q.registered(), pytest.raises((OSError, ValueError)):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_registration_that_does_not_take_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look-up after registering is what counts, whatever register() returned."""
+    from qwen2_fp16_fix.registration import register as registration
+
+    monkeypatch.setattr(registration, "is_registered", lambda auto: False)
+    with pytest.raises(q.RegistrationError, match="AutoModel"):
+        q.register()
+    monkeypatch.undo()
+    assert not any(q.status()["registered"].values())
+
+
+COMMAND = ("-m", "qwen2_fp16_fix")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run",), 2, "nothing to run"),
+        (("run", "--", "no-such-program-anywhere"), 2, "cannot find the program"),
+        (("run", "--", "python", "-I", "-c", "0"), 2, "keeps the fix out"),
+        (("run", "--", "python", "-sE", "x.py"), 2, "keeps the fix out"),
+        (("run", "--", "python", "-c", "import sys; sys.exit(7)"), 7, ""),
+        (("no-such-command",), 2, "No such command"),
+        (("--version",), 0, ""),
+        (("status",), 0, ""),
+    ],
+)
+def test_exit_codes(
+    python: Callable[..., subprocess.CompletedProcess[str]], arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    done = python(*COMMAND, *arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "switches",
+    ["-W ignore -I", "-X faulthandler -S", "-Bq -uE", "-OWignore -I", "--check-hash-based-pycs never -S", "-vWX -Sc"],
+)
+def test_a_switch_that_keeps_the_fix_out_is_found_behind_others(switches: str) -> None:
+    """The argument of -W ended the search, and `python -W ignore -I` ran stock Qwen2 without a word."""
+    with pytest.raises(launch.UsageError, match="keeps the fix out"):
+        launch.command_for([sys.executable, *switches.split(), "x.py"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("-Wignore::ImportWarning x.py", "-Werror::SyntaxWarning x.py", "-W Error -u x.py", "-XSIE x.py", "-X E x.py"),
+        *("x.py -I", "-cimport.SIE", "-c SIE -I", "-um pytest -S", "-mEIS", "- -I", "-- -I", "-u", "-W"),
+        *("--version -b", "--check-hash-based-pycs -S x.py"),
+    ],
+)
+def test_letters_in_arguments_are_no_switches(arguments: str) -> None:
+    """`-Wignore::ImportWarning` was refused for its I."""
+    assert launch.command_for([sys.executable, *arguments.split()])[1:] == arguments.split()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a suffix says what can be run")
+def test_a_program_that_the_system_cannot_run_is_wrong_usage(tmp_path: Path, python: Callable[..., Any]) -> None:
+    """An executable without its first line `#!/bin/sh` was a traceback."""
+    program = tmp_path / "program"
+    program.write_text("echo ran")
+    program.chmod(0o755)
+    done = python(*COMMAND, "run", "--", str(program))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"qwen2-fp16-fix: {program} cannot be run (Exec format error)")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_run_with_an_unsupported_release_ends_the_program(
+    tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Going on with stock would be silent; an exception could be swallowed by the program."""
+    package = tmp_path / "transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '4.36.2'\nclass Qwen2Config: pass\n")
+    program = "try:\n    import transformers\nexcept Exception:\n    pass\nprint('went on')"
+    root = str(Path(__file__).parents[2])
+    done = python(*COMMAND, "run", "--", "python", "-c", program, PYTHONPATH=f"{tmp_path}:{root}")
+    assert done.returncode == 3
+    assert "went on" not in done.stdout
+    assert done.stderr.startswith("qwen2-fp16-fix: ")

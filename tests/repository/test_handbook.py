@@ -1,0 +1,279 @@
+"""The handbook and the READMEs: what they show runs, what it names is there, and every page can be reached."""
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer.main
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+import benchmarks.__main__
+import qwen2_fp16_fix
+from benchmarks import report
+from benchmarks.cells import full_grid
+from qwen2_fp16_fix.cli import commands as cli
+from qwen2_fp16_fix.scanning import sentences as wording
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+DEMO = ROOT / "qwen2_fp16_fix" / "demo_checkpoint"
+READMES = {"README.md": "overview.md", "README.zh-CN.md": "overview.zh.md"}  # as tools/handbook.py names them
+TRANSLATED = ("index", "troubleshooting")
+FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+TYPED = {
+    "qwen2-fp16-fix": typer.main.get_command(cli.app),
+    ".venv/bin/python -m benchmarks": typer.main.get_command(benchmarks.__main__.app),
+}
+UNCHECKED = {"pip", "pip-compile"}  # programs of others, in blocks that are not run
+# What a command is given besides, so that it asks no Hub and takes seconds.
+BESIDES = {"push": ["--dry-run"], "verify": ["--tokens", "256", "--window", "128"]}
+ONLY_LOOK = {"certify", "demo", "doctor", "verify"}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    code: str
+    reason: str | None  # why it is not run
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    for found in FENCE.finditer(read(page)):
+        yield Block(page.name, found["language"], found["code"], found["reason"])
+
+
+def code_only(code: str) -> str:
+    return re.sub(r"\s*#.*", "", code)
+
+
+PAGES = sorted(DOCS.glob("*.md"))
+SHOWN = [*(ROOT / name for name in READMES), *PAGES]
+BLOCKS = [block for page in SHOWN for block in blocks_of(page)]
+RUN = {block.language + code_only(block.code): block for block in reversed(BLOCKS) if block.reason is None}  # once each
+SHELL = [block for block in RUN.values() if block.language == "sh"]
+PYTHON = [block for block in RUN.values() if block.language == "python"]
+
+
+def commands_of(code: str) -> list[list[str]]:
+    return [words for line in code.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def fill(text: str, **values: object) -> str:
+    """Puts paths where a page says PATH, OUT and the like."""
+    for name, value in values.items():
+        text = re.sub(rf"(?<![\w/]){name.replace('__', '/')}(?!\w)", str(value), text)
+    return text
+
+
+def name_of(block: Block) -> str:
+    return f"{block.page}: {block.code.strip().splitlines()[0][:40]}"
+
+
+def test_no_block_escapes() -> None:
+    """A fence in a language no test knows would rot unseen, and so would one that the pattern does not match."""
+    assert {block.language for block in BLOCKS} <= {"sh", "python", "dockerfile", ""}
+    assert 2 * len(BLOCKS) == sum(len(re.findall(r"^ *```", read(page), re.M)) for page in SHOWN)
+    assert not re.search(r"<!-- not run: .*-->\n(?!```)", "".join(map(read, SHOWN)))
+
+
+@pytest.fixture(scope="module")
+def looked_at() -> list[list[str]]:
+    """Commands that have passed and, because they only look, need not pass twice."""
+    return []
+
+
+@pytest.mark.parametrize("block", SHELL, ids=name_of)
+def test_commands_do_what_the_page_says(
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    python: Callable[..., Any],
+    looked_at: list[list[str]],
+) -> None:
+    """Every command of this project ends as it should on the demo checkpoint, in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    for words in commands_of(fill(block.code, PATH=DEMO, OUT=tmp_path / "out")):
+        assert words[0] == "qwen2-fp16-fix", f"mark the block or teach this test to run {words[0]}"
+        if words[1] == "run":  # it takes the place of its process
+            done = python("-m", "qwen2_fp16_fix", *words[1:])
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == "True\n"
+        elif words not in looked_at:
+            result = CliRunner().invoke(cli.app, words[1:] + BESIDES.get(words[1], []))
+            expected = 1 if words[1] == "scan" and "--fixed" not in words else 0  # the demo's stock float16 breaks
+            assert result.exit_code == expected, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
+            if words[1] in ONLY_LOOK:
+                looked_at.append(words)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for a repository on the Hub."""
+    return Path(qwen2_fp16_fix.export(DEMO, tmp_path_factory.mktemp("hub") / "exported"))
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=name_of)
+def test_python_runs_as_it_stands(
+    block: Block, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Complete with its imports, on the demo checkpoint; what it asserts holds, and it prints no exclamation marks."""
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    exec(compile(fill(block.code, PATH=DEMO, OWNER__NAME=exported), block.page, "exec"), variables)
+    assert "!!!!" not in capsys.readouterr().out
+    if "model" in variables:
+        found = qwen2_fp16_fix.status(variables["model"])["model"]
+        assert found["fixed"], found
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason], ids=name_of)
+def test_what_is_not_run_is_read(block: Block) -> None:
+    """A renamed option, command or target must turn red here too, where running would take a network or minutes."""
+    if block.language == "python":
+        ast.parse(block.code)
+        return
+    for words in commands_of(block.code):
+        program = " ".join(words[:3]) if words[0].endswith("python") else words[0]
+        if program == "make":
+            phony = re.search(r"^\.PHONY: (.*)$", read(ROOT / "Makefile"), re.M)
+            assert phony is not None
+            assert words[1] in phony[1].split()
+        elif program in TYPED:
+            assert_parses(TYPED[program], words[len(program.split()) :])
+        else:
+            assert program in UNCHECKED
+
+
+def assert_parses(command: Any, arguments: list[str]) -> None:
+    """Raises UsageError for an option that is not there, KeyError for a command."""
+    context = command.make_context("", list(arguments))
+    if rest := [*context._protected_args, *context.args]:
+        command.commands[rest[0]].make_context(rest[0], rest[1:], parent=context)
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_translations_show_the_same_code(name: str) -> None:
+    english, chinese = (list(blocks_of(DOCS / f"{name}{suffix}.md")) for suffix in ("", ".zh"))
+    assert [code_only(block.code) for block in english] == [code_only(block.code) for block in chinese]
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_translations_name_the_same_things(name: str) -> None:
+    """A symptom, an error or a source that only one language has is one the other's readers do not find."""
+
+    def things(text: str) -> tuple[int, list[str], list[str]]:
+        headings = len(re.findall(r"^##+ ", text, re.M))
+        return headings, sorted(re.findall(r"https?://[^)]+", text)), sorted(set(re.findall(r"`(\w+Error)`", text)))
+
+    assert things(read(DOCS / f"{name}.md")) == things(read(DOCS / f"{name}.zh.md"))
+
+
+def test_errors_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`(\w+(?:Error|Warning))`", read(page)):
+            assert name in qwen2_fp16_fix.__all__, (page.name, name)
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    listed = re.findall(r"^::: qwen2_fp16_fix\.(\w+)$", read(DOCS / "api.md"), re.M)
+    assert sorted(listed) == sorted(set(qwen2_fp16_fix.__all__) - {"__version__"})
+
+
+def targets(tree: Any) -> Iterator[str]:
+    """The pages of a navigation, which is lists of one-entry dicts down to names."""
+    if isinstance(tree, str):
+        yield tree
+    else:
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from targets(branch)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = sorted(targets(yaml.safe_load(read(ROOT / "mkdocs.yml"))["nav"]))
+    assert navigation == sorted([*(page.name for page in PAGES), *READMES.values()])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of its headings, as GitHub and mkdocs both make them from plain ASCII."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(FENCE, "", read(page)), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
+def test_every_relative_link_resolves(page: Path) -> None:
+    """In a checkout as on the site: what leaves docs/ may only be a README, which the site has too."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(FENCE, "", read(page))):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), link
+        assert target.parent == DOCS or target.name in READMES, link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_page_shows_the_figures_that_are_kept() -> None:
+    """Nobody types a measurement: `python -m benchmarks document FILE.json` puts them there."""
+    kept = [json.loads(read(path)) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    assert any(report.markdown(found) in read(DOCS / "performance.md") for found in kept)
+
+
+KEPT = json.loads(read(ROOT / "benchmarks" / "results" / "x86_64-cpu-2-threads.json"))
+
+
+def fixed_ratios(phase: str, tokens: Iterable[int], batches: Iterable[int] = (1,)) -> list[float]:
+    """Of fixed float16 against stock, not compiled, by width, attention and batch in the order of the grid."""
+    wanted = set(product((phase,), tokens, batches, ("fixed fp16",), (False,)))
+    fields = ("phase", "tokens", "batch", "variant", "compiled")
+    return [cell["median"] for cell in KEPT["cells"] if tuple(cell[field] for field in fields) in wanted]
+
+
+def span(ratios: list[float], to: str = "to") -> str:
+    return f"{min(ratios):.2f} {to} {max(ratios):.2f}"
+
+
+def test_the_page_sums_up_the_figures_that_are_kept() -> None:
+    """It said "the longer the context, the less", which a row denies, and nothing of the cells that were left out."""
+    page = " ".join(read(DOCS / "performance.md").split())
+    assert f"{len(KEPT['cells'])} cells of the {len(list(full_grid()))} that" in page
+    shorter, longer = (fixed_ratios("decode", (context,), (1, 8)) for context in (1024, 4096))
+    assert span(shorter) in page
+    assert span(longer) in page
+    assert sum(after >= before for before, after in zip(shorter, longer, strict=True)) == 1
+    assert "less again in every row but one" in page
+
+
+@pytest.mark.parametrize(("readme", "to"), [("README.md", "to"), ("README.zh-CN.md", "至")])
+def test_the_readmes_sum_up_the_figures_that_are_kept(readme: str, to: str) -> None:
+    text = read(ROOT / readme)
+    assert span(fixed_ratios("prefill", (128, 512, 2048)), to) in text
+    for context in (64, 1024):
+        assert span(fixed_ratios("decode", (context,)), to) in text
+
+
+def test_the_picture_shows_the_demo_as_it_is_now() -> None:
+    """Its description is the verdicts it was drawn with. To draw it anew, run the commands of the page."""
+    verdicts = [wording.verdict(qwen2_fp16_fix.scan(DEMO, fixed=fixed), "en") for fixed in (False, True)]
+    with Image.open(DOCS / "demo-scan.png") as picture:
+        assert picture.info["Description"].splitlines() == [f"✗ {verdicts[0]}", f"✓ {verdicts[1]}"]
+
+
+def test_nothing_comes_from_another_host() -> None:
+    """mkdocs-material takes its fonts from Google unless it is told not to."""
+    settings = yaml.safe_load(read(ROOT / "mkdocs.yml"))
+    assert settings["theme"]["font"] is False
+    assert not {"extra_css", "extra_javascript", "repo_url"} & set(settings)

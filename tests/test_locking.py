@@ -1,0 +1,531 @@
+"""A lock names whatever has drifted from it, and the numerics version stands for the arithmetic that is recorded."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.models.qwen2 import modeling_qwen2 as stock
+from typer.testing import CliRunner
+
+import qwen2_fp16_fix as q
+from qwen2_fp16_fix import locking as pinning
+from qwen2_fp16_fix.cli import commands as cli
+from qwen2_fp16_fix.cli import main
+from qwen2_fp16_fix.patches import lock, version_map
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from tests.stress.models import TINY, build, config
+from tools import numerics
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lock of what runs here."""
+    return q.lock(tmp_path_factory.mktemp("lock") / "lock.json")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An exported folder, as far as a lock is concerned: the patch files and a configuration that names one."""
+    exported = tmp_path / "exported"
+    shutil.copytree(lock.HERE, exported, ignore=shutil.ignore_patterns("__pycache__"))
+    reference = {"AutoModelForCausalLM": "modeling_qwen2_fp16.Qwen2ForCausalLM"}
+    (exported / "config.json").write_text(json.dumps({"model_type": "qwen2", "auto_map": reference}))
+    return exported
+
+
+def changed(locked: Path, tmp_path: Path, **fields: Any) -> Path:
+    """The lock with other contents."""
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps({**json.loads(locked.read_text()), **fields}))
+    return path
+
+
+def test_what_is_locked_here_checks_clean(locked: Path, folder: Path) -> None:
+    assert q.check(locked) == []
+    assert q.check(locked, folder) == []
+
+
+def test_a_lock_holds_what_decides_the_numbers(locked: Path) -> None:
+    found = json.loads(locked.read_text())
+    assert {name: found[name] for name in ("format", "package", "numerics", "transformers", "torch")} == {
+        "format": lock.FORMAT,
+        "package": q.__version__,
+        "numerics": version_map.NUMERICS,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in lock.HERE.glob("*.py")}
+    assert found["patches"] == files
+    relied_on = {"apply_rotary_pos_emb", "eager_attention_forward", "create_causal_mask", "DynamicCache"}
+    relied_on |= {"ALL_ATTENTION_FUNCTIONS[sdpa]", "ROPE_INIT_FUNCTIONS[yarn]"}
+    own = {name for name, thing in vars(stock).items() if getattr(thing, "__module__", "") == stock.__name__}
+    assert {name for name in own if name.startswith("Qwen2")} | relied_on <= set(found["upstream"])
+    assert q.status()["numerics"] == version_map.NUMERICS
+
+
+def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: Path) -> None:
+    with (folder / "numerics.py").open("a") as file:
+        file.write("\n")
+    (folder / "v4_37.py").unlink()
+    (folder / "keys.so").touch()  # would be imported in place of keys.py
+    (folder / "blocks").mkdir()
+    (folder / "blocks" / "__init__.py").touch()  # likewise
+    assert q.check(locked, folder) == [
+        "keys.so is not in the lock.",
+        "numerics.py is not the file that was locked.",
+        "v4_37.py is locked and missing.",
+        "blocks/__init__.py is not in the lock.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "reference", ["other.Qwen2ForCausalLM", "someone/else--modeling_qwen2_fp16.Qwen2ForCausalLM", ["other.Slow", None]]
+)
+def test_a_configuration_that_runs_other_code_is_named(locked: Path, folder: Path, name: str, reference: Any) -> None:
+    """Whole patch files are no use where the configuration has transformers import something else."""
+    (folder / name).write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": reference}}))
+    text = reference.rpartition("--")[2] if isinstance(reference, str) else "other.Slow"  # not whose: doctor prints it
+    assert q.check(locked, folder) == [f"{name} names {text}, which is not in the lock."]
+
+
+DRIFTED_PACKAGE = """
+import json, os, sys
+import qwen2_fp16_fix as q
+from qwen2_fp16_fix import locking as pinning
+assert sys.argv[2] in q.__file__ and sys.argv[2] in str(pinning.HERE), (q.__file__, pinning.HERE)
+def error(**options):
+    try:
+        q.register(**options)
+    except q.LockError as caught:
+        return str(caught)
+os.environ["QWEN2_FP16_FIX_LOCK"] = sys.argv[1]
+found = {"asked": error(), "problem": q.status()["problem"]}
+del os.environ["QWEN2_FP16_FIX_LOCK"]
+found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]), "registered": q.status()["registered"]}
+print(json.dumps(found))
+"""
+
+
+def test_an_edited_installation_is_caught(locked: Path, python: Callable[..., Any], tmp_path: Path) -> None:
+    """In a copy of the package that is really installed elsewhere and really edited."""
+    copy = tmp_path / "site"
+    shutil.copytree(ROOT / "qwen2_fp16_fix", copy / "qwen2_fp16_fix", ignore=shutil.ignore_patterns("demo_checkpoint"))
+    numerics_file = copy / "qwen2_fp16_fix" / "patches" / "numerics.py"
+    numerics_file.write_text(numerics_file.read_text().replace("dtype == torch.float16", "dtype == torch.bfloat16"))
+    (copy / "qwen2_fp16_fix" / "patches" / "extra.py").touch()
+    (copy / "program.py").write_text(DRIFTED_PACKAGE)  # with -c, the checkout would come first as the current folder
+    done = python(str(copy / "program.py"), str(locked), str(copy), PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["check"] == ["extra.py is not in the lock.", "numerics.py is not the file that was locked."]
+    for way in ("asked", "problem", "told"):
+        assert all(sentence in found[way] for sentence in found["check"]), way
+    assert found["registered"]
+    assert not any(found["registered"].values())
+
+
+DRIFTED_UPSTREAM = """
+import json, sys
+import qwen2_fp16_fix as q
+from qwen2_fp16_fix.patches import lock
+assert lock.transformers.__file__.startswith(sys.argv[2]), lock.transformers.__file__
+edited = q.check(sys.argv[1])
+lock.transformers.__version__ = "4.37.0"
+print(json.dumps({"edited": edited, "older": q.check(sys.argv[1])}))
+"""
+
+
+def test_an_edited_transformers_is_caught(locked: Path, python: Callable[..., Any], tmp_path: Path) -> None:
+    """In a transformers whose modeling_qwen2.py is really another file; the rest of it is linked."""
+    installed, copy = Path(transformers.__file__).parent, tmp_path / "transformers"
+    for inside in (Path(), Path("models"), Path("models/qwen2")):
+        (copy / inside).mkdir()
+        for entry in (installed / inside).iterdir():
+            if entry.name not in ("models", "qwen2", "__pycache__") or inside == Path("models/qwen2"):
+                (copy / inside / entry.name).symlink_to(entry)
+    edited = copy / "models" / "qwen2" / "modeling_qwen2.py"
+    source = edited.read_text()
+    edited.unlink()
+    assert "torch.rsqrt(variance + self.variance_epsilon)" in source
+    edited.write_text(source.replace("torch.rsqrt(variance + self", "torch.rsqrt(variance - self"))
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = python("-c", DRIFTED_UPSTREAM, str(locked), str(copy), PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["edited"] == ["Qwen2RMSNorm of transformers is not the code that was locked."]
+    assert found["older"][0] == f"transformers 4.37.0 is installed, {transformers.__version__} is locked."
+    assert re.fullmatch(r"Of the \d+ classes and functions .*, these differ: Qwen2RMSNorm\.", found["older"][1])
+
+
+def test_a_class_that_another_tool_has_replaced_is_named(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not what stands there now derives from what was there."""
+
+    class LigerRMSNorm(nn.Module):
+        pass
+
+    class FasterMLP(stock.Qwen2MLP):  # type: ignore[misc]
+        pass
+
+    monkeypatch.setattr(stock, "Qwen2RMSNorm", LigerRMSNorm)
+    monkeypatch.setattr(stock, "Qwen2MLP", FasterMLP)
+    monkeypatch.setattr(stock, "apply_rotary_pos_emb", lambda *args: args)
+    assert q.check(locked) == [
+        f"{name} of transformers is not there." for name in ("Qwen2MLP", "Qwen2RMSNorm", "apply_rotary_pos_emb")
+    ]
+
+
+def test_our_own_classes_under_stock_names_are_no_drift(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`qwen2-fp16-fix run` puts them there; what they stand in for is still what was locked."""
+    monkeypatch.setattr(stock, "Qwen2ForCausalLM", q.Qwen2ForCausalLM)
+    assert q.check(locked) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("torch", "2.4.0+cu121", f"torch {torch.__version__} is installed, 2.4.0+cu121 is locked."),
+        ("package", "9.9.9", f"qwen2-fp16-fix {q.__version__} is installed, 9.9.9 is locked."),
+        ("numerics", 99, f"The numerics are version {version_map.NUMERICS}, 99 is locked."),
+    ],
+)
+def test_another_version_is_named(locked: Path, tmp_path: Path, field: str, value: Any, sentence: str) -> None:
+    assert q.check(changed(locked, tmp_path, **{field: value})) == [sentence]
+
+
+def test_another_torch_is_named(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked_torch = str(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
+    assert q.check(locked) == [f"torch 2.99.0+cu999 is installed, {locked_torch} is locked."]
+
+
+def test_another_release_without_changes_says_so(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock.transformers, "__version__", "4.37.1")
+    assert q.check(locked)[1].endswith("that matter here, none differs.")
+
+
+def test_fingerprints_do_without_sources() -> None:
+    """Some installations have bytecode alone; a digest there must still tell two codes apart."""
+
+    def compiled(source: str) -> str:
+        names: dict[str, Any] = {}
+        exec(compile(source, "<no file>", "exec"), names)
+        return lock.fingerprint(names["f"])
+
+    first = "def f(x):\n    def g(): return x in {'a', 'b', 'c'}\n    return g"
+    assert compiled(first).startswith("code ")
+    assert compiled(first) == compiled("\n\n" + first)
+    assert len({compiled(first), compiled(first.replace("'c'", "'d'")), compiled("class f: pass")}) == 3
+    methods = "class f:\n    def forward(self, x): return x + 1"
+    assert compiled(methods) != compiled(methods.replace("+", "-"))
+
+
+def test_register_takes_a_lock(locked: Path, tmp_path: Path) -> None:
+    with pytest.raises(q.LockError, match=r"numerics are version \d+, 99 is locked\..* lock anew"):
+        q.register(lock=changed(locked, tmp_path, numerics=99))
+    assert not any(q.status()["registered"].values())
+    q.register(lock=locked)
+    assert all(q.status()["registered"].values())
+    q.unregister()
+    with q.registered(lock=locked):
+        assert all(q.status()["registered"].values())
+
+
+def test_the_environment_can_ask(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this was imported before the variable was set: a check that is asked for and left out is worst."""
+    monkeypatch.setenv(lock.VARIABLE, str(changed(locked, tmp_path, torch="2.4.0")))
+    stock_model = build(TINY, ())
+    before = [type(module) for module in stock_model.modules()]
+    for build_fixed in (lambda: q.Qwen2ForCausalLM(config(TINY)), lambda: q.fix(stock_model)):
+        with pytest.raises(q.LockError, match=r"2\.4\.0 is locked"):
+            build_fixed()
+    assert [type(module) for module in stock_model.modules()] == before
+    monkeypatch.setenv(lock.VARIABLE, str(locked))
+    assert q.status(q.fix(stock_model))["model"]["fixed"]
+    monkeypatch.setenv(lock.VARIABLE, str(tmp_path / "absent.json"))
+    with pytest.raises(q.LockFileError, match=r"absent\.json cannot be read as a lock"):
+        q.Qwen2ForCausalLM(config(TINY))
+
+
+REMOTE = """
+import json, os, sys
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+whole, edited = sys.argv[1:]
+options = dict(trust_remote_code=True, dtype=torch.float16, attn_implementation="eager")
+model = AutoModelForCausalLM.from_pretrained(whole, **options)
+with torch.no_grad():
+    finite = bool(torch.isfinite(model(input_ids=torch.arange(24)[None]).logits).all())
+def error(load):
+    try:
+        load()
+    except Exception as caught:
+        return [type(caught).__name__, str(caught)]
+found = {
+    "module": type(model).__module__,
+    "finite": finite,
+    "edited": error(lambda: AutoModelForCausalLM.from_pretrained(edited, **options)),
+    "pipeline": error(lambda: pipeline("text-generation", edited, trust_remote_code=True)),
+    "package": "qwen2_fp16_fix" in sys.modules,
+}
+del os.environ["QWEN2_FP16_FIX_LOCK"]
+found["unasked"] = error(lambda: AutoModelForCausalLM.from_pretrained(edited, **options))
+print(json.dumps(found))
+"""
+
+
+def test_remote_code_verifies_its_own_files(
+    locked: Path, folder: Path, python: Callable[..., Any], tmp_path: Path
+) -> None:
+    """From transformers' cache of remote code, where an `__init__.py` is empty and nothing of the package is near."""
+    named = json.loads((folder / "config.json").read_text())["auto_map"]
+    model = build(TINY, ("scores", "residual")).half()
+    model.save_pretrained(folder)
+    contents = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**contents, "auto_map": named}))
+    edited = tmp_path / "edited"
+    shutil.copytree(folder, edited)
+    with (edited / "keys.py").open("a") as file:
+        file.write("WINDOW = 512\n")
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), lock.VARIABLE: str(locked), "PYTHONPATH": ""}
+    done = python("-c", REMOTE, str(folder), str(edited), **environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["module"].startswith("transformers_modules.")
+    assert (found["finite"], found["package"], found["unasked"]) == (True, False, None)
+    for way in ("edited", "pipeline"):
+        name, sentence = found[way]
+        assert name == "LockError"
+        assert "locks: keys.py is not the file that was locked. Install" in sentence
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_the_commands(locked: Path, tmp_path: Path) -> None:
+    printed = run("lock")
+    assert (printed.exit_code, printed.stdout) == (0, locked.read_text())
+    assert run("lock", "-o", str(tmp_path / "here.json")).exit_code == 0
+    assert (tmp_path / "here.json").read_text() == locked.read_text()
+    clean = run("check", str(locked))
+    assert (clean.exit_code, clean.stdout) == (0, f"Nothing differs from {locked}.\n")
+    drifted = changed(locked, tmp_path, torch="2.4.0", numerics=99)
+    found = run("check", str(drifted))
+    assert (found.exit_code, len(found.stdout.splitlines())) == (1, 2)
+    as_json = run("check", str(drifted), "--json")
+    assert as_json.exit_code == 1
+    data = json.loads(as_json.stdout)
+    assert (data["differences"], data["passed"]) == (found.stdout.splitlines(), False)
+
+
+def test_a_folder_is_checked_by_the_command(locked: Path, folder: Path) -> None:
+    assert run("check", str(locked), "--folder", str(folder)).exit_code == 0
+    (folder / "swap.py").write_text("")
+    found = run("check", str(locked), "--folder", str(folder))
+    assert (found.exit_code, found.stdout) == (1, "swap.py is not the file that was locked.\n")
+    with pytest.raises(q.LockFileError, match="is no folder"):
+        q.check(locked, folder / "absent")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', "\x00\xff", None], ids=lambda text: repr(text)
+)
+def test_what_is_no_lock(text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence and exit code 2, as for any wrong usage; None is a file that is not there."""
+    path = tmp_path / "lock.json"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(q.LockFileError) as caught:
+        q.check(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("sys.argv", ["qwen2-fp16-fix", "check", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+
+
+def test_a_lock_without_upstream_is_no_lock(locked: Path, tmp_path: Path) -> None:
+    """It would check clean against any transformers source."""
+    with pytest.raises(q.LockFileError, match="a lock without upstream"):
+        q.check(changed(locked, tmp_path, upstream={}))
+
+
+def test_drift_ends_a_command_with_a_finding(
+    locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(lock.VARIABLE, str(changed(locked, tmp_path, torch="2.4.0")))
+    monkeypatch.setattr("sys.argv", ["qwen2-fp16-fix", "demo"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 1
+    assert "2.4.0 is locked." in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_not_lost(locked: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lock.json"
+    path.write_text("precious")
+    with pytest.raises(q.LockFileError, match="is there already"):
+        q.lock(path)
+    assert path.read_text() == "precious"
+    q.lock(path, force=True)
+    assert path.read_text() == locked.read_text()
+    before = path.stat()
+    q.lock(path)  # says the same: nothing to do
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    with pytest.raises(q.LockFileError, match="cannot be written"):
+        q.lock(tmp_path / "absent" / "lock.json")
+
+
+def test_a_full_disk_leaves_the_old_lock(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock.json"
+    path.write_text("old")
+
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(q.LockFileError, match="No space left"):
+        q.lock(path, force=True)
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("lock.json", "old")]
+
+
+def test_a_lock_in_an_impossible_place_is_one_sentence(tmp_path: Path) -> None:
+    """What was begun could not be removed either, and that was the traceback shown."""
+    (tmp_path / "file").touch()
+    with pytest.raises(q.LockFileError, match="cannot be written"):
+        q.lock(tmp_path / "file" / "lock.json")
+    assert q.lock(tmp_path / ("锁" * 84)).is_file()  # 252 bytes of the 255 that a name may have
+
+
+def test_an_unsupported_release_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning.transformers, "__version__", "4.36.0")
+    with pytest.raises(q.UnsupportedTransformersError):
+        pinning.make_lock()
+
+
+RECORD = json.loads(numerics.RECORD.read_text())
+
+
+def test_the_numerics_are_those_that_were_recorded() -> None:
+    """Fails for whoever changes the arithmetic and does not say so."""
+    found = numerics.changes(RECORD, numerics.current())
+    assert not found, f"{'; '.join(found)}. {numerics.WHAT_TO_DO}"
+    assert RECORD["numerics"] == version_map.NUMERICS, numerics.WHAT_TO_DO
+
+
+def test_no_order_of_summation_changes_a_recorded_output() -> None:
+    """What makes the digests good on any machine: every intermediate is exact, so no order can matter."""
+    forwards, backwards = numerics.outputs(), numerics.outputs(backwards=True)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+def norm_rounded_twice(hidden: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    return weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)).to(out_dtype)
+
+
+def rotation_in_float16(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
+    first, second = states.chunk(2, dim=-1)
+    turned = states * cos.half() + torch.cat((-second, first), dim=-1) * sin.half()
+    return turned.float() if shift is None else turned.float() + shift
+
+
+def product_before_its_scale(zero: Tensor, gate: Tensor, up: Tensor, exponent: int) -> Tensor:
+    return gate * up * 2.0**-exponent
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "shows_in"),
+    [
+        ("rms_norm", norm_rounded_twice, {"rms_norm"}),
+        ("rotate", rotation_in_float16, {"rotate", "rotate and shift", "rotate and shift, rounded"}),
+        ("scaled_product", product_before_its_scale, {"scaled_product"}),
+    ],
+)
+def test_other_arithmetic_shows_in_the_outputs(
+    name: str, other: Any, shows_in: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stock does in its place must not give the recorded bits, or the record would stand for both."""
+    monkeypatch.setattr(numerics.numerics, name, other)
+    found = numerics.changes(RECORD, {**RECORD, "outputs": numerics.current()["outputs"]})
+    assert set(found) == {f"the output of {output} has changed" for output in shows_in}
+
+
+def test_a_digest_of_a_source_ignores_what_python_ignores() -> None:
+    plain = "def f(x):\n    return x + 1\n\n\nclass A:\n    y = 2\n"
+    wordy = (
+        '"""About."""\ndef f(x):  # why\n    """What."""\n    return (x\n        + 1)\nclass A:\n    "B."\n    y = 2\n'
+    )
+    assert numerics.source_digest(plain) == numerics.source_digest(wordy)
+    for other in ("x - 1", "x + 1.0", "x + True", "y + 1"):
+        assert numerics.source_digest(plain) != numerics.source_digest(plain.replace("x + 1", other))
+    assert ast.dump(ast.parse(plain)) != ast.dump(ast.parse(wordy))
+
+
+def test_a_changed_output_is_not_recorded_under_the_old_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "numerics.json"
+    outputs = {**RECORD["outputs"], "rms_norm": "0" * 64}
+    record.write_text(json.dumps({**RECORD, "outputs": outputs}))
+    monkeypatch.setattr(numerics, "RECORD", record)
+    assert numerics.main() == 1
+    assert f"the output of rms_norm has changed under numerics {version_map.NUMERICS}" in capsys.readouterr().out
+    assert json.loads(record.read_text())["outputs"] == outputs
+    monkeypatch.setattr(numerics, "NUMERICS", RECORD["numerics"] + 1)
+    assert numerics.main() == 0
+    assert json.loads(record.read_text()) == {**numerics.current(), "numerics": RECORD["numerics"] + 1}
+
+
+def releases(changelog: str) -> list[tuple[Version, int]]:
+    """Version and numerics of every release, newest first. Fails for a release that does not name its numerics."""
+    found = []
+    for section in re.split(r"^## ", changelog, flags=re.M)[1:]:
+        heading = re.match(r"\[(\d[^\]]*)\]", section)
+        if heading:
+            number = re.search(r"^Numerics: (\d+)$", section, re.M)
+            assert number, f"CHANGELOG.md does not name the numerics of {heading[1]}: add `Numerics: N`."
+            found.append((Version(heading[1]), int(number[1])))
+    return found
+
+
+def unannounced(found: list[tuple[Version, int]]) -> list[str]:
+    """Releases that changed the numerics without being major ones."""
+    return [str(new) for (new, n), (old, m) in pairwise(found) if n != m and not (new.major > old.major and n > m)]
+
+
+def test_the_changelog_names_the_numerics_of_every_release() -> None:
+    found = releases((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert found[0] == (Version(q.__version__), version_map.NUMERICS)
+    assert unannounced(found) == []
+
+
+def test_other_numerics_are_a_major_release() -> None:
+    text = "## [{}] - 2027-01-01\n\nNumerics: {}\n\n## [1.2.0] - 2026-12-01\n\nNumerics: 3\n"
+    for version, number, wrong in (("2.0.0", 4, False), ("1.3.0", 3, False), ("1.3.0", 4, True), ("2.0.0", 2, True)):
+        assert bool(unannounced(releases(text.format(version, number)))) is wrong
+    with pytest.raises(AssertionError, match=r"1\.2\.0"):
+        releases("## [1.2.0] - 2026-12-01\n\n### Added\n")
+
+
+def test_the_stock_classes_are_those_that_are_locked(locked: Path) -> None:
+    """What the fix lays its parts over is what it looked at when it was imported."""
+    upstream = json.loads(locked.read_text())["upstream"]
+    assert lock.fingerprint(ORIGINAL.Qwen2Attention) == upstream["Qwen2Attention"]
