@@ -1,0 +1,57 @@
+"""What the public functions return: attributes for a program, a table for a terminal or a notebook, plain data as JSON.
+
+    found = qwen2_fp16_fix.certify("checkpoint")
+    found.proven             # an attribute, which an editor completes
+    found.to_dict()          # what `certify --json` prints
+    rich.print(found)        # what `certify` prints
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Result:
+    """Base of what the public functions return. Derived classes are dataclasses with `frozen=True, repr=False`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data: dicts, lists, strings, numbers, booleans and None. `--json` prints it."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # of a derived class
+            found[field.name] = plain(getattr(self, field.name))
+        return found
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        raise NotImplementedError
+
+    def __rich__(self) -> "RenderableType":
+        """What a terminal prints, for rich."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """One line, however much was found."""
+        return f"<{type(self).__name__}: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table as on a terminal, 120 columns wide."""
+        import io
+
+        from rich.console import Console
+
+        page = Console(file=io.StringIO(), record=True, width=120, force_jupyter=False)
+        page.print(self)
+        return page.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def plain(value: Any) -> Any:
+    """`value` with each result inside it, at any depth of dicts, lists and tuples, as plain data."""
+    if isinstance(value, Result):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
