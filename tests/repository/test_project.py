@@ -62,6 +62,7 @@ def test_public_names_are_the_types_a_checker_sees() -> None:
     assert (ROOT / "qwen2_fp16_fix" / "py.typed").is_file()
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_neither_torch_nor_transformers(python: Callable[..., Any]) -> None:
     done = python("-c", "import qwen2_fp16_fix, sys; print({'torch', 'transformers'} & set(sys.modules))")
     assert done.stdout.strip() == "set()", done.stderr
