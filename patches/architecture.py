@@ -10,7 +10,7 @@ B is the batch, S the tokens, D = head_dim, H and G the query and key heads.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -129,9 +129,28 @@ class Architecture(NamedTuple):
         (path,) = (part.below_layer for part in self.parts if part.role == role and part.below_layer)
         return path
 
+    def stock_name(self, role: Role) -> str:
+        """The name of the stock class of that role: "Qwen2Attention" for "attention"."""
+        return next(part.stock for part in self.parts if part.role == role)
+
+    def final_norm(self) -> str:
+        """The norm after the last layer, by its path below the base model."""
+        return next(part.path for part in self.parts if part.role == "norm" and part.below_layer is None)
+
     def norms(self) -> dict[str, str]:
         """The norms of a layer, by their paths below it, and the sizes of their gains."""
         return {part.below_layer: part.width for part in self.parts if part.role == "norm" and part.below_layer}
+
+    def shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a layer, and of a bias for each linear, by its name below the layer.
+
+        sizes: by the names that `Linear` lists. A linear is listed with a bias even if stock gives it none.
+        """
+        found: dict[str, tuple[int, ...]] = {f"{norm}.weight": (sizes[width],) for norm, width in self.norms().items()}
+        for linear in self.linears:
+            rows, columns = sizes[linear.rows], sizes[linear.columns]
+            found |= {f"{linear.name}.weight": (rows, columns), f"{linear.name}.bias": (rows,)}
+        return found
 
     def owners(self) -> tuple[str, ...]:
         """The parts of a layer that hold its linears."""
@@ -159,6 +178,16 @@ class Architecture(NamedTuple):
     def watched_sites(self) -> tuple[Site, ...]:
         """The sites that can be seen in a running model, in the order of execution."""
         return tuple(site for site in self.sites if site.at is not None)
+
+    def scaled_bounds(self) -> dict[str, str]:
+        """The bounds that an exponent lowers, and the exponent's name."""
+        scaled = (site for site in self.sites if not site.exists_unscaled)
+        return {site.bound: site.exponent for site in scaled if site.bound and site.exponent}
+
+    def scaled_owners(self) -> dict[str, str]:
+        """For each exponent the part of the layer whose last linear it scales."""
+        scaled = ((self.site(linear.writes).exponent, linear.owner) for linear in self.linears)
+        return {exponent: owner for exponent, owner in scaled if exponent}
 
     def output_layers(self) -> tuple[str, ...]:
         """The modules that its heads end in, each once: "lm_head"."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from .errors import HalfPrecisionScoresError
+from .layer_plan import Plan, drop_plan, expect_plan, forget_plan, watch_for_backward
 from .numerics import (
     grouped_attention,
     is_full_precision,
@@ -28,7 +29,7 @@ from .numerics import (
     widen_mask,
 )
 from .overflow import OverflowWatch
-from .planning import Plan, drop_plan, plan_kept, settle_for, settle_in_trace, settle_plan, watch_for_backward
+from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
 from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
@@ -95,7 +96,7 @@ class DecoderLayer(nn.Module):
         """As nn.Module; where training has ended the plan, the first forward after `eval()` makes a new one."""
         super().train(mode)
         if not mode and (self.plan is None or self.plan.suspect):
-            self.__dict__["plan_due"] = True
+            expect_plan(self)
         if self.traced:  # now: what is compiled must find the layer as it was traced
             settle_for(self, mode)
         return self
@@ -126,10 +127,8 @@ class DecoderLayer(nn.Module):
 
     def release(self) -> None:
         """Forgets the range plan."""
-        for part in (self.mlp, self.self_attn):
-            part.__dict__.pop("scale", None)
-        for name in ("plan", "plan_due", "traced", "rotary", "watch", "missing"):
-            self.__dict__.pop(name, None)
+        forget_plan(self)
+        self.__dict__.pop("missing", None)
 
 
 class MLP(Scaled):

@@ -24,6 +24,7 @@ from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .keys import CentredKeys  # noqa: F401
+from .layer_plan import Plan  # noqa: F401
 from .linears import load_problem, note_missing  # noqa: F401
 from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401

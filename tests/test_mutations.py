@@ -29,7 +29,7 @@ class Mutation(NamedTuple):
 
 
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
-PLANNING = "patches/planning.py"
+PLANNING, LAYER_PLAN = "patches/planning.py", "patches/layer_plan.py"
 OVERFLOW = "patches/overflow.py"
 KEYS, LINEARS = "patches/keys.py", "patches/linears.py"
 CACHES = "patches/caches.py"
@@ -269,8 +269,8 @@ MUTATIONS = (
     Mutation(
         "a gain in fp32 is bounded by its rounding",
         "patches/range_plan.py",
-        "torch.maximum(exact(gain).abs(), gain.detach().float().abs())",
-        "exact(gain).abs()",
+        "torch.maximum(float16_values(gain).abs(), gain.detach().float().abs())",
+        "float16_values(gain).abs()",
         "tests/test_weights_elsewhere.py::test_a_gain_in_fp32_is_not_bounded_by_its_rounding",
     ),
     Mutation(
@@ -577,7 +577,7 @@ MUTATIONS = (
     Mutation(
         "a norm's own output goes unbounded",
         "patches/range_plan.py",
-        "norm=max(bound_norm(attention_gain), bound_norm(mlp_gain))",
+        'norm=max(bound_norm(weights[f"{norm}.weight"]) for norm in QWEN2.norms())',
         "norm=0.0",
         "tests/test_range_plan.py::test_a_norm_that_overflows_by_itself_is_not_proven",
     ),
@@ -591,7 +591,7 @@ MUTATIONS = (
     Mutation(
         "a bias that no bound knows is planned for",
         PLANNING,
-        " or (linear.bias is not None and name not in BIASED)",
+        " or (child.bias is not None and not known[name].bias)",
         "",
         "tests/test_planning.py::test_a_bias_is_not_scaled[False]",
     ),
@@ -604,8 +604,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a plan outlives an edit",
-        PLANNING,
-        "elif not plan.suspect and plan.fingerprint == fingerprint(layer):",
+        LAYER_PLAN,
+        "elif not plan.suspect and plan.versions == weight_versions(layer):",
         "elif not plan.suspect:",
         "tests/test_stale_plans.py::test_weights_edited_just_before_a_compiler_runs[compile-in_place]",
     ),
@@ -639,14 +639,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a plan outlives a fused optimiser",
-        PLANNING,
+        LAYER_PLAN,
         "elif not plan.suspect and plan",
         "elif plan",
         "tests/test_stale_plans.py::test_a_fused_optimiser_ends_every_plan[SGD]",
     ),
     Mutation(
         "a plan outlives an overflow",
-        PLANNING,
+        LAYER_PLAN,
         "    if layer.watch.has_overflowed():",
         "    if False:",
         "tests/test_stale_plans.py::test_a_forward_that_overflowed_is_told_of_by_the_next[by_data]",
