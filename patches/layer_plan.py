@@ -131,7 +131,10 @@ STALE = (
 def children_of(layer: Any) -> list[nn.Module]:
     """The children of a layer, and the children of those that hold linears: all norms and linears are among them."""
     parts = layer._modules
-    return [*parts.values(), *(child for owner in OWNERS for child in parts[owner]._modules.values())]
+    children = [*parts.values()]
+    for owner in OWNERS:
+        children += parts[owner]._modules.values()
+    return children
 
 
 def weights_of(layer: Any) -> list[Tensor]:

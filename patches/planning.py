@@ -58,10 +58,13 @@ def expect_plans(base: Any) -> None:
 
 def rotary_of(base: Any, layer: Any) -> Any:
     """The rotary embedding of a layer: the base model's, or before transformers 4.45 the layer's own."""
-    rotaries = [part for part in QWEN2.parts if part.role == "rotary"]
-    shared = (module_at(base, part.path) for part in rotaries if part.below_layer is None)
-    own = (module_at(layer, part.below_layer) for part in rotaries if part.below_layer is not None)
-    return next(rotary for rotary in (*shared, *own) if rotary is not None)
+    for part in QWEN2.parts:
+        if part.role == "rotary":
+            shared = part.below_layer is None
+            found = module_at(base, part.path) if shared else module_at(layer, str(part.below_layer))
+            if found is not None:
+                return found
+    raise AttributeError(f"this {type(base).__qualname__} has no rotary embedding")
 
 
 def make_plan(layer: Any) -> None:
