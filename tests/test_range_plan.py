@@ -102,7 +102,7 @@ def test_no_run_passes_a_bound(seed: int, scale: int, gain: float, lone: float, 
         if dtype == torch.float16 and unproven_sites(bounds, Exponents(0, 0)):
             continue  # what overflows there is no bound's business
         for site, magnitude in sites(weights, residual * size, dtype).items():
-            limit = asdict(bounds)[site] * range_plan.rounding_growth(HIDDEN)  # of what is computed, not of the exact sum
+            limit = asdict(bounds)[site] * range_plan.rounding_growth(HIDDEN)  # of what is computed, not the exact sum
             assert magnitude <= limit, (site, dtype, magnitude, limit)
 
 
@@ -244,9 +244,7 @@ def test_float16_accumulation_can_outgrow_the_sum() -> None:
 
 
 SAFE = LayerBounds(**dict.fromkeys(asdict(bound_layer(layer_weights(0), SHAPE)), 1.0))
-ONE_BIT_PAST = [
-    (site, range_plan.LIMITS[site]) for site in asdict(SAFE)
-]
+ONE_BIT_PAST = [(site, range_plan.LIMITS[site]) for site in asdict(SAFE)]
 
 
 @pytest.mark.parametrize(("site", "limit"), ONE_BIT_PAST)
@@ -281,7 +279,7 @@ def test_a_planted_weight_flips_the_verdict() -> None:
 
 
 def test_fp32_sums_in_chunks_bound_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of every size, one to a chunk: never below the exact sums, and above them by no more than `fp32_slack`, twice."""
+    """Rows of every size, one to a chunk: never below the exact sums, and above them by at most `fp32_slack`, twice."""
     monkeypatch.setattr(range_plan, "FP32_ELEMENTS", {"cpu": 1})
     weights = {name: w * 2.0 ** (7 * (i % 3)) for i, (name, w) in enumerate(layer_weights(8).items())}
     weight, gain = weights["mlp.down_proj.weight"], weights["input_layernorm.weight"]
