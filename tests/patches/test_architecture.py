@@ -133,53 +133,63 @@ def test_classes_of_the_same_name_are_other_classes() -> None:
     assert row_of(type("Derived", (stock.Qwen2MLP,), {})) == (QWEN2, "mlp")
 
 
-def fired(row: Architecture, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, tuple[int, ...]]]:
-    """The sites of the first layer in the order in which a stock forward computes them, and their shapes."""
-    order: list[str] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(site: str, tensor: Tensor) -> None:
-        order.append(site)
-        shapes[site] = tuple(tensor.shape)
+def fired(row: Architecture, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
+    """The sites of the first layer with their tensors, as a stock forward computes them, and the linears' inputs."""
+    seen: list[tuple[str, Tensor]] = []
+    inputs: dict[str, Tensor] = {}
 
     def watch(site: Site, module: nn.Module) -> None:
         if site.is_input:
-            module.register_forward_pre_hook(lambda _, args: note(site.name, args[0]))
+            module.register_forward_pre_hook(lambda _, args: seen.append((site.name, args[0].clone())))
         else:
             module.register_forward_hook(
-                lambda _, args, output: note(site.name, output[0] if isinstance(output, tuple) else output)
+                lambda _, args, output: seen.append(
+                    (site.name, (output[0] if isinstance(output, tuple) else output).clone())
+                )
             )
+
+    def note_input(name: str, linear: nn.Module) -> None:
+        linear.register_forward_pre_hook(lambda _, args: inputs.update({name: args[0].clone()}))
 
     stock = import_module(row.module)
     eager, unhooked = stock.eager_attention_forward, [site for site in row.sites if site.module is None]
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         if module is layer.self_attn:
-            for site in unhooked:  # the operands of the scores, and what only the attention function has
-                note(site.name, query)
-        return eager(module, query, key, *args, **kwargs)
+            seen.extend((site.name, query) for site in unhooked)  # rotated queries, and the scores made of them
+        return eager(module, query, *args, **kwargs)
 
     model = tiny(row)
     layer = model.layers[0]
     monkeypatch.setattr(stock, "eager_attention_forward", attend)
+    for linear in row.linears:
+        note_input(linear.name, layer.get_submodule(linear.name))
     for site in row.sites:
         if site.module is not None:
             watch(site, layer.get_submodule(site.module))
     with torch.no_grad():
         model(input_ids=torch.arange(TOKENS)[None])
-    return order, shapes
+    return seen, inputs
 
 
 @BOTH
 def test_every_site_fires_once_and_in_order(row: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scan sorts by the row's order and names the first site that is not finite: out of order, it names another."""
-    order, shapes = fired(row, monkeypatch)
-    assert order == [site.name for site in row.sites]
+    seen, _ = fired(row, monkeypatch)
+    assert [name for name, _ in seen] == [site.name for site in row.sites]
+
+
+@BOTH
+def test_a_linear_reads_and_writes_the_sites_of_the_row(row: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `reads` the bounds find the norm in front of a linear; another norm's gain would prove nothing."""
+    seen, inputs = fired(row, monkeypatch)
+    tensors = dict(seen)
     sizes = {"hidden": SHAPE.hidden, "queries": HEADS * SHAPE.head_dim, "keys": KEY_HEADS * SHAPE.head_dim}
     sizes |= {"intermediate": INTERMEDIATE}
     for linear in row.linears:
-        assert shapes[linear.reads] == (1, TOKENS, sizes[linear.columns])
-        assert shapes[linear.writes] == (1, TOKENS, sizes[linear.rows])
+        assert torch.equal(inputs[linear.name], tensors[linear.reads])
+        assert inputs[linear.name].shape == (1, TOKENS, sizes[linear.columns])
+        assert tensors[linear.writes].shape == (1, TOKENS, sizes[linear.rows])
 
 
 @BOTH
