@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .caches import Witness, witness
 from .errors import NotFixedWarning, PatchConflictError, StalePlanWarning
-from .keys import centre_factors
+from .key_centring import centre_factors
 from .overflow import OverflowWatch
 from .range_plan import Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
 from .scaling import Scaled

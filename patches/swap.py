@@ -176,10 +176,10 @@ def exchange(module: nn.Module, new: type) -> None:
     """Changes the class of one module, with what hangs on it: frequencies a cast has rounded, and kept forwards."""
     kept = _kept_forwards(module)
     old = type(module)
-    if hasattr(old, "release"):
-        module.release()  # type: ignore[operator]
+    if hasattr(old, "on_unfixed"):
+        module.on_unfixed()  # type: ignore[operator]
     module.__class__ = new
-    if hasattr(new, "adopt"):
-        module.adopt(old)  # type: ignore[operator]
+    if hasattr(new, "on_fixed"):
+        module.on_fixed(old)  # type: ignore[operator]
     for name in kept:
         module.__dict__[name] = types.MethodType(new.forward, module)  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwen2_fp16_fix.patches import attention_classes, blocks, linears, numerics, v4_37
+from qwen2_fp16_fix.patches import attention, attention_classes, linears, numerics, v4_37
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -109,7 +109,7 @@ def test_a_fused_kernel_is_called_with_keys_rounded_once(monkeypatch: pytest.Mon
         attention = model.model.layers[0].self_attn
         hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(PROMPT).float())
         cos, sin = model.model.rotary_emb(hidden, torch.arange(16)[None])
-        key = linears.project(attention.k_proj, hidden).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
+        key = linears.project_exactly(attention.k_proj, hidden).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
     assert torch.equal(seen["key"], numerics.rotate(key, cos, sin, attention.key_shift).half())
     assert seen["query"].dtype == seen["key"].dtype == seen["value"].dtype == torch.float16
     assert (seen["scaling"], seen["dropout"], seen["cu_seq_lens_q"]) == (attention.scaling, 0.0, "as given")
@@ -159,7 +159,7 @@ def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
 def test_eager_attention_hands_on_the_dtype_of_the_values() -> None:
     """On a CPU its product is fp32, and interpretability tools read what goes into o_proj."""
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half()
-    output, weights = blocks.eager_attention(nn.Module(), query, key, key, None, 0.5)
+    output, weights = attention.eager_attention(nn.Module(), query, key, key, None, 0.5)
     assert output.dtype == weights.dtype == torch.float16
     assert output.is_contiguous()
 
@@ -179,12 +179,12 @@ def test_the_output_projection_is_handed_the_models_dtype() -> None:
 def test_a_mask_is_widened_once_a_forward() -> None:
     """Every layer is handed the same mask. The next forward may bring it again, changed without autograd's notice."""
     mask, forward, next_forward = torch.zeros(1, 1, 2, 3).half(), torch.zeros(1), torch.zeros(1)
-    widened = blocks.prepared_once(forward, numerics.widen_mask, mask, 3)
-    assert blocks.prepared_once(forward, numerics.widen_mask, mask, 3) is widened
-    assert blocks.prepared_once(forward, numerics.widen_mask, mask, 2).shape[-1] == 2
-    assert blocks.prepared_once(forward, numerics.seal_mask, mask, 2).dtype == mask.dtype
+    widened = attention.prepared_once(forward, numerics.widen_mask, mask, 3)
+    assert attention.prepared_once(forward, numerics.widen_mask, mask, 3) is widened
+    assert attention.prepared_once(forward, numerics.widen_mask, mask, 2).shape[-1] == 2
+    assert attention.prepared_once(forward, numerics.mask_to_minus_inf, mask, 2).dtype == mask.dtype
     mask.data.fill_(torch.finfo(torch.float16).min)
-    assert (blocks.prepared_once(next_forward, numerics.widen_mask, mask, 3) == torch.finfo(torch.float32).min).all()
+    assert (attention.prepared_once(next_forward, numerics.widen_mask, mask, 3) == torch.finfo(torch.float32).min).all()
 
 
 @pytest.mark.parametrize("exponent", [0, 3])

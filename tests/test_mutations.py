@@ -31,7 +31,7 @@ class Mutation(NamedTuple):
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
 PLANNING = "patches/planning.py"
 OVERFLOW = "patches/overflow.py"
-KEYS, LINEARS = "patches/keys.py", "patches/linears.py"
+KEYS, LINEARS = "patches/key_centring.py", "patches/linears.py"
 CACHES = "patches/caches.py"
 CLOSENESS, VERIFICATION = "qwen2_fp16_fix/closeness.py", "qwen2_fp16_fix/verification.py"
 MUTATIONS = (
@@ -257,7 +257,7 @@ MUTATIONS = (
         NUMERICS,
         "mask = mask[..., :key_length]\n    if mask.dtype == torch.bool:\n        return mask",
         "if mask.dtype == torch.bool:\n        return mask",
-        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[seal_mask]",
+        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[mask_to_minus_inf]",
     ),
     Mutation(
         "linears that cast by themselves are taken for fp32",

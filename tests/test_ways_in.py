@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from stress import TINY, build, random_prompt
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -57,7 +57,7 @@ def load(auto: Any, folder: Path, **kwargs: Any) -> Any:
 def test_the_stress_model_breaks_stock(folder: Path) -> None:
     """Without this, every test below could pass with the fix off."""
     model = load(AutoModelForCausalLM, folder)
-    assert type(model) is ORIGINAL.Qwen2ForCausalLM
+    assert type(model) is STOCK.Qwen2ForCausalLM
     assert not is_fixed(model)
     for attention in ("eager", "sdpa"):
         with torch.no_grad():
@@ -313,7 +313,7 @@ def test_switched_off_by_the_environment(folder: Path, monkeypatch: pytest.Monke
     """QWEN2_FP16_FIX=0 reaches every way in, and none of them is silent about it."""
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     qwen2_fp16_fix.register()
-    assert type(load(AutoModelForCausalLM, folder)) is ORIGINAL.Qwen2ForCausalLM
+    assert type(load(AutoModelForCausalLM, folder)) is STOCK.Qwen2ForCausalLM
     model = qwen2_fp16_fix.fix(stress())
     assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
     assert not qwen2_fp16_fix.status(load(qwen2_fp16_fix.Qwen2ForCausalLM, folder))["model"]["fixed"]
