@@ -188,8 +188,8 @@ def grouped_attention(
     nothing = rows[:1, :1, :1].detach()  # times beta, 0: baddbmm is here for its alpha, which scales the product
     if device_of(rows) not in IN_PLACE:
         nothing = torch.zeros_like(nothing)  # MPS does multiply it: a query of NaN would reach every row
-    # The scan takes the first baddbmm after an attention starts, or the first product of 4 dimensions, for the scores. So
-    # it is a baddbmm, and none goes before it: tests/test_scan.py, test_no_observation_passes_its_bound.
+    # The scan takes the first baddbmm after an attention starts, or the first product of 4 dimensions, for the scores.
+    # So this is a baddbmm, and none goes before it: tests/test_scan.py, test_no_observation_passes_its_bound.
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
         scores += mask

@@ -148,6 +148,28 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     assert torch.equal(key, numerics.rotate(query, *turned, shift[:, 2:]).half())  # in one step, which rounds once less
 
 
+def test_flash_attention_of_old_releases_is_made_once_and_keeps_no_shift() -> None:
+    """It copies the globals of transformers' module. The shift of one call must not reach the next, or another layer."""
+
+    class Fixed(attention_classes.FlashAttention, FlashOfOldReleases):
+        pass
+
+    made = attention_classes.with_exact_rotation
+    assert made(FlashOfOldReleases.forward) is made(FlashOfOldReleases.forward)
+    query, cos, sin = torch.randn(1, 2, 4, 8).half(), torch.rand(1, 4, 8), torch.rand(1, 4, 8)
+    attention = Fixed()
+    attention.num_key_value_groups, attention.layer_idx = 1, 0
+    attention.keep_constants(torch.full((1, 4, 1, 8), 9.0))
+    _, centred = attention(query, cos, sin)
+    with pytest.raises(AttributeError):
+        attention(None, cos, sin)
+    attention.keep_constants(None)
+    _, uncentred = attention(query, cos, sin)
+    assert torch.equal(uncentred, numerics.rotate(query, cos, sin).half())
+    assert not torch.equal(centred, uncentred)
+    assert attention_classes._key_shift.get() is None
+
+
 def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
     """The rotation leaves it unrounded; torch's kernel wants one dtype."""
     query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half(), torch.randn(1, 2, 3, 8).half()
