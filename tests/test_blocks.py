@@ -149,7 +149,7 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
 
 
 def test_flash_attention_of_old_releases_is_made_once_and_keeps_no_shift() -> None:
-    """It copies the globals of transformers' module. The shift of one call must not reach the next, or another layer."""
+    """It copies the globals of transformers' module. The shift of one call must not reach the next."""
 
     class Fixed(attention_classes.FlashAttention, FlashOfOldReleases):
         pass
