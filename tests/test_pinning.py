@@ -82,7 +82,7 @@ def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: P
     (folder / "blocks").mkdir()
     (folder / "blocks" / "__init__.py").touch()  # likewise
     assert q.check(locked, folder) == [
-        "keys.so is not in the lock.",
+        "key_centring.so is not in the lock.",
         "numerics.py is not the file that was locked.",
         "v4_37.py is locked and missing.",
         "blocks/__init__.py is not in the lock.",
