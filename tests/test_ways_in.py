@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import qwen2_fp16_fix
+from qwen2_fp16_fix import running_code
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 
@@ -326,3 +328,13 @@ def test_status_is_plain_data() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["parts"]["Qwen2DecoderLayer"] == {"fixed": TINY.layers, "total": TINY.layers}
     assert (found["model"]["dtype"], found["model"]["attention"]) == ("float16", "eager")
+
+
+def test_an_export_of_0_1_1_is_asked_by_its_own_names() -> None:
+    """Its code stays in the checkpoint. STOCK was its table of fixed classes, and is the stock classes now."""
+    table = {int: float}
+    old = types.SimpleNamespace(ORIGINAL="classes", STOCK=table)
+    new = types.SimpleNamespace(STOCK="classes", STOCK_OF=table)
+    for code in (old, new):
+        assert running_code.stock_classes(code) == "classes"
+        assert running_code.stock_of(code) is table
