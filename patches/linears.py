@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .swap import base_models, layers_of
+
 #: PEFT's adapters that add to a product or work on the input, by the names of their folders. road, ia3 and glora are
 #: not here: they rotate, scale or replace the bias as well.
 ADDITIVE = (
@@ -73,6 +75,19 @@ def loaded_bias(projection: nn.Module) -> Tensor | None:
         waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
         return None if waiting is None else waiting["bias"]
     return bias.to_local() if hasattr(bias, "to_local") else bias
+
+
+def note_made_up(root: nn.Module, stock: Any, told: Any) -> None:
+    """Notes in each layer of `root` which parameters were not loaded, by from_pretrained's loading info `told`.
+
+    stock: transformers' Qwen2 classes, by name, as attributes.
+    """
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in told.get("mismatched_keys") or ()]
+    names = [*(told.get("missing_keys") or ()), *mismatched]
+    for base in base_models(root, stock):
+        for index, layer in enumerate(layers_of(base)):
+            parts = [f".{name}".partition(f".layers.{index}.") for name in sorted(names)]
+            note_missing(layer, [rest for _, _, rest in parts if rest])
 
 
 def note_missing(layer: nn.Module, names: list[str]) -> None:

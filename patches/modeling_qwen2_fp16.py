@@ -25,7 +25,7 @@ from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
 from .key_centring import CentredKeys  # noqa: F401
-from .linears import load_problem, note_missing  # noqa: F401
+from .linears import load_problem, note_made_up  # noqa: F401
 from .lock import check_when_asked
 from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
@@ -128,7 +128,7 @@ class FixedOnConstruction:
         """As the stock class; then plans the ranges from the weights that were loaded."""
         tells = kwargs.pop("output_loading_info", False)
         loaded, told = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        note_made_up(loaded, told)
+        note_made_up(loaded, STOCK, told)
         plan_modules(loaded)
         return (loaded, told) if tells else loaded
 
@@ -137,16 +137,6 @@ class FixedOnConstruction:
         loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
         plan_modules(self)  # type: ignore[arg-type]
         return loaded
-
-
-def note_made_up(root: nn.Module, told: Any) -> None:
-    """Notes in each layer of `root` which parameters were not loaded, by from_pretrained's loading info `told`."""
-    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in told.get("mismatched_keys") or ()]
-    names = [*(told.get("missing_keys") or ()), *mismatched]
-    for base in base_models(root, STOCK):
-        for index, layer in enumerate(layers_of(base)):
-            parts = [f".{name}".partition(f".layers.{index}.") for name in sorted(names)]
-            note_missing(layer, [rest for _, _, rest in parts if rest])
 
 
 def fix_built(root: nn.Module) -> None:
