@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .architecture import QWEN2
 from .caches import Witness, witness
 from .errors import NotFixedWarning, PatchConflictError
-from .keys import centre_factors
+from .key_centring import centre_factors
 from .layer_plan import (
     are_transformed,
     drop_plan,

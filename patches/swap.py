@@ -188,16 +188,16 @@ def _is_offloaded(root: nn.Module, parameter: str) -> bool:
 
 
 def exchange(module: nn.Module, new: type) -> None:
-    """Sets the class of one module: `release` of the old class, then `adopt` of the new one.
+    """Sets the class of one module: `on_unfixed` of the old class, then `on_fixed` of the new one.
 
     A forward of the old class that accelerate or transformers has stored on the module is replaced by the new one's.
     """
     kept = _kept_forwards(module)
     old = type(module)
-    if hasattr(old, "release"):
-        module.release()  # type: ignore[operator]
+    if hasattr(old, "on_unfixed"):
+        module.on_unfixed()  # type: ignore[operator]
     module.__class__ = new
-    if hasattr(new, "adopt"):
-        module.adopt(old)  # type: ignore[operator]
+    if hasattr(new, "on_fixed"):
+        module.on_fixed(old)  # type: ignore[operator]
     for name in kept:
         module.__dict__[name] = types.MethodType(new.forward, module)  # type: ignore[attr-defined]

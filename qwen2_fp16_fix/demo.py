@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .inspection import status
 from .magnitudes import FLOAT16_MAX, Magnitudes
-from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM, stock_models
+from .patches.modeling_qwen2_fp16 import STOCK, Qwen2ForCausalLM, stock_models
 from .whole_folder import whole_folder
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
@@ -92,7 +92,7 @@ def _as_promised(rows: list[dict[str, Any]]) -> bool:
 def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Module:
     """The checkpoint as a stock or a fixed Qwen2ForCausalLM, ready to run."""
     keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
+    model_class = Qwen2ForCausalLM if fixed else STOCK.Qwen2ForCausalLM
     with quiet():
         loaded = build(fixed, model_class.from_pretrained, folder, attn_implementation=attention, **{keyword: dtype})
     model: nn.Module = loaded.eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .demo import quiet
 from .errors import CheckpointError, ScanError
 from .layer_walk import LoadedModel, ModelOnDisk, Subject, is_fixed
-from .patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
+from .patches.modeling_qwen2_fp16 import STOCK, check_modules
 from .patches.swap import base_models, check_weights
 from .user_files import read_utf8
 from .verification_inputs import first_line, open_tokenizer
@@ -113,7 +113,7 @@ def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
     check_weights(model)
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise CheckpointError("this model is quantised: scan the float16 model that it was made from.")
-    weights = next(p for p in next(base_models(model, ORIGINAL)).parameters() if p.is_floating_point())
+    weights = next(p for p in next(base_models(model, STOCK)).parameters() if p.is_floating_point())
     if weights.dtype != torch.float16:
         name = str(weights.dtype).removeprefix("torch.")
         raise CheckpointError(f"this model is {name}: load it in float16, or scan its folder.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .patches.errors import NotQwen2Error
 from .patches.range_plan import LayerShape, layer_shapes
-from .patches.scaling import PLAIN
+from .patches.scaling import FLOAT_DTYPES
 
 MODEL_TYPES = ("qwen2", "qwen2_fp16")  # the second is a strict export's
 PREFIXES = ("model.", "", "transformer.")
@@ -67,7 +67,7 @@ def check_values(name: str, weight: Tensor) -> Tensor:
         raise Unbounded(f"{name} is not loaded")
     if type(weight) not in (nn.Parameter, Tensor):
         raise Unbounded(f"{name} is a {type(weight).__name__}, whose values cannot be bounded here")
-    if weight.dtype not in PLAIN:  # in another type it needs its scales
+    if weight.dtype not in FLOAT_DTYPES:  # in another type it needs its scales
         raise Unbounded(
             f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: quantised weights are not bounded"
         )
@@ -81,18 +81,18 @@ class ModelSource:
 
     def __init__(self, root: nn.Module) -> None:
         """root: any module; its first Qwen2Model counts. Raises NotQwen2Error where there is none."""
-        from .patches.modeling_qwen2_fp16 import ORIGINAL
+        from .patches.modeling_qwen2_fp16 import STOCK
         from .patches.planning import layer_shape
         from .patches.swap import base_models
 
-        bases = list(base_models(root, ORIGINAL))
+        bases = list(base_models(root, STOCK))
         if not bases:
             raise NotQwen2Error(
                 f"found no Qwen2 in this {type(root).__qualname__}: pass a Qwen2 model or a checkpoint."
             )
         self.warnings = [f"it holds {len(bases)} Qwen2 models: certify each by itself"] if len(bases) > 1 else []
         base: Any = bases[0]
-        if type(base).forward is not ORIGINAL.Qwen2Model.forward:
+        if type(base).forward is not STOCK.Qwen2Model.forward:
             self.warnings.append(f"{type(base).__qualname__} has a forward of its own, which is not bounded here")
         self.base = base
         self.outputs: dict[str, Any] = {}

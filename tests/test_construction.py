@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from qwen2_fp16_fix.patches import modeling_qwen2_fp16 as patched
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from stress import TINY, build, config, random_prompt
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
@@ -40,8 +40,8 @@ def nothing_is_left() -> Iterator[None]:
 
 
 WRAPPED = (
-    (ORIGINAL.Qwen2Model, "__init__"),
-    (ORIGINAL.Qwen2Model, "__init_subclass__"),
+    (STOCK.Qwen2Model, "__init__"),
+    (STOCK.Qwen2Model, "__init_subclass__"),
     (auto_factory, "get_class_from_dynamic_module"),
 )
 
@@ -67,7 +67,7 @@ def oracle(source: Any) -> torch.Tensor:
 
 
 def base_of(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if isinstance(module, ORIGINAL.Qwen2Model))
+    return next(module for module in model.modules() if isinstance(module, STOCK.Qwen2Model))
 
 
 def check_fixed(model: nn.Module, source: Any, oracle: torch.Tensor) -> None:
@@ -311,7 +311,7 @@ def test_another_tools_parts_in_stock_are_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_a_wrapper_that_came_later_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed wraps every constructor for a while, and may put its own back after we are gone."""
-    kind = ORIGINAL.Qwen2Model
+    kind = STOCK.Qwen2Model
     original = kind.__init__
     qwen2_fp16_fix.register()
     ours = kind.__init__
@@ -333,7 +333,7 @@ def test_what_is_wrapped_still_counts_as_transformers_own(tmp_path: Path) -> Non
     """The structure check, the lock and doctor take a class that another tool has replaced for a conflict."""
     before = qwen2_fp16_fix.lock(tmp_path / "before.json")
     with qwen2_fp16_fix.registered():
-        patched.check_structure(ORIGINAL, patched.PARTS, transformers.__version__)
+        patched.check_structure(STOCK, patched.PARTS, transformers.__version__)
         assert qwen2_fp16_fix.check(before) == []
         assert Qwen2Model.__init__.__module__ == modeling_qwen2.__name__
 
@@ -397,7 +397,7 @@ def test_stock_is_not_fixed(source: Any) -> None:
     model = copy.deepcopy(source)
     assert qwen2_fp16_fix.is_fixed(model) is False
     assert qwen2_fp16_fix.is_fixed(qwen2_fp16_fix.fix(model)) is True
-    model.model.layers[0].mlp.__class__ = ORIGINAL.Qwen2MLP
+    model.model.layers[0].mlp.__class__ = STOCK.Qwen2MLP
     assert qwen2_fp16_fix.is_fixed(model) is False
 
 
@@ -739,15 +739,15 @@ def test_a_pickle_names_our_files(source: Any) -> None:
     assert b"qwen2_fp16_fix.patches.modeling_qwen2_fp16" in written.getvalue()
 
 
-class OwnStack(ORIGINAL.Qwen2PreTrainedModel):  # type: ignore[misc, name-defined]
+class OwnStack(STOCK.Qwen2PreTrainedModel):  # type: ignore[misc, name-defined]
     """Holds Qwen2's layers, norm and rotation as a Qwen2Model does, and is none."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(ORIGINAL.Qwen2DecoderLayer(config, index) for index in range(2))
-        self.norm = ORIGINAL.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = ORIGINAL.Qwen2RotaryEmbedding(config)
+        self.layers = nn.ModuleList(STOCK.Qwen2DecoderLayer(config, index) for index in range(2))
+        self.norm = STOCK.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = STOCK.Qwen2RotaryEmbedding(config)
         self.post_init()
 
 

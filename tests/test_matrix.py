@@ -140,7 +140,8 @@ def test_requirements_of_extras_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["patches/keys.py", "qwen2_fp16_fix/in_place.py", "tests/conformance/conftest.py", "tools/stress.py"]
+    "name",
+    ["patches/key_centring.py", "qwen2_fp16_fix/in_place.py", "tests/conformance/conftest.py", "tools/stress.py"],
 )
 def test_the_digest_sees_what_decides_the_outcome(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A patch, what applies it or the suite changed after the run, and the table went on claiming it."""

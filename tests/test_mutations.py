@@ -31,7 +31,7 @@ class Mutation(NamedTuple):
 NUMERICS, BLOCKS, SWAP, SCALING = (f"patches/{name}.py" for name in ("numerics", "blocks", "swap", "scaling"))
 PLANNING, LAYER_PLAN = "patches/planning.py", "patches/layer_plan.py"
 OVERFLOW = "patches/overflow.py"
-KEYS, LINEARS = "patches/keys.py", "patches/linears.py"
+KEYS, LINEARS, ATTENTION = "patches/key_centring.py", "patches/linears.py", "patches/attention.py"
 CACHES = "patches/caches.py"
 CLOSENESS, VERIFICATION = "qwen2_fp16_fix/closeness.py", "qwen2_fp16_fix/verification.py"
 MUTATIONS = (
@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rotation is not rounded for the cache",
-        KEYS,
+        ATTENTION,
         "return query, key.to(value.dtype), value",
         "return query, key, value",
         "tests/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
@@ -257,7 +257,7 @@ MUTATIONS = (
         NUMERICS,
         "mask = mask[..., :key_length]\n    if mask.dtype == torch.bool:\n        return mask",
         "if mask.dtype == torch.bool:\n        return mask",
-        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[seal_mask]",
+        "tests/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[mask_to_minus_inf]",
     ),
     Mutation(
         "linears that cast by themselves are taken for fp32",
@@ -289,7 +289,7 @@ MUTATIONS = (
     ),
     Mutation(
         "output projection by token in float16",
-        BLOCKS,
+        ATTENTION,
         "linear_by_token(attention.o_proj, output.float(), width)",
         "linear_by_token(attention.o_proj, output, width)",
         "tests/test_planning.py::test_scaling_by_token_is_handed_fp32",
@@ -338,7 +338,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a key's bias is rounded with what it says",
-        KEYS,
+        ATTENTION,
         "linear.bias.view(-1, 1, head_dim), one, out=heads)",
         "linear.bias.view(-1, 1, head_dim), one.half(), out=heads)",
         "tests/test_keys.py::test_a_spiked_layer_agrees_with_attention_from_scratch[slow-sdpa]",
@@ -352,7 +352,7 @@ MUTATIONS = (
     ),
     Mutation(
         "queries and keys wait for their rotation in float16",
-        KEYS,
+        ATTENTION,
         "dtype=torch.float32, device=hidden_states.device)",
         "dtype=torch.float16, device=hidden_states.device)",
         "tests/test_keys.py::test_projections_are_the_same_to_the_bit_with_autograd",
@@ -450,7 +450,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys are not centred",
-        KEYS,
+        ATTENTION,
         "hidden_states), cos, sin, shift)",
         "hidden_states), cos, sin)",
         "tests/test_keys.py::test_a_spiked_layer_agrees_with_attention_from_scratch[slow-sdpa]",
@@ -513,7 +513,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a kernel of the user's is handed an fp32 query",
-        BLOCKS,
+        ATTENTION,
         "return laid_out_by_token(query, value.dtype), key, value, mask",
         "return query, key, value, mask",
         "tests/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
@@ -541,14 +541,14 @@ MUTATIONS = (
     ),
     Mutation(
         "eager hands fp32 on",
-        BLOCKS,
+        ATTENTION,
         "output.transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format)",
         "output.transpose(1, 2).contiguous()",
         "tests/test_blocks.py::test_eager_attention_hands_on_the_dtype_of_the_values",
     ),
     Mutation(
         "the output projection is handed fp32",
-        BLOCKS,
+        ATTENTION,
         "output, scale = output.to(dtype), attention.scale",
         "scale = attention.scale",
         "tests/test_blocks.py::test_the_output_projection_is_handed_the_models_dtype",
@@ -556,14 +556,14 @@ MUTATIONS = (
     Mutation(
         "flash of old releases is handed fp32",
         "patches/attention_classes.py",
-        "return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, key_shift).to(key.dtype)",
-        "return rotate(query, cos, sin), rotate(key, cos, sin, key_shift)",
+        "return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, _key_shift.get()).to(key.dtype)",
+        "return rotate(query, cos, sin), rotate(key, cos, sin, _key_shift.get())",
         "tests/test_blocks.py::test_flash_attention_of_old_releases_rotates_in_fp32[before 4.45]",
     ),
     Mutation(
         "flash of old releases goes uncentred",
         "patches/attention_classes.py",
-        "rotate(key, cos, sin, key_shift)",
+        "rotate(key, cos, sin, _key_shift.get())",
         "rotate(key, cos, sin)",
         "tests/test_blocks.py::test_flash_attention_of_old_releases_rotates_in_fp32[before 4.45]",
     ),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import kl_to
-from qwen2_fp16_fix.patches.blocks import project_output
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.attention import project_output
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from qwen2_fp16_fix.patches.planning import plan_layers
 from qwen2_fp16_fix.patches.scaling import linear_by_token
 from stress import KINDS, TINY, build, random_prompt
@@ -323,7 +323,7 @@ def test_unfix_leaves_nothing_of_the_plan() -> None:
     model = qwen2_fp16_fix.unfix(fixed("swiglu"))
     for module in model.modules():
         assert not {"scale", "plan", "plan_due", "rotary", "watch", "shift", "one"} & set(module.__dict__)
-    assert type(model.model.layers[0].mlp) is ORIGINAL.Qwen2MLP
+    assert type(model.model.layers[0].mlp) is STOCK.Qwen2MLP
 
 
 def test_layers_without_weights_are_not_planned() -> None:

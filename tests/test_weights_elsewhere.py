@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import kl_to
 from qwen2_fp16_fix.patches import range_plan, scaling
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK_OF
 from stand_ins import replicated
 from stress import TINY, build, random_prompt
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def test_what_cannot_be_planned_is_left_stock(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys.modules[qwen2_fp16_fix.patches.planning.__name__], "bound_layer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         qwen2_fp16_fix.fix(model)
-    assert not {type(module) for module in model.modules()} & set(STOCK)
+    assert not {type(module) for module in model.modules()} & set(STOCK_OF)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "relu2"])
