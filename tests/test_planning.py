@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import kl_to
 from qwen2_fp16_fix.patches.attention import project_output
+from qwen2_fp16_fix.patches.blocks import MLP
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from qwen2_fp16_fix.patches.planning import plan_layers
 from qwen2_fp16_fix.patches.scaling import linear_by_token
@@ -240,7 +241,8 @@ def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
         handed.append(activation.dtype)
         return torch.zeros(*activation.shape[:-1], TINY.hidden)
 
-    monkeypatch.setattr(sys.modules[project_output.__module__], "linear_by_token", spy)
+    for function in (project_output, MLP.forward):
+        monkeypatch.setattr(sys.modules[function.__module__], "linear_by_token", spy)
     layer = fixed().model.layers[0]
     layer.mlp.set_exponent(None)
     layer.self_attn.set_exponent(None)
