@@ -3,39 +3,42 @@
 import functools
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import PROJECTED, eager_attention, project_output
+from .attention import REQUIRED_NAMES, dropout_of, eager_attention, project_output
 from .caches import claim_cache, note_keys, stored_keys
-from .keys import CentredKeys, shift_for
+from .key_centring import CentredKeys, shift_for
 from .numerics import rotate, sdpa_operands, widen_mask
 from .scaling import Scaled
 
 
 class AttendEagerly(CentredKeys, Scaled):
-    """What follows the rotation and the cache in an eager layer: fp32 scores, then the output projection."""
+    """The part of an eager attention after the cache: fp32 scores, then the output projection."""
 
+    stock_names: ClassVar = REQUIRED_NAMES
     head_dim: int
+    layer_idx: int
     attention_dropout: float
     o_proj: nn.Module
+    rotary_emb: nn.Module
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Output (B, Q, H, D) and weights (B, H, Q, K)."""
+        """Output (B, Q, H, D) and weights (B, H, Q, K). settings: the factor of the scores, the dropout."""
         mask = None if mask is None else widen_mask(mask, key.shape[-2])
         return eager_attention(self, query, key, value, mask, *settings)
 
-    def project(
+    def output(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, with_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output (B, Q, hidden), and the weights if they are wanted, which only eager has."""
+        """The layer's output (B, Q, hidden), and the weights if they are wanted; only eager attention has them."""
         attend = AttendEagerly.attend if with_weights else type(self).attend
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(self, query, key, value, mask, self.head_dim**-0.5, dropout)
+        output, weights = attend(self, query, key, value, mask, self.head_dim**-0.5, dropout_of(self))
         output = project_output(self, output.reshape(*output.shape[:2], -1), value.dtype)
         return output, weights if with_weights else None
 
@@ -53,7 +56,7 @@ def sdpa_attention(
 ) -> Tensor:
     """torch's fused attention. query (B, H, Q, D), key and value (B, G, K, D); returns (B, Q, H, D), not yet rounded.
 
-    No mask means causal, unless there is a single query; these releases hand over none or an additive one.
+    No mask means causal, unless there is a single query; these releases pass no mask or an additive one.
     """
     query, key, value, mask = sdpa_operands(query, key, value, mask)
     repeats = query.shape[1] // key.shape[1]
@@ -67,23 +70,27 @@ def sdpa_attention(
     return output.transpose(1, 2)
 
 
+#: The shift of the keys (1, G, 1, D), or None, while stock's flash attention runs: `rotate_pair` reads it.
+_key_shift: ContextVar[Tensor | None] = ContextVar("qwen2_fp16_fix_key_shift", default=None)
+
+
 def rotate_pair(
-    key_shift: Tensor | None,
     query: Tensor,
     key: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What stands in for stock's rotation, which before 4.45 is handed whole tables and the positions."""
+    """Takes the place of stock's rotation, which before 4.45 gets whole tables and the positions."""
     if cos.dim() == 2:
         cos, sin = cos[position_ids], sin[position_ids]
-    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, key_shift).to(key.dtype)
+    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, _key_shift.get()).to(key.dtype)
 
 
-def with_exact_rotation(stock_forward: types.FunctionType, key_shift: Tensor | None) -> Callable[..., Any]:
-    """The stock function itself, reading `rotate_pair` wherever it names stock's rotation."""
-    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": functools.partial(rotate_pair, key_shift)}
+@functools.cache  # a copy of stock's globals for each class, not for each call of each layer
+def with_exact_rotation(stock_forward: types.FunctionType) -> Callable[..., Any]:
+    """A stock forward whose name `apply_rotary_pos_emb` means `rotate_pair`; all else in it is stock's."""
+    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": rotate_pair}
     code, defaults, closure = stock_forward.__code__, stock_forward.__defaults__, stock_forward.__closure__
     return types.FunctionType(code, names, stock_forward.__name__, defaults, closure)
 
@@ -98,7 +105,7 @@ class FlashAttention(CentredKeys):
     layer_idx: int
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
-    stock_names: ClassVar = {*PROJECTED, "_flash_attention_forward"}
+    stock_names: ClassVar = {*REQUIRED_NAMES, "_flash_attention_forward"}
 
     def forward(
         self,
@@ -111,9 +118,12 @@ class FlashAttention(CentredKeys):
     ) -> Any:
         """As the stock class."""
         shift = claim_cache(self, past_key_value, shift_for(self, past_key_value), marks_last=False)
-        key_shift = None if shift is None else self.key_shift
-        forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]
-        output = forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
+        forward = with_exact_rotation(super().forward.__func__)  # type: ignore[attr-defined]
+        before = _key_shift.set(None if shift is None else self.key_shift)
+        try:
+            output = forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
+        finally:
+            _key_shift.reset(before)
         if past_key_value is not None and (keys := stored_keys(past_key_value, self.layer_idx)) is not None:
             note_keys(keys, shift)
         return output

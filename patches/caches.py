@@ -1,12 +1,13 @@
-"""Whose keys a cache holds: all have to be centred, by the same vector, or none.
+"""Whether the keys in a cache are centred: all of them have to be, by the same vector, or none.
 
-A cache that a fixed attention fills is marked, layer by layer. A cache rebuilt from its tensors, read from a disk or
-mapped over is not. What it holds shows in the keys themselves: a centre c takes out of them what all have in common,
-the bias. With k the mean key of a layer and b - c what centring leaves of its bias, <k - (b - c), c> / <c, c> is 0 for
-centred keys and 1 for a stock model's, up to what the projected tokens have in common, which the length of c divides.
-The sum over the layers leaves the decision to those with a long c: 0.00 and 1.00 where the published spikes are.
+A fixed attention marks each cache that it fills, layer by layer. A cache that is rebuilt from its tensors, read from a
+disk or mapped over has no marks. Then the keys themselves tell: a centre c takes out of them the bias, which all of
+them have in common. With k the mean key of a layer and b - c the part of its bias that centring leaves,
+<k - (b - c), c> / <c, c> is 0 for centred keys and 1 for a stock model's. The projected tokens have something in common
+as well; its part in the measure is divided by the length of c. So the sum over the layers follows those with a long c:
+it is 0.00 and 1.00 for the published spikes.
 
-Keys are rotated, so only pairs that hardly turn within the tokens that are looked at count.
+Keys are rotated, so only pairs count that hardly turn within the first tokens.
 """
 
 import sys
@@ -18,31 +19,31 @@ from torch import Tensor
 from .errors import ForeignCacheError
 from .swap import layers_of
 
-TOKENS = 256  # of a row, the first ones, to take the mean over
+TOKENS = 256  # the first tokens of a row, whose keys are averaged
 TURN = 0.5  # the most that a pair may turn within them, in radians
-#: How near 0 or 1 the measure has to be to say one or the other.
+#: How near 0 or 1 the measure has to be for a decision.
 NEAR = 0.25
-#: The least <c, c>, relative to the mean square of the keys, at which it says anything: along a shorter centre tokens
-#: have as much in common by chance, and the measure has been anywhere between -2 and 20.
+#: The least <c, c>, relative to the mean square of the keys, for a decision. Along a shorter centre tokens have as much
+#: in common by chance; the measure has been between -2 and 20 there.
 LONG = 2.0**-4
-#: A centre that is shorter than this, relative to the keys, is shorter than what rounds them off, and cannot matter.
+#: A centre that is shorter than this, relative to the keys, is below half a float16 step of them and does not matter.
 SHORT = 2.0**-11
 
 MARKS = "qwen2_fp16_centred"  # of a cache: layer to whether its keys are centred
 TRACED: list[bool] = []  # not empty once a compiler has traced an attention with a cache, in this process
-LEARNED = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's names of what hands over a cache that was learned
+LEARNED = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's methods that pass a learned cache to the model
 
 
 class Witness(NamedTuple):
-    """What tells the keys of one layer, in pairs that hardly turn, and 0 elsewhere: (G, D) in fp32 on the CPU."""
+    """The two vectors of a layer that its keys are measured by, (G, D) in fp32 on the CPU; 0 in pairs that turn."""
 
     layer: int
     centre: Tensor  # c
-    rest: Tensor  # what is left of the bias
+    rest: Tensor  # b - c, the part of the bias that centring leaves
 
 
 def witness(layer: int, key_shift: Tensor, frequencies: Tensor, mean: tuple[Tensor, Tensor]) -> Witness:
-    """For a layer with the shift -c (1, G, 1, D), where c is the bias times `mean`, real and imaginary part (D/2,)."""
+    """The witness of a layer with the shift -c (1, G, 1, D); c is the bias times `mean`, real and imaginary (D/2,)."""
     left, right = key_shift[0, :, 0].cpu().double().neg().chunk(2, -1)
     frequencies = frequencies.cpu().double()
     slow = frequencies * TOKENS <= TURN
@@ -52,19 +53,21 @@ def witness(layer: int, key_shift: Tensor, frequencies: Tensor, mean: tuple[Tens
 
 
 def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bool) -> Tensor | None:
-    """The shift for new keys in a cache, which is marked as holding such keys of this layer: `shift`, or none.
+    """The shift for new keys of this layer in a cache; marks the cache as holding such keys.
 
-    None for a cache that holds uncentred keys: 0 is a constant, too, and all keys have to share one.
-    marks_last: transformers itself rebuilds no cache. Where it does, in beam search for one, a cache without marks is
-    this model's unless it clearly is a stock model's.
-    Raises ForeignCacheError where old keys and new ones are of two sorts, or may be: mixed, they would point to the
-    wrong tokens, and nothing would show it.
+    It is `shift`, or None for a cache that holds uncentred keys: all keys of a cache have to share one constant, and
+    None stands for 0.
+    marks_last: True from transformers 5.4, where every copy of a cache keeps our mark. Keys in an unmarked cache then
+    come from a stock model or were learned. Before, beam search and others rebuild caches without their marks, so an
+    unmarked cache is this model's unless its keys clearly are a stock model's.
+    Raises ForeignCacheError if one of old and new keys is centred and the other is not, or if that cannot be told:
+    mixed, they would lead attention to the wrong tokens, and nothing would show it.
     """
     if cache is None:
         return shift
     if torch.compiler.is_compiling():
         note_tracing()
-        known = getattr(cache, MARKS, None)  # read, and guarded, by the compiler; nothing is looked at or marked
+        known = getattr(cache, MARKS, None)  # the compiler guards what it reads; compiled code sets no mark
         return None if known is not None and known.get(attention.layer_idx) is False else shift
     layer, marks = attention.layer_idx, cache.__dict__.setdefault(MARKS, {})
     wanted, centred = shift is not None, marks.get(layer)
@@ -82,7 +85,7 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
 
 
 def note_tracing() -> bool:
-    """Remembers that compiled code, which cannot mark what it fills, may fill caches with centred keys from here on."""
+    """Remembers that compiled code may fill caches with centred keys from now on; it cannot mark them."""
     TRACED.append(True)
     return True
 
@@ -91,13 +94,13 @@ note_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run
 
 
 def note_keys(keys: Tensor, shift: Tensor | None) -> None:
-    """Marks keys themselves: up to 4.47 they go from cache to cache in a tuple, in each step of a generation."""
+    """Marks the keys themselves. Up to 4.47 each step of a generation moves them to a new cache, in a tuple."""
     if not torch.compiler.is_compiling():
         setattr(keys, MARKS, shift is not None)
 
 
 def stored_keys(cache: Any, layer: int) -> Tensor | None:
-    """The keys a cache holds of a layer, (B, G, S, D); None for none, though a static one may hold zeros alone."""
+    """The keys of a layer in a cache, (B, G, S, D), or None. A static cache without tokens returns zeros."""
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
     if layers is None:  # up to 4.53
@@ -106,19 +109,19 @@ def stored_keys(cache: Any, layer: int) -> Tensor | None:
     quantised = getattr(found, "_quantized_keys", None)
     keys = getattr(found, "keys", found) if quantised is None else found._dequantize(quantised)
     is_there = isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel() > 0 and not keys.is_meta
-    return keys if is_there else None  # on the meta device 4.49 makes its static ones
+    return keys if is_there else None  # 4.49 makes static caches on the meta device
 
 
 def is_emptied(cache: Any, layer: int, look: bool) -> bool:
-    """Whether a marked cache holds no keys of a layer any more. look: at the numbers too, which waits for the GPU."""
+    """Whether a marked cache holds no keys of a layer any more. look: read the numbers too, which waits for the GPU."""
     keys = stored_keys(cache, layer)
     return keys is None or (look and not bool(keys.any()))
 
 
 def holds_centred(attention: Any, cache: Any, marks: dict[int, bool], marks_last: bool) -> bool:
-    """Whether new keys of a layer are to be centred in a cache that has no mark for it: as the old ones, if any, are.
+    """Whether the old keys of a layer in a cache without a mark for it are centred; True if there are none.
 
-    What is found out holds for all layers, and is found out once. Raises ForeignCacheError where it cannot be.
+    The answer holds for all layers, whose marks are set with it. Raises ForeignCacheError if there is no answer.
     """
     keys = stored_keys(cache, attention.layer_idx)
     if keys is None:
@@ -134,7 +137,7 @@ def holds_centred(attention: Any, cache: Any, marks: dict[int, bool], marks_last
 
 
 def look_centred(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool) -> bool:
-    """Whether the keys in a cache look centred; True for none at all, False where it makes no difference."""
+    """Whether the keys in a cache look centred; True without any keys, False if the centre is too short to matter."""
     along, centre, size = measure(cache, witnesses)
     if size == 0:
         return True
@@ -154,9 +157,9 @@ def look_centred(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool) -
 
 
 def measure(cache: Any, witnesses: tuple[Witness, ...]) -> list[float]:
-    """The sums over the layers of a cache that `compare` returns for one; zeros for no keys. It waits for the GPU once.
+    """The sums over the layers of a cache of the numbers that `compare` returns; zeros without keys.
 
-    The first over the second is about 0 for centred keys and 1 for a stock model's.
+    The first over the second is about 0 for centred keys and 1 for a stock model's. It waits for the GPU once.
     """
     found = [
         compare(keys.detach()[:, :, :TOKENS].float(), seen)
@@ -171,9 +174,9 @@ def measure(cache: Any, witnesses: tuple[Witness, ...]) -> list[float]:
 
 
 def compare(keys: Tensor, seen: Witness) -> Tensor:
-    """<k - (b - c), c>, <c, c> and the mean square length of the keys (B, G, S, D) of a layer: (3,), or zeros for none.
+    """<k - (b - c), c>, <c, c> and the mean square length of the keys (B, G, S, D) of a layer, (3,); zeros for none.
 
-    Keys of zeros are the empty places of a static cache.
+    Keys of zeros do not count: they are the empty places of a static cache.
     """
     centre, rest = (x.to(keys.device) for x in (seen.centre, seen.rest))
     count = keys.any(-1).any(1).sum()
@@ -185,9 +188,9 @@ def compare(keys: Tensor, seen: Witness) -> Tensor:
 
 
 def is_learned_prefix() -> bool:
-    """Whether a PEFT model is being called that hands over a cache it has learned: a new one each time, and unmarked.
+    """Whether a PEFT model is running that passes a learned cache on: a new one at each call, without marks.
 
-    The frame of the call tells, whether the fix came before PEFT or after it.
+    The frames of the call stack tell, whether the model was fixed before PEFT wrapped it or after.
     """
     frame = sys._getframe() if "peft" in sys.modules else None
     while frame is not None:
@@ -200,9 +203,9 @@ def is_learned_prefix() -> bool:
 
 
 def mark_cache(base: Any, cache: Any, centred: bool) -> None:
-    """Marks a cache as holding keys of the fixed Qwen2Model `base`, or else uncentred ones, in every layer.
+    """Marks every layer of a cache as holding keys of the fixed Qwen2Model `base`; or uncentred ones, if not `centred`.
 
-    Raises ForeignCacheError for what is no cache object, or a model that is not fixed.
+    Raises ForeignCacheError for a cache that is no object of a class, or a model that is not fixed.
     """
     attentions = [layer.self_attn for layer in layers_of(base)]
     if any(getattr(attention, "witnesses", None) is None for attention in attentions):

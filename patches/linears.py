@@ -1,10 +1,10 @@
-"""What stands where a linear was, plain, quantised or wrapped by an adapter, and W·x of it without the bias.
+"""The product W·x of a linear without its bias, whether the linear is plain, quantised or wrapped by an adapter.
 
-A bias of 300 makes float16 round what it is added to in steps of 0.25. So the product is asked for alone, and the bias
-is added in fp32. No module changes for that: loaders of quantised checkpoints ask `type(module) is nn.Linear`. A plain
-linear's product is its weight's. Anything else is asked through a view: a second object on the attributes of the first,
-of a subclass without a bias. A module that somebody watches, or that adds its bias nobody knows how, is called as it
-is: then the bias is rounded with the product, as in stock.
+A bias of 300 makes float16 round the sum in steps of 0.25. So the product is computed alone, and the bias is added in
+fp32. No module changes its class for that: loaders of quantised checkpoints ask `type(module) is nn.Linear`. A plain
+linear's product comes from its weight. Any other linear is called through a view: a second object with the attributes
+of the first, of a subclass without a bias. A module with hooks, or of a class that may add its bias in another way, is
+called as it is: then the bias is rounded with the product, as in stock.
 """
 
 import functools
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: PEFT's adapters that add to a product or work on the input, by the names of their folders. Not here: road, ia3 and
-#: glora, which turn, scale or remake the bias as well.
+from .swap import base_models, layers_of
+
+#: PEFT's adapters that add to a product or work on the input, by the names of their folders. road, ia3 and glora are
+#: not here: they rotate, scale or replace the bias as well.
 ADDITIVE = (
     "adalora beft boft c3a deft delora fourierft frod gralora hira hra lily loha lokr lora miss oft osf peanut psoft "
     "pvera randlora shira supertuning tinylora unilora vblora vera waveft"
 )
-#: Where the classes are that add their bias last, or have what they wrap add it, and return W·x where it is None.
+#: Modules whose classes add their bias last, or let the linear that they wrap add it, and return W·x if it is None.
 ADDING_LAST = (
     "bitsandbytes.nn.",
     "gptqmodel.nn_modules.qlinear.",
@@ -28,17 +30,17 @@ ADDING_LAST = (
     *(f"peft.tuners.{name}." for name in ADDITIVE.split()),
 )
 WATCHERS = ("forward_pre_hooks", "forward_hooks", "backward_hooks", "backward_pre_hooks")
-#: nn.Linear's own forward, unless a tool has replaced it before this was imported.
+#: nn.Linear's own forward; None if a tool has replaced it before this file was imported.
 LINEAR_FORWARD = (
     nn.Linear.forward if getattr(nn.Linear.forward, "__globals__", None) is vars(nn.modules.linear) else None
 )
-NO_BIAS = property(lambda module: None)  # an attribute of the class would lose to that of a DataParallel replica
+NO_BIAS = property(lambda module: None)  # a plain class attribute would lose to that of a DataParallel replica
 
 _views: dict[type, type] = {}  # class to the class of its views
 
 
 def has_view(kind: type) -> bool:
-    """Whether modules of this class return W·x once their bias is None. Makes the class that takes it from them."""
+    """Whether modules of this class return W·x once their bias is None. Makes the class of their views."""
     if kind is not nn.Linear and not kind.__module__.startswith(ADDING_LAST):
         return False
     if kind not in _views:
@@ -46,17 +48,17 @@ def has_view(kind: type) -> bool:
     return True
 
 
-#: Compilers run it while they trace. What says so through torch would import torch's compiler with this file.
+#: Compilers run it while they trace. torch's decorator for this would import torch's compiler with this file.
 has_view._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def inner_linear(projection: Any) -> Any:
-    """The linear inside a projection: itself, or what a PEFT adapter wraps."""
+    """The linear inside a projection: the projection itself, or the one that a PEFT adapter wraps."""
     return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
 
 
 def may_change_bias(projection: nn.Module) -> bool:
-    """Whether an adapter stands there that is not known to leave the bias of what it wraps as it is."""
+    """Whether a projection is an adapter that is not known to leave the bias of its linear as it is."""
     parts: Any = [projection]
     while "base_layer" in parts[-1]._modules:
         parts.append(parts[-1].base_layer)
@@ -64,7 +66,7 @@ def may_change_bias(projection: nn.Module) -> bool:
 
 
 def loaded_bias(projection: nn.Module) -> Tensor | None:
-    """The bias of a projection, this rank's part of a sharded one, an offloaded one's from where it waits."""
+    """The bias of a projection: this rank's part if it is sharded; the copy outside the device if it is offloaded."""
     linear = inner_linear(projection)
     bias = getattr(linear, "bias", None)
     if not isinstance(bias, Tensor) or not bias.is_floating_point() or not bias.numel():  # ZeRO-3 leaves it empty
@@ -75,16 +77,29 @@ def loaded_bias(projection: nn.Module) -> Tensor | None:
     return bias.to_local() if hasattr(bias, "to_local") else bias
 
 
+def note_made_up(root: nn.Module, stock: Any, told: Any) -> None:
+    """Notes in each layer of `root` which parameters were not loaded, by from_pretrained's loading info `told`.
+
+    stock: transformers' Qwen2 classes, by name, as attributes.
+    """
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in told.get("mismatched_keys") or ()]
+    names = [*(told.get("missing_keys") or ()), *mismatched]
+    for base in base_models(root, stock):
+        for index, layer in enumerate(layers_of(base)):
+            parts = [f".{name}".partition(f".layers.{index}.") for name in sorted(names)]
+            note_missing(layer, [rest for _, _, rest in parts if rest])
+
+
 def note_missing(layer: nn.Module, names: list[str]) -> None:
-    """Remembers parameters of a layer, by their names in it, that loading found nowhere and made up."""
+    """Remembers parameters of a layer, by their names in it, that were not in the checkpoint and are random."""
     floating = [name for name, parameter in layer.named_parameters() if parameter.is_floating_point()]
     layer.__dict__["missing"] = [name for name in names if name in floating]
 
 
 def load_problem(layer: Any) -> str | None:
-    """What is wrong with the numbers in the linears of a layer, as far as it can be told, or None.
+    """What is known to be wrong with the numbers in the linears of a layer, or None.
 
-    What from_pretrained of a drop-in class has made up is known. What stock's has made up before `fix`, is not.
+    Parameters that from_pretrained of a drop-in class has made up are known; those that stock's has are not.
     """
     for name, linear in layer.named_modules():
         if name.endswith("_proj") and is_plain(linear) and not linear.weight.is_floating_point():
@@ -94,8 +109,8 @@ def load_problem(layer: Any) -> str | None:
     return f"{missing[0]} was not in the checkpoint, so it is random" if missing else None
 
 
-def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
-    """projection(hidden_states), in fp32 with an unrounded bias where the projection can be split."""
+def project_exactly(projection: nn.Module, hidden_states: Tensor) -> Tensor:
+    """projection(hidden_states), in fp32 with an unrounded bias if the projection can be split."""
     bias = loaded_bias(projection)
     if bias is not None and is_separable(projection):
         product = product_of(projection, hidden_states)
@@ -107,7 +122,7 @@ def project(projection: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def is_only_hooked(projection: nn.Module) -> bool:
-    """Whether hooks on the forward of a plain linear are all there is to see, and what they do to its output shows."""
+    """Whether a plain linear has hooks on its own forward and no others, so that `with_hooks` can serve them."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not is_plain(projection):
         return False
     everywhere = nn.modules.module
@@ -116,8 +131,9 @@ def is_only_hooked(projection: nn.Module) -> bool:
 
 
 def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor) -> Tensor:
-    """linear(hidden_states) with its hooks, exact wherever they have left its output as it was, so that to look
-    changes nothing. Gradients go through what the hooks were shown.
+    """linear(hidden_states) with its hooks; exact wherever the hooks have not changed its output.
+
+    So a hook that only reads changes no number. Gradients go through the output that the hooks got.
     """
     shown: list[Tensor] = []
 
@@ -127,13 +143,13 @@ def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor) -> Tensor:
         return output
 
     own: dict[str, Any] = {**linear.__dict__, "forward": forward}
-    for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # shown the linear itself
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # they get the linear itself, not its stand-in
         own[hooks] = {key: functools.partial(call_hook, hook, linear) for key, hook in own[hooks].items()}
     whole: Tensor = with_attributes(nn.Module, own)(hidden_states)
     hidden_states, kept = shown
     is_simple = type(whole) is Tensor and type(linear.weight) in (nn.Parameter, Tensor)
     if not is_simple or (whole.shape, whole.dtype) != (kept.shape, kept.dtype):
-        return whole  # theirs, or a shard's
+        return whole  # an output that a hook has made, or a shard's
     with torch.no_grad():
         exact = nn.functional.linear(hidden_states, linear.weight) + bias.to(hidden_states.device).float()
         exact = torch.where(whole == kept, exact, whole.float())
@@ -154,44 +170,44 @@ def product_of(projection: Any, hidden_states: Tensor) -> Tensor:
 
 
 def is_separable(projection: nn.Module) -> bool:
-    """Whether the product of a projection can be had without its bias, and nobody wants to see them together."""
+    """Whether the product of a projection can be computed without its bias, and no hook is to get their sum."""
     return (is_plain(projection) and not is_watched(projection)) or is_viewable(projection)
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a module computes W·x + b as nn.Linear does, whatever its weight is: a shard, a property, quantised."""
+    """Whether a module computes W·x + b by nn.Linear's forward. Its weight may be a shard, a property or quantised."""
     return type(linear).forward is LINEAR_FORWARD and "forward" not in linear.__dict__
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook, of the module or of all modules, is to see what it takes, returns or is sent back."""
+    """Whether a hook, of the module or of all modules, gets its inputs, its output or their gradients."""
     everywhere = nn.modules.module
     return any(getattr(module, f"_{name}") or getattr(everywhere, f"_global_{name}") for name in WATCHERS)
 
 
 def is_viewable(module: Any) -> bool:
-    """Whether a module and all that it wraps can be asked through a view."""
+    """Whether a module and all that it wraps can be called through a view."""
     if not has_view(type(module)) or is_watched(module) or ("forward" in module.__dict__ and not is_aligned(module)):
         return False
     base = module._modules.get("base_layer")
     if base is None:
         return True
-    about_to_unmerge = module.merged and module.disable_adapters  # in its forward, which may take the bias along
+    about_to_unmerge = module.merged and module.disable_adapters  # its forward may then change the bias as well
     return not about_to_unmerge and is_viewable(base)
 
 
 def is_aligned(module: nn.Module) -> bool:
-    """Whether the forward in a module is the one that accelerate puts there to bring tensors to a device."""
+    """Whether a module's own forward is accelerate's, which moves tensors to a device and back."""
     forward, kept = module.__dict__["forward"], module.__dict__.get("_old_forward")
     by_accelerate = isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"
     return by_accelerate and getattr(kept, "__func__", None) is type(module).forward
 
 
 def view_of(module: Any) -> Any:
-    """A viewable module without its bias: called, it returns W·x. What it keeps, it keeps in the module."""
+    """A viewable module without its bias: called, it returns W·x. It shares the module's attributes."""
     own: dict[str, Any] = module.__dict__
     base = own["_modules"].get("base_layer")
-    if base is not None:  # some adapters have it under a second name
+    if base is not None:  # some adapters hold it under a second name as well
         inner = view_of(base)
         own = {**own, "_modules": {name: inner if part is base else part for name, part in own["_modules"].items()}}
     view = with_attributes(_views[type(module)], own)
@@ -208,7 +224,7 @@ def with_attributes(kind: type, attributes: dict[str, Any]) -> Any:
 
 
 def call_aligned(module: Any, view: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a view of `module`, with that module's weights brought by accelerate and taken away again."""
+    """The forward of a view of `module`, while accelerate has that module's weights on the device."""
     hook = module._hf_hook
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not hook.no_grad):

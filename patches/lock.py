@@ -1,8 +1,8 @@
-"""What decides a fixed model's numbers, written down as a lock, and how an environment differs from one.
+"""Reads a lock, which lists everything that decides a fixed model's numbers, and says how an environment differs.
 
-With QWEN2_FP16_FIX_LOCK=FILE in the environment nothing is fixed and no fixed model is built where anything differs
-from FILE. That guards against accidents and drift: whoever can edit the files beside this one can edit this one, so
-against an attacker a check has to come from outside (`qwen2-fp16-fix check`), or the commit has to be pinned.
+With QWEN2_FP16_FIX_LOCK=FILE in the environment nothing is fixed and no fixed model is built if anything differs from
+FILE. That guards against accidents and drift, not against an attacker: whoever can edit the files beside this one can
+edit this one. Against an attacker pin the commit, or check from outside (`qwen2-fp16-fix check`).
 """
 
 import functools
@@ -36,20 +36,20 @@ FIELDS: dict[str, type] = {
     "upstream": dict,
 }
 
-#: transformers' tables of functions that its Qwen2 looks into: attention implementations and RoPE variants.
+#: transformers' tables of functions that its Qwen2 uses: attention implementations and RoPE variants.
 TABLES = ("ALL_ATTENTION_FUNCTIONS", "ROPE_INIT_FUNCTIONS")
 
 
 def check_when_asked() -> None:
-    """Raises LockError where the environment names a lock and anything differs from it, LockFileError for no lock."""
+    """Raises LockError if the environment names a lock and anything differs from it, LockFileError if it is no lock."""
     path = os.environ.get(VARIABLE, "").strip()
     if path:
-        refuse_drift(path)
+        check_lock(path)
 
 
-@functools.cache  # once a lock, not once a model; what raises is not kept
-def refuse_drift(path: str) -> None:
-    """Raises LockError where the files beside this one, transformers or torch differ from the lock at `path`."""
+@functools.cache  # one check a process for each path; errors are not cached
+def check_lock(path: str) -> None:
+    """Raises LockError if the files beside this one, transformers or torch differ from the lock at `path`."""
     lock, here = read_lock(path), describe()
     if __name__.startswith("transformers_modules."):
         here["patches"] = _as_copied(here["patches"], lock["patches"])
@@ -59,9 +59,9 @@ def refuse_drift(path: str) -> None:
 
 
 def _as_copied(files: Mapping[str, str], locked: Mapping[str, str]) -> dict[str, str]:
-    """`files`, but for what transformers does to them in its cache of remote code.
+    """`files` as they would be without the changes that transformers makes in its cache of remote code.
 
-    It makes an empty `__init__.py` of its own and leaves out what the entry file does not import.
+    It adds an empty `__init__.py` and leaves out files that the entry file does not import.
     """
     changed = {name: digest for name, digest in files.items() if (name, digest) != ("__init__.py", sha256(b""))}
     return {**locked, **changed}
@@ -73,13 +73,13 @@ def drift(path: str | Path, found: Sequence[str]) -> LockError:
 
 
 def describe(folder: Path = HERE) -> dict[str, Any]:
-    """What a lock says of patches, here by default, and of the transformers and torch that run."""
+    """The part of a lock on patches, by default those beside this file, and on the transformers and torch that run."""
     return {
         "numerics": NUMERICS,
         "transformers": transformers.__version__,
         "torch": str(torch.__version__),
         "patches": hash_files(folder),
-        "upstream": fingerprint_upstream(),
+        "upstream": upstream_digests(),
     }
 
 
@@ -111,7 +111,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def is_importable(path: Path) -> bool:
-    """Whether Python could import this file: an extension module goes before the source it lies beside."""
+    """Whether Python could import this file. Extension modules count: Python prefers them to a source beside them."""
     return path.name.endswith(tuple(importlib.machinery.all_suffixes())) and path.is_file()
 
 
@@ -120,10 +120,10 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def fingerprint_upstream() -> dict[str, str]:
+def upstream_digests() -> dict[str, str]:
     """A digest of each class and function of transformers that its Qwen2 module defines, imports or has in a table.
 
-    That is more than the fix overrides: masks, caches and generation decide the numbers too.
+    The fix overrides fewer, but masks, caches and generation decide the numbers too.
     """
     try:
         from transformers.models.qwen2 import modeling_qwen2 as stock
@@ -132,11 +132,11 @@ def fingerprint_upstream() -> dict[str, str]:
     named = dict(vars(stock))
     for table in TABLES:
         named |= {f"{table}[{key}]": value for key, value in dict(getattr(stock, table, {})).items()}
-    return {name: fingerprint(own) for name in sorted(named) if (own := upstream_code(named[name])) is not None}
+    return {name: source_digest(own) for name in sorted(named) if (own := upstream_code(named[name])) is not None}
 
 
 def upstream_code(thing: Any) -> Any:
-    """A class or function of transformers, or the one that a drop-in class stands in for; None for anything else."""
+    """A class or function of transformers, or the stock class of a drop-in class; None for anything else."""
     for candidate in getattr(thing, "__mro__", (thing,)):
         is_code = isinstance(candidate, (type, types.FunctionType))
         if is_code and str(candidate.__module__).startswith("transformers.") and candidate.__name__ == thing.__name__:
@@ -144,9 +144,9 @@ def upstream_code(thing: Any) -> Any:
     return None
 
 
-@functools.cache  # a search through source files, and what was imported stays what it is
-def fingerprint(thing: Any) -> str:
-    """SHA-256 of the source of a class or function, or of its compiled code where the source is not installed."""
+@functools.cache  # it searches source files; a class or function does not change once it is imported
+def source_digest(thing: Any) -> str:
+    """SHA-256 of the source of a class or function, or of its compiled code if the source is not installed."""
     try:
         return sha256(inspect.getsource(thing).encode())
     except (OSError, TypeError):
@@ -154,7 +154,7 @@ def fingerprint(thing: Any) -> str:
 
 
 def _compiled(thing: Any) -> str:
-    """A class, function, code object or constant as text that is the same in every process of one Python version."""
+    """A class, function, code object or constant as text; the text is the same in each process of a Python version."""
     if isinstance(thing, type):
         return repr([(name, _compiled(f)) for name, f in sorted(vars(thing).items()) if inspect.isfunction(f)])
     if isinstance(thing, types.FunctionType):
@@ -165,7 +165,7 @@ def _compiled(thing: Any) -> str:
 
 
 def differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """A sentence for each thing that is not as locked. What `found` does not speak of is not compared."""
+    """A sentence for each thing that is not as locked. Keys that `found` lacks are skipped."""
     sentences = []
     for name, title in (("package", "qwen2-fp16-fix"), ("transformers", "transformers"), ("torch", "torch")):
         if name in found and found[name] != lock[name]:
@@ -176,7 +176,7 @@ def differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 
 def file_differences(locked: Mapping[str, str], found: Mapping[str, str]) -> Iterable[str]:
-    """A sentence for each file that is not as locked, is missing, or is there and not locked."""
+    """A sentence for each file that differs from the lock, is missing, or is not in the lock."""
     for name in sorted({*locked, *found}):
         if name not in found:
             yield f"{name} is locked and missing."
@@ -187,7 +187,7 @@ def file_differences(locked: Mapping[str, str], found: Mapping[str, str]) -> Ite
 
 
 def _upstream_differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[str]:
-    """Another release is one difference, however much of it is new; in the same one, each change is."""
+    """One sentence for another transformers release; for the locked one, a sentence for each class that differs."""
     locked, there = lock["upstream"], found["upstream"]
     changed = [name for name in locked if there.get(name) != locked[name]]
     if lock["transformers"] != found["transformers"]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
 #: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
 ONE_KERNEL = ("cpu", "cuda", "xpu")
-#: Devices whose softmax may be written over its own input, and whose baddbmm leaves alone what beta 0 multiplies away.
+#: Devices whose softmax may be written over its own input, and whose baddbmm ignores its first operand if beta is 0.
 IN_PLACE = ("cpu", "cuda")
 #: Devices known to have a kernel for torch.frexp. MPS has none.
 FREXP = ("cpu", "cuda")
@@ -20,8 +20,8 @@ FREXP = ("cpu", "cuda")
 def autocast_device(device_type: str) -> str:
     """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
 
-    torch's compiler cannot trace the question before 2.13. It is not put there: what is compiled computes, so autocast
-    knows its device, but for models without weights.
+    Before torch 2.13 its compiler cannot trace the question. Compiled code is not asked: it computes, so autocast knows
+    its device, unless the model has no weights.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type
@@ -59,8 +59,8 @@ def runs_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def is_unwatched(*modules: nn.Module) -> bool:
-    """Whether what these modules take and return is their caller's alone: no autograd, compiler or hook wants it."""
+def may_reuse_memory(*modules: nn.Module) -> bool:
+    """Whether the caller may write over what these modules return: no autograd, compiler or hook keeps it."""
     everywhere = nn.modules.module
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -73,7 +73,7 @@ def is_unwatched(*modules: nn.Module) -> bool:
 
 
 def promote_residual(hidden_states: Tensor) -> Tensor:
-    """The residual stream in fp32 where it came in float16; any other dtype unchanged.
+    """The residual stream in fp32 if it comes in float16; any other dtype unchanged.
 
     One promotion is enough: `fp32 residual + float16 block output` stays fp32 by PyTorch's type promotion.
     """
@@ -86,14 +86,14 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     hidden_states (..., hidden) and weight (hidden,), any float dtype; returns (..., hidden) in `out_dtype`.
     """
     hidden_states = hidden_states.float()
-    if not runs_on_cpu(hidden_states):  # one kernel there, in a torch that has it for the device
+    if not runs_on_cpu(hidden_states):  # one kernel there, if torch has it for the device
         return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight.float(), eps).to(out_dtype)
     length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
     return (hidden_states * torch.rsqrt(length.square() / weight.numel() + eps) * weight).to(out_dtype)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, eq. 34, in the half-split layout), then plus `shift`, in fp32.
+    """Rotary position embedding (Su et al. 2021, eq. 34, in the half-split layout), plus `shift`, in fp32.
 
     states (B, heads, S, D); cos and sin (B or 1, S, D) in fp32; shift (1, heads, 1, D) in fp32. Returns fp32.
     """
@@ -101,7 +101,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None
     turned = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
     (left, right), (sin_left, sin_right) = exact.chunk(2, -1), sin.unsqueeze(1).chunk(2, -1)
     half = left.shape[-1]
-    turned.narrow(-1, 0, half).addcmul_(right, sin_left, value=-1)  # autograd wants no chunk written to
+    turned.narrow(-1, 0, half).addcmul_(right, sin_left, value=-1)  # autograd lets nobody write into a chunk
     turned.narrow(-1, half, half).addcmul_(left, sin_right)
     return turned
 
@@ -109,7 +109,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None
 def laid_out_by_token(heads: Tensor, dtype: torch.dtype) -> Tensor:
     """heads (B, H, S, D) cast to `dtype`, in the memory order (B, S, H, D): that of a projection's output.
 
-    Fused kernels return their output in the order of the query, and the next matmul wants it by token.
+    Fused kernels return their output in the order of the query. The next matmul takes it by token.
     """
     return heads.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
@@ -119,8 +119,8 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
 
     mask (B or 1, heads or 1, Q, at least K): boolean, True where attention is allowed, or additive in any float dtype.
     Masked means the dtype's minimum (or -inf). float16's minimum, -65504, hides nothing among scores of 1e5, so it
-    becomes fp32's; not -inf, which turns a row with every key masked into NaN. Releases 4.42 to 4.52 hand over one
-    column too many.
+    becomes fp32's. It does not become -inf, which makes a row with every key masked NaN. 4.42 to 4.52 pass one column
+    too many.
     """
     mask = mask[..., :key_length]
     lowest = torch.finfo(torch.float32).min
@@ -129,11 +129,11 @@ def widen_mask(mask: Tensor, key_length: int) -> Tensor:
     return torch.nn.functional.threshold(mask.float(), torch.finfo(mask.dtype).min, lowest)
 
 
-def seal_mask(mask: Tensor, key_length: int) -> Tensor:
-    """An additive mask of exactly `key_length` columns whose minimum is -inf, for fused kernels that take it in float16
-    only; boolean ones as they are.
+def mask_to_minus_inf(mask: Tensor, key_length: int) -> Tensor:
+    """An additive mask of exactly `key_length` columns with -inf for its minimum; a boolean mask as it is.
 
-    Rows with every key masked keep the minimum: a softmax over -inf alone is NaN.
+    It is for fused kernels, which take a mask in float16 only. Rows with every key masked keep the minimum: a softmax
+    over -inf alone is NaN.
     """
     mask = mask[..., :key_length]
     if mask.dtype == torch.bool:
@@ -143,7 +143,7 @@ def seal_mask(mask: Tensor, key_length: int) -> Tensor:
 
 
 def prepare_anew(prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_length: int) -> Tensor:
-    """`prepare` of the mask, as it says."""
+    """Default for `prepared` below: calls `prepare` every time and keeps nothing."""
     return prepare(mask, key_length)
 
 
@@ -154,13 +154,13 @@ def sdpa_operands(
     mask: Tensor | None,
     prepared: Callable[[Callable[[Tensor, int], Tensor], Tensor, int], Tensor] = prepare_anew,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What torch's fused attention is handed, of a query in fp32, key, value and any mask (see `widen_mask`).
+    """The operands of torch's fused attention, from a query in fp32, key, value and any mask (see `widen_mask`).
 
-    prepared: asked for the mask as one of the functions above makes it, which it may have kept from another layer.
-    fp32 on a CPU, where torch's kernel takes several times as long in float16, elsewhere the dtype of `value`.
+    prepared: calls one of the two functions above, or returns what it has kept from another layer.
+    They are fp32 on a CPU, where torch's kernel takes several times as long in float16; elsewhere the dtype of `value`.
     """
     if not runs_on_cpu(value) or autocast_is_on("cpu"):
-        mask = None if mask is None else prepared(seal_mask, mask, key.shape[-2])
+        mask = None if mask is None else prepared(mask_to_minus_inf, mask, key.shape[-2])
         return laid_out_by_token(query, value.dtype), key, value, mask
     if mask is not None and mask.dtype != torch.bool:
         mask = prepared(widen_mask, mask, key.shape[-2])
@@ -174,8 +174,8 @@ def grouped_attention(
 
     query (B, H, Q, D), key and value (B, G, K, D); mask as `widen_mask` returns it, or None to mask nothing.
     Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
-    Product, scale, mask and softmax are fp32, autocast or not. The weights are rounded for the product with `value`,
-    but not on a CPU, where a float16 product takes 8 to 40 times as long as one in fp32.
+    Product, scale, mask and softmax are fp32, with autocast too. The weights are rounded for the product with `value`.
+    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32.
     """
     device = autocast_device(query.device.type)
     if torch.is_autocast_enabled(device):
@@ -185,9 +185,11 @@ def grouped_attention(
     key_heads, keys = key.shape[1], key.shape[2]
     grouped = (batch * key_heads, heads // key_heads * queries)
     rows, columns = query.float().reshape(*grouped, head_dim), key.float().flatten(0, 1).transpose(1, 2)
-    nothing = rows[:1, :1, :1].detach()  # that beta multiplies away: the product comes out scaled
+    nothing = rows[:1, :1, :1].detach()  # times beta, 0: baddbmm is here for its alpha, which scales the product
     if device_of(rows) not in IN_PLACE:
-        nothing = torch.zeros_like(nothing)  # MPS does multiply: a query of NaN would reach every row
+        nothing = torch.zeros_like(nothing)  # MPS does multiply it: a query of NaN would reach every row
+    # The scan takes the first baddbmm after an attention starts, or the first product of 4 dimensions, for the scores.
+    # So this is a baddbmm, and none goes before it: tests/test_scan.py, test_no_observation_passes_its_bound.
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
         scores += mask
@@ -203,9 +205,9 @@ def grouped_attention(
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension, in the memory of the scores unless autograd or a compiler wants them.
+    """Softmax over the last dimension, in the memory of the scores unless autograd or a compiler keeps them.
 
-    Elsewhere than on a CPU or CUDA it takes memory of its own: no kernel there is known to bear it.
+    On devices that IN_PLACE does not name it takes new memory: no kernel there is known to write over its input.
     """
     if scores.requires_grad or torch.compiler.is_compiling() or device_of(scores) not in IN_PLACE:
         return torch.softmax(scores, dim=-1)
@@ -215,9 +217,9 @@ def softmax(scores: Tensor) -> Tensor:
 def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory: Tensor | None = None) -> Tensor:
     """2^-exponent · gate · up, (B, S, intermediate) in float16, rounded once: the product itself is never stored.
 
-    zero: a float16 zero without dimensions. addcmul takes the factor along and multiplies in fp32: one kernel, where
-    ONE_KERNEL says so. The fp32 product of two float16 numbers is exact, so that the same bits come out anywhere.
-    memory: where to put it, if given; it may be `gate`.
+    zero: a float16 zero without dimensions. On devices that ONE_KERNEL names, addcmul multiplies in fp32, the factor
+    included, in one kernel. The fp32 product of two float16 numbers is exact, so every device returns the same bits.
+    memory: where to put the product, if given; it may be `gate`.
     """
     if device_of(gate) not in ONE_KERNEL:
         return (gate.float() * up.float() * 2.0**-exponent).to(zero.dtype)
@@ -230,7 +232,7 @@ def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:
     activation (B, S, channels) in fp32; returns integers (B, S, 1).
     """
     largest = activation.detach().abs().amax(-1, keepdim=True)
-    # Without frexp it is read from the bits of an fp32 number, 2^(e - 127)·1.…, which torch.jit.trace cannot follow.
+    # Without frexp it comes from the bits of an fp32 number, 2^(e - 127)·1.…, which torch.jit.trace cannot follow.
     by_frexp = device_of(largest) in FREXP
     exponent = torch.frexp(largest).exponent if by_frexp else (largest.view(torch.int32) >> 23) - 126
     exponent = exponent.clamp(min=bits)

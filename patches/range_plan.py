@@ -6,18 +6,20 @@ The bounds hold for every prompt. What they rest on, for the arithmetic of the f
    With h_i = √(γ_i² + 2^-24), n = h∘y, and ‖y‖ <= ‖z‖ + 2^-13·√d, as |γ_i| <= h_i and |η_i| <= 2^-13·h_i. So
    |n_i| <= h_i·‖y‖, and for a row w, with a = w∘h, the magnitudes |w_i·n_i| sum to at most ‖a‖·‖y‖ (Cauchy and
    Schwarz), and with them any part of the sum, in any order.
-2. Matmuls accumulate in fp32, PyTorch's default, and round at most SPLITS partial sums to float16: `computed` bounds
-   what the next step sees. Float16 accumulation, a switch that is off by default, is covered where it happens by a
-   factor of 2: a float16 s is itself a float16 number at distance |t| from s + t, so rounding s + t moves away from s
-   by at most 2|t|, and a chain of additions ends at most at twice the sum of magnitudes. Hence LIMIT.
-3. A rotation turns a pair without lengthening it, and the centre of the keys is no longer than their bias (keys.py);
-   attention averages values with weights that sum to 1, up to rounding.
+2. Matmuls accumulate in fp32, PyTorch's default, and round at most SPLITS partial sums to float16: `after_matmul`
+   bounds what the next step reads. Float16 accumulation, a switch that is off by default, is covered by a factor of 2
+   in LIMIT. A float16 s is itself a float16 number at distance |t| from s + t. So rounding s + t moves away from s by
+   at most 2|t|, and a chain of additions ends at most at twice the sum of magnitudes.
+3. A rotation turns a pair without lengthening it. The centre of the keys is no longer than their bias (keys.py).
+   Attention averages values with weights that sum to 1, up to rounding.
 4. |act(g)| <= |g|, and |g·u| = |⟨a,y⟩⟨b,y⟩| <= ‖y‖²/2·(‖a‖‖b‖ + |⟨a,b⟩|): the largest eigenvalue of (abᵀ + baᵀ)/2.
 5. An output, and any part of it, is at most Σ_j |w_j|·(bound of input j).
 
-What is done element by element (w∘h and sums along a row) is fp32 on the weight's own device, widened by `slack`, more
-than that can lose in any order of the sums; the rest is fp64 on the CPU, widened by MARGIN. None of it is a matmul,
-which TF32 and the like, where a user has switched them on, would round.
+Steps that run element by element (w∘h, and sums along a row) are fp32 on the weight's own device. `fp32_slack` widens
+them by more than fp32 can lose in any order of the sums. All other steps are fp64 on the CPU, widened by MARGIN. No
+step is a matmul: TF32 and similar modes, which a user may have switched on, would round its operands.
+
+The names of weights and sites are those of `architecture.QWEN2`.
 """
 
 import math
@@ -27,17 +29,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-FLOAT16_MAX = 65504.0
+from .architecture import QWEN2, Architecture
+
+FLOAT16_MAX = 65504.0  # the largest float16; every other module takes it from here
 UNIT = 2.0**-11  # relative rounding error of float16
 TINY = 2.0**-25  # absolute rounding error of a float16 below 2^-14
-REST = 2.0**-13  # TINY over the smallest `reach`: what subnormal rounding adds to a norm's output, relative to that
+REST = 2.0**-13  # TINY over the smallest h of point 1: subnormal rounding of a norm's output, relative to h
 SPLITS = 64  # partial sums of a matmul that a split-K kernel may round
 LIMIT = FLOAT16_MAX / (2 * (1 + UNIT) ** (SPLITS + 1))  # for a sum of magnitudes
 MARGIN = 1 + 2.0**-30
-MAX_EXPONENT = 24  # beyond, small values would sink below float16's smallest number
-CHUNK = {"cpu": 2**18}  # elements of a weight held in fp32 at a time: what stays in a core's cache
-LARGE_CHUNK = 2**24  # on an accelerator, where a kernel launch costs more than memory
+MAX_EXPONENT = 24  # a larger one would round small values to 0: float16's smallest number is 2^-24
+FP32_ELEMENTS = {"cpu": 2**18}  # elements of a weight held in fp32 at a time: as many as a core's cache holds
+FP32_ELEMENTS_ELSEWHERE = 2**24  # on an accelerator, where a kernel launch costs more than memory
 
 #: Activations with |act(x)| <= |x|, by transformers' names.
 CONTRACTIONS = {"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"}
@@ -56,30 +61,18 @@ class LayerShape:
     rotation_scale: float = 1.0
 
 
-def layer_shapes(shape: LayerShape, intermediate: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight and bias a layer can have, by its name below `layers.N.`."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {
-        "self_attn.q_proj": (query, shape.hidden),
-        "self_attn.k_proj": (key, shape.hidden),
-        "self_attn.v_proj": (key, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, query),
-        "mlp.gate_proj": (intermediate, shape.hidden),
-        "mlp.up_proj": (intermediate, shape.hidden),
-        "mlp.down_proj": (shape.hidden, intermediate),
-    }
-    norms = ("input_layernorm", "post_attention_layernorm")
-    found: dict[str, tuple[int, ...]] = {f"{norm}.weight": (shape.hidden,) for norm in norms}
-    for name, size in sizes.items():
-        found |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
-    return found
+def layer_shapes(shape: LayerShape, intermediate: int, row: Architecture = QWEN2) -> dict[str, tuple[int, ...]]:
+    """`Architecture.shapes` of a layer of these sizes, by names below `layers.N.`. intermediate: the MLP's width."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {"hidden": shape.hidden, "queries": queries, "keys": keys, "head": shape.head_dim}
+    return row.shapes(sizes | {"intermediate": intermediate})
 
 
 @dataclass(frozen=True)
 class LayerBounds:
     """The largest bound over the channels of each site.
 
-    norm, rotated and product bound a stored number; the others the sum of magnitudes, and so every partial sum.
+    It bounds a stored number, or a sum of magnitudes and so every partial sum: `Site.limit` says which.
     """
 
     norm: float
@@ -102,7 +95,9 @@ class Exponents(NamedTuple):
     o_proj: int
 
 
-STORED = {"norm", "rotated", "product"}  # sites held against FLOAT16_MAX; the others are sums, held against LIMIT
+#: What each bound is held against: a stored number against float16's largest, a sum of magnitudes against LIMIT.
+LIMITS = {site.bound: FLOAT16_MAX if site.limit == "number" else LIMIT for site in QWEN2.sites if site.bound}
+SCALED = QWEN2.scaled_bounds()
 
 
 def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds:
@@ -111,57 +106,71 @@ def bound_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> LayerBounds
     A weight that is not finite in float16 makes the bounds it reaches infinite. Biases of q, k and v are bounded; no
     other may be among the weights.
     """
-    attention_gain, mlp_gain = weights["input_layernorm.weight"], weights["post_attention_layernorm.weight"]
-    sums: dict[str, Tensor] = {}
-    rotated: list[Tensor] = []
-    for name in ("q", "k", "v"):
-        sums[name] = project(weights[f"self_attn.{name}_proj.weight"], attention_gain)
-        bias = weights.get(f"self_attn.{name}_proj.bias")
-        shift = torch.zeros_like(sums[name]) if bias is None else exact(bias).abs().cpu().double()
-        sums[name] = sums[name] + shift
-        if name != "v":
-            rotated.append(rotated_bound(computed(sums[name], shape.hidden), shape))
-        if name == "k":
-            rotated[-1] = rotated[-1] + rotated_bound(shift, shape)  # the centre is no longer than the bias
-    attention = attention_sums(computed(sums["v"], shape.hidden), shape)
-    products, gate, up = product_bounds(weights, mlp_gain, shape)
+    sums = {site: sums_with_bias(weights, site) for site in ("q", "k", "v")}
+    queries, keys, values = (after_matmul(each, shape.hidden) for each in sums.values())
+    centre = rotated_bound(bias_magnitudes(weights, "k"), shape)  # it is no longer than the bias
+    rotated = (largest(rotated_bound(queries, shape)), largest(rotated_bound(keys, shape) + centre))
+    attention = attention_sums(values, shape)
+    products, gate, up = product_bounds(weights, shape)
     return LayerBounds(
-        norm=max(bound_norm(attention_gain), bound_norm(mlp_gain)),
-        q=largest(sums["q"]),
-        k=largest(sums["k"]),
-        v=largest(sums["v"]),
-        rotated=max(largest(rotated[0]), largest(rotated[1])),
+        norm=max(bound_norm(weights[f"{norm}.weight"]) for norm in QWEN2.norms()),
+        **{site: largest(each) for site, each in sums.items()},
+        rotated=max(rotated),
         attention=largest(attention),
-        o_proj=largest(output_sums(weights["self_attn.o_proj.weight"], computed(attention, shape.positions))),
+        o_proj=largest(output_sums(weight_at(weights, "o_proj"), after_matmul(attention, shape.positions))),
         gate=gate,
         up=up,
         product=largest(products),
-        down_proj=largest(output_sums(weights["mlp.down_proj.weight"], products)),
+        down_proj=largest(output_sums(weight_at(weights, "down_proj"), products)),
     )
+
+
+def weight_at(weights: Mapping[str, Tensor], site: str) -> Tensor:
+    """The weight (rows, columns) of the linear whose output is at that site."""
+    return weights[f"{QWEN2.linear(site).name}.weight"]
+
+
+def gain_before(weights: Mapping[str, Tensor], site: str) -> Tensor:
+    """The gain (hidden,) of the norm in front of that linear."""
+    return weights[QWEN2.gain(QWEN2.linear(site).reads)]
+
+
+def bias_magnitudes(weights: Mapping[str, Tensor], site: str) -> Tensor:
+    """Magnitudes of the bias (rows,) of that linear, in fp64 on the CPU; zeros where it has none."""
+    bias = weights.get(f"{QWEN2.linear(site).name}.bias")
+    if bias is None:
+        return torch.zeros(len(weight_at(weights, site)), dtype=torch.float64, device="cpu")
+    return float16_values(bias).abs().cpu().double()
+
+
+def sums_with_bias(weights: Mapping[str, Tensor], site: str) -> Tensor:
+    """Sums of magnitudes of that linear's outputs (rows,) behind a norm, its bias included, in fp64."""
+    return linear_sums(weight_at(weights, site), gain_before(weights, site)) + bias_magnitudes(weights, site)
 
 
 def bound_norm(gain: Tensor) -> float:
     """The largest magnitude an RMSNorm with `gain` (hidden,) can return: point 1, with all of z in one channel."""
-    return largest(reach(gain).cpu().double() * slack(0) * norm_length(len(gain)))
+    return largest(norm_gain_bound(gain).cpu().double() * fp32_slack(0) * norm_length(len(gain)))
 
 
 def bound_logits(norm: Tensor, head: Tensor) -> float:
     """The sum of magnitudes of a logit. norm: gain of the final norm (hidden,); head: (vocabulary, hidden)."""
-    return largest(project(head, norm))
+    return largest(linear_sums(head, norm))
 
 
 def plan_layer(bounds: LayerBounds) -> Exponents:
-    """The smallest exponents that bring product and down_proj, and o_proj, under their limits, up to MAX_EXPONENT."""
-    mlp = max(exponent_for(bounds.product, FLOAT16_MAX), exponent_for(bounds.down_proj, LIMIT))
-    return Exponents(mlp, exponent_for(bounds.o_proj, LIMIT))
+    """The smallest exponents that bring the bounds of SCALED under their limits, up to MAX_EXPONENT."""
+    needed: dict[str, int] = {}
+    for bound, exponent in SCALED.items():
+        needed[exponent] = max(needed.get(exponent, 0), exponent_for(getattr(bounds, bound), LIMITS[bound]))
+    return Exponents(**needed)
 
 
 def headroom_bits(bounds: LayerBounds, exponents: Exponents) -> dict[str, float]:
     """log2 of limit over bound for each site, with the exponents applied: negative or NaN where nothing is proven."""
-    scale = {"product": exponents.mlp, "down_proj": exponents.mlp, "o_proj": exponents.o_proj}
     bits = {}
     for site, bound in asdict(bounds).items():
-        bits[site] = bits_below(FLOAT16_MAX if site in STORED else LIMIT, bound) + scale.get(site, 0)
+        bits[site] = bits_below(LIMITS[site], bound) + (getattr(exponents, SCALED[site]) if site in SCALED else 0)
     return bits
 
 
@@ -175,42 +184,37 @@ def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
     return [site for site, bits in headroom_bits(bounds, exponents).items() if not bits >= 0]
 
 
-def reach(gain: Tensor) -> Tensor:
+def norm_gain_bound(gain: Tensor) -> Tensor:
     """h of point 1 for a norm's gain (hidden,), in fp32."""
-    magnitudes = torch.maximum(exact(gain).abs(), gain.detach().float().abs())  # under autocast an fp32 gain stays so
+    # Both, because a gain in fp32 is not rounded to float16 under autocast.
+    magnitudes = torch.maximum(float16_values(gain).abs(), gain.detach().float().abs())
     return torch.hypot(magnitudes, torch.full_like(magnitudes, TINY / REST))
 
 
-def row_lengths(a: Tensor) -> Tensor:
-    """‖a‖ of each row, as fp32 computes it."""
-    lengths: Tensor = torch.linalg.vector_norm(a, dim=1)
-    return lengths
-
-
-def project(weight: Tensor, gain: Tensor) -> Tensor:
+def linear_sums(weight: Tensor, gain: Tensor) -> Tensor:
     """Sums of magnitudes of the outputs (rows,) of a linear behind a norm, in fp64."""
-    reaches, hidden = reach(gain).to(weight.device), len(gain)
-    lengths = torch.cat([row_lengths(rows.mul_(reaches)) for rows in chunks(weight)])
-    return wide(lengths, hidden) * norm_length(hidden)
+    gain_bounds, hidden = norm_gain_bound(gain).to(weight.device), len(gain)
+    lengths = torch.cat([vector_norm(rows.mul_(gain_bounds), dim=1) for rows in float16_rows(weight)])
+    return as_upper_bound(lengths, hidden) * norm_length(hidden)
 
 
 def norm_length(hidden: int) -> float:
-    """The most that ‖y‖ can be: √d, the fp32 rounding of the mean square, one float16 rounding on the way out, REST."""
+    """The largest ‖y‖ of point 1: √d, widened by the fp32 mean square, by rounding to float16, and by REST."""
     return math.sqrt(hidden) * ((1 + hidden * 2.0**-23) * (1 + UNIT) + REST)
 
 
-def computed(sums: Tensor, terms: int) -> Tensor:
-    """What a matmul with such sums of magnitudes, of `terms` products, can return: point 2."""
-    return sums * growth(terms) + 2 * (SPLITS + 1) * TINY
+def after_matmul(sums: Tensor, terms: int) -> Tensor:
+    """Bounds of the outputs of a matmul whose sums of magnitudes, of `terms` products, are `sums`: point 2."""
+    return sums * rounding_growth(terms) + 2 * (SPLITS + 1) * TINY
 
 
-def growth(terms: int) -> float:
-    """Computed over exact, relative to the sum of magnitudes of `terms` products."""
+def rounding_growth(terms: int) -> float:
+    """The factor by which rounding can grow a matmul's output over a sum of magnitudes of `terms` products."""
     return (1 + terms * 2.0**-23) * (1 + UNIT) ** (SPLITS + 1)
 
 
 def rotated_bound(inputs: Tensor, shape: LayerShape) -> Tensor:
-    """Length of each pair of channels (i, i + head_dim/2) of a head: a turn leaves it, yarn scales it."""
+    """Length of each pair of channels (i, i + head_dim/2) of a head. A rotation keeps it, yarn multiplies it."""
     lengths: Tensor = inputs.view(-1, 2, shape.head_dim // 2).norm(dim=1)
     return lengths * shape.rotation_scale * (1 + 2.0**-20) * (1 + UNIT) + TINY
 
@@ -222,21 +226,22 @@ def attention_sums(values: Tensor, shape: LayerShape) -> Tensor:
     return shared.expand(-1, shape.heads // shape.kv_heads, -1).reshape(-1)
 
 
-def product_bounds(weights: Mapping[str, Tensor], gain: Tensor, shape: LayerShape) -> tuple[Tensor, float, float]:
+def product_bounds(weights: Mapping[str, Tensor], shape: LayerShape) -> tuple[Tensor, float, float]:
     """act(gate)·up of each channel (intermediate,) by point 4, and the largest sums of magnitudes of gate and up."""
     hidden, length = shape.hidden, norm_length(shape.hidden)
-    gate_weight, up_weight = weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]
-    reaches = reach(gain).to(gate_weight.device)
+    gate_weight, up_weight = weight_at(weights, "gate"), weight_at(weights, "up")
+    gain_bounds = norm_gain_bound(gain_before(weights, "gate")).to(gate_weight.device)
     gate_lengths, up_lengths, inners = [], [], []
-    for gate_rows, up_rows in zip(chunks(gate_weight), chunks(up_weight), strict=True):
-        gate_lengths.append(row_lengths(a := gate_rows.mul_(reaches)))
-        up_lengths.append(row_lengths(b := up_rows.mul_(reaches)))
+    for gate_rows, up_rows in zip(float16_rows(gate_weight), float16_rows(up_weight), strict=True):
+        gate_lengths.append(vector_norm(a := gate_rows.mul_(gain_bounds), dim=1))
+        up_lengths.append(vector_norm(b := up_rows.mul_(gain_bounds), dim=1))
         inners.append(a.mul_(b).sum(1))
-    gate_length, up_length = wide(torch.cat(gate_lengths), hidden), wide(torch.cat(up_lengths), hidden)
+    gate_length = as_upper_bound(torch.cat(gate_lengths), hidden)
+    up_length = as_upper_bound(torch.cat(up_lengths), hidden)
     lengths = gate_length * up_length
-    inner = torch.cat(inners).cpu().double().abs() + (slack(hidden) - 1) * lengths
+    inner = torch.cat(inners).cpu().double().abs() + (fp32_slack(hidden) - 1) * lengths
     gate, up = gate_length * length, up_length * length
-    gate_top, up_top = computed(gate, hidden), computed(up, hidden)
+    gate_top, up_top = after_matmul(gate, hidden), after_matmul(up, hidden)
     joint = length**2 / 2 * (lengths + inner) + (gate_top - gate) * up_top + gate * (up_top - up)
     products = torch.minimum(joint, gate_top * up_top) * (1 + UNIT) ** 2 * (1 + 2.0**-20)
     products = products + TINY * up_top  # act(gate) may be subnormal
@@ -246,38 +251,38 @@ def product_bounds(weights: Mapping[str, Tensor], gain: Tensor, shape: LayerShap
 
 
 def output_sums(weight: Tensor, inputs: Tensor) -> Tensor:
-    """Point 5: Σ_j |w_ij|·inputs_j of each row i, with room for what an exponent makes subnormal.
+    """Point 5: Σ_j |w_ij|·inputs_j of each row i, widened for inputs that an exponent makes subnormal.
 
-    Scaled by 2^-e, the inputs round to Σ_j |w_ij|·2^-25 more at most, which does not shrink with e. Float16 weights
-    make that columns·65504·2^-25 at most, which is less than `room` keeps free below LIMIT.
+    Inputs scaled by 2^-e are rounded, which adds at most Σ_j |w_ij|·2^-25. That does not shrink with e. With float16
+    weights it is at most columns·65504·2^-25, less than `widening` keeps free below LIMIT.
     """
     columns = weight.shape[1]
-    room = 1 + columns * 2.0**-23
-    factors = inputs.to(weight.device, torch.float32) * (1 + 2.0**-23)  # not below the fp64 they are rounded from
-    sums = torch.cat([rows.abs_().mul_(factors).sum(1) for rows in chunks(weight)])
-    return wide(sums, columns) * room
+    widening = 1 + columns * 2.0**-23
+    factors = inputs.to(weight.device, torch.float32) * (1 + 2.0**-23)  # so that rounding to fp32 lowers none
+    sums = torch.cat([rows.abs_().mul_(factors).sum(1) for rows in float16_rows(weight)])
+    return as_upper_bound(sums, columns) * widening
 
 
-def slack(terms: int) -> float:
-    """How much larger a sum of `terms` non-negative numbers can be than fp32, in any order, computes it.
+def fp32_slack(terms: int) -> float:
+    """The largest ratio of a sum of `terms` non-negative numbers to the same sum in fp32, in any order.
 
-    Eight roundings more are for what its terms, or its root, went through.
+    It allows eight more roundings: those of the terms, and of a square root of the sum.
     """
     return 1 + (terms + 8) * 2.0**-23
 
 
-def wide(sums: Tensor, terms: int) -> Tensor:
-    """fp32 sums of `terms` non-negative numbers as fp64 upper bounds of the exact ones, on the CPU."""
-    return sums.cpu().double() * slack(terms)
+def as_upper_bound(sums: Tensor, terms: int) -> Tensor:
+    """Upper bounds in fp64, on the CPU, of the exact sums that fp32 has computed from `terms` non-negative numbers."""
+    return sums.cpu().double() * fp32_slack(terms)
 
 
-def chunks(weight: Tensor) -> Iterator[Tensor]:
-    """The rows of a weight as `exact` gives them, some at a time, in memory of their own."""
-    elements = CHUNK.get(weight.device.type, LARGE_CHUNK)
-    return (exact(rows, copy=True) for rows in torch.split(weight, max(1, elements // weight.shape[1])))
+def float16_rows(weight: Tensor) -> Iterator[Tensor]:
+    """The rows of a weight as `float16_values` gives them, some at a time, in memory of their own."""
+    elements = FP32_ELEMENTS.get(weight.device.type, FP32_ELEMENTS_ELSEWHERE)
+    return (float16_values(rows, copy=True) for rows in torch.split(weight, max(1, elements // weight.shape[1])))
 
 
-def exact(weight: Tensor, copy: bool = False) -> Tensor:
+def float16_values(weight: Tensor, copy: bool = False) -> Tensor:
     """The float16 values of a weight, in fp32: infinite where float16 cannot hold them."""
     return weight.detach().half().to(torch.float32, copy=copy)
 

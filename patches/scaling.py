@@ -1,6 +1,6 @@
-"""Linears whose input is scaled by a power of two and whose output is scaled back, in fp32, on its way to the residual.
+"""Linears whose input is scaled by a power of two and whose output is scaled back in fp32, as the residual needs it.
 
-A power of two is exact: nothing is rounded but what falls below float16's smallest number, 2^-24 of what is scaled.
+A power of two is exact: only numbers are rounded that scaling brings below float16's smallest, 2^-24.
 """
 
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from .errors import ShardedRangeError
 from .linears import inner_linear
 from .numerics import token_exponent
 
-PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights are that stand for themselves
+#: dtypes whose numbers are the weights, with no scale beside them.
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-#: The power of two by which quantised linears are handed more than magnitudes of 1. LLM.int8 keeps inputs above 6 in
-#: float16, and activation scales that are fixed beforehand were measured unscaled: what is brought far below is lost.
-#: Nothing is proven there; the worst layers published add up 28 times their largest input, 2^8 of which is a ninth of
-#: float16's range.
+#: Quantised linears get inputs of at most 2^8, not 1. LLM.int8 keeps inputs above 6 in float16, and static activation
+#: scales were measured on unscaled inputs: both lose inputs that are far smaller. There is no proof here: the largest
+#: published sum is 28 times its largest input, and 28 · 2^8 is a ninth of float16's range.
 QUANTISED_BITS = 8
 
 
 class Scale(NamedTuple):
-    """An exponent, and what its arithmetic needs on the device; exchanged whole, since other threads may be reading."""
+    """An exponent and its constants on the device. It is replaced as a whole, since other threads may be reading."""
 
     exponent: int
     zero: Tensor  # in float16, no dimensions
@@ -30,7 +30,10 @@ class Scale(NamedTuple):
 
 
 class Scaled(nn.Module):
-    """A module with an exponent for its last linear: 0 for stock's arithmetic, None where no plan vouches for one."""
+    """A module with an exponent for its last linear.
+
+    0: stock's arithmetic. None: no plan, each token is scaled by its own maximum.
+    """
 
     scale: Scale | None = None
 
@@ -40,13 +43,13 @@ class Scaled(nn.Module):
         return None if self.scale is None else self.scale.exponent
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As nn.Module; a new child (an adapter, a quantised linear) ends the plan made for the old one."""
+        """As nn.Module. A new child (an adapter, a quantised linear) ends the plan made for the old one."""
         if isinstance(value, nn.Module):
             self.set_exponent(None)
         super().__setattr__(name, value)
 
     def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
-        """Takes the exponent of a plan, with the constants it needs on `device`: no buffers, so casts pass them by."""
+        """Keeps the exponent of a plan and its constants on `device`. They are no buffers, so casts pass them by."""
         scale, held = None, self.scale
         if held is not None and held.exponent == exponent and held.zero.device == torch.device(device or "cpu"):
             return  # a captured graph may hold the old constants
@@ -63,11 +66,11 @@ def scaled_linear(linear: nn.Module, scaled: Tensor, factor: Tensor) -> Tensor:
 
 
 def linear_by_token(linear: nn.Module, activation: Tensor, width: int) -> Tensor:
-    """linear(activation) with each token brought to magnitudes of at most 1 and its output brought back, in fp32.
+    """linear(activation), each token scaled to magnitudes of at most 1 and its output scaled back, in fp32.
 
-    At most 2^QUANTISED_BITS, for a quantised linear.
-    activation (B, S, channels) in fp32, of `width` channels when whole. Where it is a shard, the exponent is the
-    largest over the ranks that share the token: the row-parallel reduction adds up what each of them has scaled.
+    The limit is 2^QUANTISED_BITS for a quantised linear.
+    activation (B, S, channels) in fp32, of `width` channels when whole. If it is a shard, the exponent is the largest
+    over the ranks that share the token, since the row-parallel reduction adds their scaled outputs.
     """
     exponent = token_exponent(activation.detach(), QUANTISED_BITS if is_quantised(linear) else 0)
     if activation.shape[-1] != width:
@@ -77,9 +80,9 @@ def linear_by_token(linear: nn.Module, activation: Tensor, width: int) -> Tensor
         product: Tensor = linear(scaled) * power_of_two(exponent)
         return product
     nothing = torch.zeros_like(scaled[:, :1])
-    bias: Tensor = linear(nothing)  # which is not to be scaled back
+    bias: Tensor = linear(nothing)  # it must not be scaled back
     if trained := trained_biases(linear):
-        # What a bias learns comes through the last term alone: through the others it is a difference of large numbers.
+        # A bias gets its gradient from the last term alone; from the others it would be a difference of large numbers.
         output, rest = (torch.func.functional_call(linear, trained, (each,)) for each in (scaled, nothing))
     else:
         output, rest = linear(scaled), bias
@@ -88,21 +91,24 @@ def linear_by_token(linear: nn.Module, activation: Tensor, width: int) -> Tensor
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent, exact, in fp32 whatever torch's default is. exponent: integers; returns the same shape.
+    """2^exponent, exact, in fp32 whatever torch's default dtype is. exponent: integers; returns the same shape.
 
-    It is made apart, for a product: torch.ldexp of an activation by integers has gradients of 0 from torch 2.11 on.
+    Callers multiply by it. torch.ldexp of the activation itself would have gradients of 0 from torch 2.11 on.
     """
     exponent = exponent.float()
     return torch.ldexp(torch.ones_like(exponent), exponent)
 
 
 def is_quantised(linear: nn.Module) -> bool:
-    """Whether the weight of a linear, or of what an adapter wraps, is no floating-point number by itself."""
-    return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) not in PLAIN
+    """Whether the weight of a linear, or of the linear that an adapter wraps, needs scales to be read."""
+    return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) not in FLOAT_DTYPES
 
 
 def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:
-    """Whether a quantised linear casts this fp32 activation to float16: bitsandbytes' in 4 bit as told, in 8 always."""
+    """Whether a quantised linear casts this fp32 activation to float16.
+
+    bitsandbytes' linears of 4 bit do if their compute_dtype is float16; those of 8 bit always do.
+    """
     if activation.dtype != torch.float32:
         return False
     inner = inner_linear(linear)
@@ -110,20 +116,21 @@ def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:
 
 
 def has_bias(linear: nn.Module) -> bool:
-    """Whether a linear adds a bias: its own, or one of a quantised linear or an adapter that it wraps."""
+    """Whether a linear adds a bias, of its own or of a quantised linear or an adapter inside it."""
     return any(getattr(module, "bias", None) is not None for module in linear.modules())
 
 
 def trained_biases(linear: nn.Module) -> dict[str, Tensor]:
-    """Zeros for each bias of a linear, or of what it wraps, that wants a gradient, by its name."""
+    """Zeros for each trained bias of a linear, or of the linears inside it, by its name."""
     biases = ((name, value) for name, value in linear.named_parameters() if name.rpartition(".")[2] == "bias")
     return {name: torch.zeros_like(bias) for name, bias in biases if bias.requires_grad}
 
 
 def largest_in_group(exponent: Tensor, linear: nn.Module) -> Tensor:
-    """The largest exponent over the ranks with the other shards of `linear`, found by the device mesh.
+    """The largest exponent over the ranks that hold the other shards of `linear`.
 
-    Its weight has it, or from transformers 5.3 to 5.14 the linear. Raises ShardedRangeError where neither has.
+    The device mesh names the ranks. The weight has it; from transformers 5.3 to 5.14 the linear has. Raises
+    ShardedRangeError if neither has.
     """
     mesh = getattr(linear.weight, "device_mesh", None) or getattr(linear, "_hf_device_mesh", None)
     if mesh is None:

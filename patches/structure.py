@@ -1,7 +1,8 @@
 """Checks that the installed Qwen2 source has the shape a range module was written for, before anything is patched.
 
-A release number is a claim; this looks at the code. It reads parameter names and the names a function uses from the
-compiled functions, so it works without source files and does not mind comments, annotations or decorators.
+The release number alone does not prove the shape, so this file looks at the code. It reads the parameters of functions
+and the names that they use from their compiled code. So it works without source files and ignores comments, annotations
+and decorators.
 """
 
 import inspect
@@ -13,14 +14,14 @@ from .version_map import SUPPORTED
 
 
 def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None:
-    """Checks every stock class that `parts` lays something over.
+    """Checks every stock class that a part in `parts` is made for.
 
-    stock: transformers' Qwen2 classes, by name, as attributes. Each part says what it relies on: `stock_parameters`,
+    stock: transformers' Qwen2 classes, by name, as attributes. Each part names what it relies on: `stock_parameters`,
     the first parameters of stock's forward, and `stock_names`, names its forward or constructor must use.
-    Raises PatchConflictError where another tool has replaced a class or its forward, and
-    UnsupportedTransformersError where the class is stock but has another shape.
+    Raises PatchConflictError if another tool has replaced a class or its forward, and UnsupportedTransformersError if
+    the class is stock but has another shape.
     """
-    for name in ("Qwen2Model", "Qwen2ForCausalLM"):  # not changed, but they must be what they were
+    for name in ("Qwen2Model", "Qwen2ForCausalLM"):  # the fix leaves their forwards alone, but they have to be stock's
         _check_origin(stock, name, getattr(stock, name))
     for name, part in parts.items():
         found = getattr(stock, name, None)
@@ -37,7 +38,7 @@ def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None
 
 
 def _check_origin(stock: Any, name: str, found: type) -> None:
-    """Raises PatchConflictError unless the class and its forward were written by transformers."""
+    """Raises PatchConflictError unless the class and its forward come from transformers."""
     forward = inspect.unwrap(found.forward)  # type: ignore[attr-defined]
     for thing in (found, forward):
         origin = thing.__module__
@@ -49,7 +50,7 @@ def _check_origin(stock: Any, name: str, found: type) -> None:
 
 
 def _names_used(function: Any) -> set[str]:
-    """Globals and attributes a function refers to, beneath its decorators."""
+    """Globals, attributes and locals that a function uses, without those of its decorators."""
     code = inspect.unwrap(function).__code__
     return {*code.co_names, *code.co_varnames, *code.co_freevars}
 

@@ -1,7 +1,7 @@
 """Turns stock Qwen2 modules into fixed ones in place, and back, by exchanging their classes: all of them or none.
 
-No weight moves and no forward is assigned: a module keeps its parameters, buffers, hooks and name, and its class
-becomes a subclass of the stock one. So state dicts, checkpointing, recording and isinstance go on as before.
+No weight moves and no forward is assigned. A module keeps its parameters, buffers, hooks and name. Its class becomes a
+subclass of the stock one. So state dicts, gradient checkpointing, recorded outputs and isinstance work as before.
 """
 
 import types
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .architecture import QWEN2, Architecture
 from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
 
 
@@ -23,9 +24,9 @@ def exchange_all(
     """Gives every module in `root` whose class is a key of `classes` the class it maps to.
 
     stock: the stock classes, by name, as attributes. built_here: `root` is being constructed, so its weights may
-    still be on the meta device. then: what belongs to it, and is called with `root` afterwards.
-    Everything is checked before the first module changes. Raises NotQwen2Error, PatchConflictError or MetaTensorError,
-    or what `then` raises, and then leaves `root` as it was.
+    still be on the meta device. then: called with `root` after the exchange. If it raises, the exchange is undone.
+    Everything is checked before the first module changes. Raises NotQwen2Error, PatchConflictError, MetaTensorError, or
+    the error that `then` raises; `root` is then as it was.
     """
     check_model(root, stock, {*classes, *classes.values()})
     check_exchangeable(root, classes)
@@ -48,7 +49,8 @@ def exchange_all(
 def check_model(root: Any, stock: Any, known: set[type]) -> None:
     """Checks that `root` holds a Qwen2 and that each part of it is stock or already fixed.
 
-    known: every stock and every fixed class. Raises NotQwen2Error or PatchConflictError.
+    stock: the stock classes, by name, as attributes. known: every stock and every fixed class.
+    Raises NotQwen2Error or PatchConflictError.
     """
     bases = list(base_models(root, stock)) if isinstance(root, nn.Module) else []
     if not bases:
@@ -62,7 +64,7 @@ def check_model(root: Any, stock: Any, known: set[type]) -> None:
 
 
 def check_weights(root: nn.Module) -> None:
-    """Raises MetaTensorError where a weight is on the meta device and nothing will load it."""
+    """Raises MetaTensorError if a weight is on the meta device and accelerate will not load it."""
     for name, parameter in root.named_parameters():
         if parameter.device.type == "meta" and not _is_offloaded(root, name):
             raise MetaTensorError(
@@ -72,22 +74,25 @@ def check_weights(root: nn.Module) -> None:
 
 
 def base_models(root: nn.Module, stock: Any) -> Iterator[nn.Module]:
-    """Every Qwen2Model inside `root`, `root` included, however it is wrapped, and what is built of its parts."""
-    return (
-        module for module in root.modules() if isinstance(module, stock.Qwen2Model) or _is_built_alike(module, stock)
-    )
+    """Every Qwen2Model inside `root`, `root` included, however it is wrapped.
+
+    A module of another class counts if it holds Qwen2's own layers and final norm.
+    """
+    base = getattr(stock, QWEN2.base)
+    return (module for module in root.modules() if isinstance(module, base) or _holds_stock_layers(module, stock))
 
 
-def _is_built_alike(module: nn.Module, stock: Any) -> bool:
-    """Whether a class of other code holds Qwen2's own layers and norm where a Qwen2Model does."""
-    layers, norm = module._modules.get("layers"), module._modules.get("norm")
-    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, stock.Qwen2RMSNorm):
+def _holds_stock_layers(module: nn.Module, stock: Any) -> bool:
+    """Whether a module holds Qwen2's own layers and norm under the names that they have in a Qwen2Model."""
+    layers, norm = module._modules.get("layers"), module._modules.get(QWEN2.final_norm())
+    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, getattr(stock, QWEN2.stock_name("norm"))):
         return False
-    return len(layers) > 0 and all(isinstance(layer, stock.Qwen2DecoderLayer) for layer in layers)
+    layer_class = getattr(stock, QWEN2.stock_name("layer"))
+    return len(layers) > 0 and all(isinstance(layer, layer_class) for layer in layers)
 
 
 def layers_of(base: Any) -> Iterator[Any]:
-    """The layers of a Qwen2Model, each taken out of what it was wrapped in: FSDP, checkpointing, a compiler."""
+    """The layers of a Qwen2Model, each taken out of its wrappers: FSDP, checkpointing, a compiler."""
     for layer in base.layers:
         while len(layer._modules) == 1:
             (layer,) = layer._modules.values()  # a wrapper holds the layer and nothing else
@@ -95,9 +100,9 @@ def layers_of(base: Any) -> Iterator[Any]:
 
 
 def known_class(module: nn.Module, known: Collection[type]) -> type | None:
-    """The class of a module if it is `known`, or the known one that a class made at runtime is derived from.
+    """The class of a module if it is `known`; of a class derived from a known one at runtime, that known one.
 
-    fully_shard renames classes so. A class with a forward of its own is another class, whatever it is derived from.
+    fully_shard derives such classes. None for a derived class with a forward of its own.
     """
     found = type(module)
     if found in known:
@@ -107,7 +112,7 @@ def known_class(module: nn.Module, known: Collection[type]) -> type | None:
 
 
 def _runs(forward: Any, expected: Any) -> bool:
-    """Whether a forward is the expected one, or that one wrapped: from 5.23 each class derived from a layer does so."""
+    """Whether a forward is the expected one, or wraps it, as in each class derived from a layer from 5.23 on."""
     while forward is not expected:
         inner = getattr(forward, "__wrapped__", None)
         if inner is None or forward.__code__ is not expected.__code__:
@@ -117,7 +122,7 @@ def _runs(forward: Any, expected: Any) -> bool:
 
 
 def check_exchangeable(root: nn.Module, classes: Collection[type]) -> None:
-    """Raises PatchConflictError for a class made at runtime around one of `classes`: what made it relies on it."""
+    """Raises PatchConflictError for a class derived from one of `classes` at runtime, which its tool relies on."""
     for name, module in root.named_modules():
         known, found = known_class(module, classes), type(module)
         if known is not None and found is not known:
@@ -127,24 +132,32 @@ def check_exchangeable(root: nn.Module, classes: Collection[type]) -> None:
             )
 
 
-def parts_of(base: nn.Module, stock: Any) -> Iterator[tuple[str, Any, type]]:
-    """Name, module and stock class of each part that decides the numerics of a Qwen2Model."""
-    yield "norm", base.norm, stock.Qwen2RMSNorm
-    if hasattr(base, "rotary_emb"):
-        yield "rotary_emb", base.rotary_emb, stock.Qwen2RotaryEmbedding
-    for index, layer in enumerate(layers_of(base)):
-        prefix = f"layers.{index}"
-        yield prefix, layer, stock.Qwen2DecoderLayer
-        yield f"{prefix}.self_attn", getattr(layer, "self_attn", None), stock.Qwen2Attention
-        if hasattr(getattr(layer, "self_attn", None), "rotary_emb"):
-            yield f"{prefix}.self_attn.rotary_emb", layer.self_attn.rotary_emb, stock.Qwen2RotaryEmbedding
-        yield f"{prefix}.mlp", getattr(layer, "mlp", None), stock.Qwen2MLP
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{prefix}.{norm}", getattr(layer, norm, None), stock.Qwen2RMSNorm
+def parts_of(base: nn.Module, stock: Any, row: Architecture = QWEN2) -> Iterator[tuple[str, Any, type]]:
+    """Name, module and stock class of each part of a base model that `row` lists; a missing module is None.
+
+    stock: the stock classes, by name, as attributes. An optional part that is missing is left out.
+    """
+    places = [("", base, [(part.path, part) for part in row.parts if part.below_layer is None])]
+    in_layer = [(part.below_layer, part) for part in row.parts if part.below_layer is not None]
+    places += [(f"layers.{index}", layer, in_layer) for index, layer in enumerate(layers_of(base))]
+    for prefix, root, parts in places:
+        for path, part in parts:
+            if not part.optional or module_at(root, path, missing=part) is not part:
+                name = ".".join(filter(None, (prefix, path)))
+                yield name, module_at(root, path), getattr(stock, part.stock)
+
+
+def module_at(root: Any, path: str, missing: Any = None) -> Any:
+    """The module at a path below `root`, or `root` itself for ""; `missing` where there is no such attribute."""
+    for name in filter(None, path.split(".")):
+        root = getattr(root, name, missing)
+        if root is missing:
+            break
+    return root
 
 
 def _check_part(name: str, module: Any, expected: type, known: set[type]) -> None:
-    """Raises PatchConflictError unless the part is an untouched stock module or one of ours."""
+    """Raises PatchConflictError unless the part is a stock module that no tool has changed, or a fixed one."""
     found = type(module)
     if known_class(module, {*known, expected}) is None or not issubclass(found, expected):
         raise PatchConflictError(
@@ -160,26 +173,31 @@ def _check_part(name: str, module: Any, expected: type, known: set[type]) -> Non
 
 
 def _kept_forwards(module: nn.Module) -> list[str]:
-    """Attributes that hold the module's own class's forward: accelerate keeps one under its hook, and transformers
-    4.54 to 5.1 leave one behind where they have recorded outputs."""
+    """The attributes of a module that hold the forward of its own class.
+
+    accelerate keeps one under its hook. transformers 4.54 to 5.1 leave one after they have recorded outputs.
+    """
     own = type(module).forward
     return [name for name in ("forward", "_old_forward") if getattr(module.__dict__.get(name), "__func__", None) is own]
 
 
 def _is_offloaded(root: nn.Module, parameter: str) -> bool:
-    """Whether accelerate will load this parameter when its module is called."""
+    """Whether accelerate loads this parameter when its module is called."""
     module = root.get_submodule(parameter.rpartition(".")[0])
     return hasattr(module, "_hf_hook")
 
 
 def exchange(module: nn.Module, new: type) -> None:
-    """Changes the class of one module, with what hangs on it: frequencies a cast has rounded, and kept forwards."""
+    """Sets the class of one module: `on_unfixed` of the old class, then `on_fixed` of the new one.
+
+    A forward of the old class that accelerate or transformers has stored on the module is replaced by the new one's.
+    """
     kept = _kept_forwards(module)
     old = type(module)
-    if hasattr(old, "release"):
-        module.release()  # type: ignore[operator]
+    if hasattr(old, "on_unfixed"):
+        module.on_unfixed()  # type: ignore[operator]
     module.__class__ = new
-    if hasattr(new, "adopt"):
-        module.adopt(old)  # type: ignore[operator]
+    if hasattr(new, "on_fixed"):
+        module.on_fixed(old)  # type: ignore[operator]
     for name in kept:
         module.__dict__[name] = types.MethodType(new.forward, module)  # type: ignore[attr-defined]

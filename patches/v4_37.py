@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .attention import claim_keys, rotated_projections
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
-from .blocks import COMMON_PARTS, PROJECTED, is_safe_in_stock
-from .caches import claim_cache, note_keys
-from .keys import rotated_projections, shift_for
+from .blocks import COMMON_PARTS
+from .caches import note_keys
 from .numerics import is_full_precision
 
 
@@ -23,9 +23,6 @@ class EagerAttention(AttendEagerly):
         "output_attentions",
         "use_cache",
     )
-    stock_names: ClassVar = PROJECTED
-    layer_idx: int
-    rotary_emb: nn.Module
 
     def forward(
         self,
@@ -38,10 +35,8 @@ class EagerAttention(AttendEagerly):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        plain = is_safe_in_stock(self, hidden_states)
-        shift = None if plain else shift_for(self, past_key_value)
-        shift = claim_cache(self, past_key_value, shift, marks_last=False)
-        if plain:
+        runs_stock, shift = claim_keys(self, hidden_states, past_key_value, marks_last=False)
+        if runs_stock:
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states, attention_mask, position_ids, past_key_value, output_attentions, use_cache, **kwargs
             )
@@ -55,7 +50,7 @@ class EagerAttention(AttendEagerly):
             rotation = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)
             note_keys(key, shift)
-        output, weights = self.project(query, key, value, attention_mask, output_attentions)
+        output, weights = self.output(query, key, value, attention_mask, output_attentions)
         return output, weights, past_key_value
 
 
@@ -83,10 +78,10 @@ class RotaryEmbedding(nn.Module):
                 tables = self.exact_tables = self.compute(max(seq_len, 2048), x.device)
         return tables[0][:seq_len], tables[1][:seq_len]
 
-    def adopt(self, stock: type[nn.Module]) -> None:
-        """Touches nothing of stock's: the exact tables are made at the first call."""
+    def on_fixed(self, stock: type[nn.Module]) -> None:
+        """Leaves stock's tables alone: the exact ones are made at the first call."""
 
-    def release(self) -> None:
+    def on_unfixed(self) -> None:
         """Drops the exact tables."""
         self.__dict__.pop("exact_tables", None)
 

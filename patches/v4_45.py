@@ -1,13 +1,13 @@
-"""transformers 4.45 to 4.47: a class for each backend; the model computes the rotation once and hands it down."""
+"""transformers 4.45 to 4.47: a class for each backend; the model computes the rotation once and passes it to layers."""
 
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .attention import claim_keys, rotated_projections
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
-from .blocks import COMMON_PARTS, PROJECTED, is_safe_in_stock
-from .caches import claim_cache, note_keys
-from .keys import rotated_projections, shift_for
+from .blocks import COMMON_PARTS
+from .caches import note_keys
 
 
 class EagerAttention(AttendEagerly):
@@ -23,9 +23,6 @@ class EagerAttention(AttendEagerly):
         "cache_position",
         "position_embeddings",
     )
-    stock_names: ClassVar = PROJECTED
-    layer_idx: int
-    rotary_emb: nn.Module
 
     def forward(
         self,
@@ -39,10 +36,8 @@ class EagerAttention(AttendEagerly):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        plain = is_safe_in_stock(self, hidden_states)
-        shift = None if plain else shift_for(self, past_key_value)
-        shift = claim_cache(self, past_key_value, shift, marks_last=False)
-        if plain:
+        runs_stock, shift = claim_keys(self, hidden_states, past_key_value, marks_last=False)
+        if runs_stock:
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states,
                 attention_mask,
@@ -62,7 +57,7 @@ class EagerAttention(AttendEagerly):
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)
             note_keys(key, shift)
-        output, weights = self.project(query, key, value, attention_mask, output_attentions)
+        output, weights = self.output(query, key, value, attention_mask, output_attentions)
         return output, weights, past_key_value
 
 

@@ -1,30 +1,77 @@
-"""transformers 4.48 to 4.52: as 4.53, but sdpa hands over to eager for weights, a layer works out its window."""
+"""transformers 4.48 to 4.52: as 4.53, with two differences.
 
-from collections.abc import Callable
-from typing import Any
+sdpa falls back to eager when weights are asked for, and each layer computes its own sliding window.
+"""
+
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .blocks import COMMON_PARTS, eager_attention
-from .v4_53 import Attention as AttentionFrom4_53
+from .attention import (
+    InterfaceAttention,
+    claim_keys,
+    dropout_of,
+    eager_attention,
+    implementation_of,
+    operands_for,
+    project_output,
+    rotated_projections,
+)
+from .blocks import COMMON_PARTS
 
 
-class Attention(AttentionFrom4_53):
-    """The attention of 4.53 with the two things that were done inside the layer before."""
+class Attention(InterfaceAttention):
+    """Rotates in fp32 and rounds once into the cache. Eager scores are fp32; any other implementation is called."""
+
+    stock_parameters: ClassVar = (
+        "hidden_states",
+        "position_embeddings",
+        "attention_mask",
+        "past_key_value",
+        "cache_position",
+    )
 
     @property
-    def sliding_window(self) -> int | None:  # type: ignore[override]  # an attribute from 4.53
-        """Tokens a fused kernel may look back on in this layer, or None for all of them."""
+    def sliding_window(self) -> int | None:
+        """Tokens that a fused kernel may look back on in this layer; None for all. Stock's attribute from 4.53."""
         if not self.config.use_sliding_window or self.layer_idx < self.config.max_window_layers:
             return None
         window: int | None = getattr(self.config, "sliding_window", None)
         return window
 
-    def attention_interface(self, **kwargs: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """The implementation the user chose, or eager where sdpa is asked for weights, which it does not keep."""
-        if self.config._attn_implementation == "sdpa" and kwargs.get("output_attentions", False):
-            return eager_attention
-        return super().attention_interface(**kwargs)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_value: Any = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
+        runs_stock, shift = claim_keys(self, hidden_states, past_key_value, marks_last=False)
+        if runs_stock:
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_value, cache_position, **kwargs
+            )
+            return stock
+        cos, sin = position_embeddings
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        if past_key_value is not None:
+            rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
+            key, value = past_key_value.update(key, value, self.layer_idx, rotation)
+        chosen = self.config._attn_implementation
+        wants_weights = chosen == "sdpa" and kwargs.get("output_attentions", False)  # which sdpa does not keep
+        attend = eager_attention if wants_weights else implementation_of(chosen)
+        output, weights = attend(
+            self,
+            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            dropout=dropout_of(self),
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -1,15 +1,23 @@
-"""transformers 4.53 to 4.55: as 4.56, but the cache argument is called `past_key_value`."""
+"""transformers 4.53 to 4.55: one attention class; the cache argument is called `past_key_value`."""
 
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .attention import (
+    InterfaceAttention,
+    claim_keys,
+    dropout_of,
+    implementation_of,
+    operands_for,
+    project_output,
+    rotated_projections,
+)
 from .blocks import COMMON_PARTS
-from .v4_56 import Attention as AttentionFrom4_56
 
 
-class Attention(AttentionFrom4_56):
-    """The attention of 4.56 behind the older name of the cache argument."""
+class Attention(InterfaceAttention):
+    """Rotates in fp32 and rounds once into the cache. Eager scores are fp32; any other implementation is called."""
 
     stock_parameters: ClassVar = (
         "hidden_states",
@@ -18,8 +26,9 @@ class Attention(AttentionFrom4_56):
         "past_key_value",
         "cache_position",
     )
+    sliding_window: int | None
 
-    def forward(  # type: ignore[override]  # the name is the difference
+    def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -28,10 +37,29 @@ class Attention(AttentionFrom4_56):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in 4.56; stock's forward below it is called by position, so the name does not matter there."""
-        return super().forward(
-            hidden_states, position_embeddings, attention_mask, past_key_value, cache_position, **kwargs
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
+        runs_stock, shift = claim_keys(self, hidden_states, past_key_value, marks_last=False)
+        if runs_stock:
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_value, cache_position, **kwargs
+            )
+            return stock
+        cos, sin = position_embeddings
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        if past_key_value is not None:
+            rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
+            key, value = past_key_value.update(key, value, self.layer_idx, rotation)
+        chosen = self.config._attn_implementation
+        attend = implementation_of(chosen)
+        output, weights = attend(
+            self,
+            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            dropout=dropout_of(self),
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
         )
+        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -1,27 +1,23 @@
-"""transformers 4.56 to 5.3: the cache is called `past_key_values` and is told the rotation and the positions."""
+"""transformers 4.56 to 5.3: as 4.53, but the cache argument is called `past_key_values`."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .blocks import (
-    ALL_ATTENTION_FUNCTIONS,
-    COMMON_PARTS,
-    PROJECTED,
-    eager_attention,
-    is_safe_in_stock,
-    is_stock_eager,
+from .attention import (
+    InterfaceAttention,
+    claim_keys,
+    dropout_of,
+    implementation_of,
     operands_for,
     project_output,
+    rotated_projections,
 )
-from .caches import claim_cache
-from .keys import CentredKeys, rotated_projections, shift_for
-from .scaling import Scaled
+from .blocks import COMMON_PARTS
 
 
-class Attention(CentredKeys, Scaled):
-    """Rotates in fp32, rounds once into the cache; eager scores are fp32, any other implementation is called."""
+class Attention(InterfaceAttention):
+    """Rotates in fp32 and rounds once into the cache. Eager scores are fp32; any other implementation is called."""
 
     stock_parameters: ClassVar = (
         "hidden_states",
@@ -30,18 +26,7 @@ class Attention(CentredKeys, Scaled):
         "past_key_values",
         "cache_position",
     )
-    stock_names: ClassVar = {*PROJECTED, "scaling", "sliding_window", "eager_attention_forward"}
-    config: Any
-    layer_idx: int
-    scaling: float
-    attention_dropout: float
     sliding_window: int | None
-    o_proj: nn.Module
-
-    def attention_interface(self, **kwargs: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """The implementation the user chose; ours stands in for eager."""
-        chosen = self.config._attn_implementation
-        return eager_attention if chosen == "eager" or is_stock_eager(chosen) else ALL_ATTENTION_FUNCTIONS[chosen]
 
     def forward(
         self,
@@ -52,25 +37,24 @@ class Attention(CentredKeys, Scaled):
         cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
-        plain = is_safe_in_stock(self, hidden_states)
-        shift = None if plain else shift_for(self, past_key_values)
-        shift = claim_cache(self, past_key_values, shift, marks_last=False)
-        if plain:
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
+        runs_stock, shift = claim_keys(self, hidden_states, past_key_values, marks_last=False)
+        if runs_stock:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, cache_position, **kwargs
             )
             return stock
-        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, shift)
+        cos, sin = position_embeddings
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
         if past_key_values is not None:
-            cos, sin = position_embeddings
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, rotation)
-        chosen, attend = self.config._attn_implementation, self.attention_interface(**kwargs)
+        chosen = self.config._attn_implementation
+        attend = implementation_of(chosen)
         output, weights = attend(
             self,
-            *operands_for(attend, chosen, query, key, value, attention_mask, position_embeddings[0]),
-            dropout=self.attention_dropout if self.training else 0.0,
+            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            dropout=dropout_of(self),
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,

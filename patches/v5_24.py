@@ -1,19 +1,30 @@
-"""transformers from 5.24: the cache is called `cache`, and is handed the layer's other arguments."""
+"""transformers from 5.24: the cache argument is called `cache`, and the cache gets the layer's other arguments."""
 
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .attention import (
+    ALL_ATTENTION_FUNCTIONS,
+    InterfaceAttention,
+    claim_keys,
+    dropout_of,
+    eager_attention,
+    is_stock_eager,
+    operands_for,
+    project_output,
+    rotated_projections,
+)
 from .blocks import COMMON_PARTS
-from .v5_4 import Attention as AttentionFrom5_4
 
 
-class Attention(AttentionFrom5_4):
-    """The attention of 5.4 behind the newer name of the cache argument."""
+class Attention(InterfaceAttention):
+    """Rotates in fp32 and rounds once into the cache. Eager scores are fp32; any other implementation is called."""
 
     stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "cache")
+    sliding_window: int | None
 
-    def forward(  # type: ignore[override]  # the name is the difference
+    def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -21,14 +32,34 @@ class Attention(AttentionFrom5_4):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in 5.4; stock's forward below it is called by position. Takes the older name, as stock does until 5.40."""
-        cache = kwargs.pop("past_key_values", cache)
-        return super().forward(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
-
-    def update_cache(self, cache: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Every key and value of this layer, the new ones included."""
-        updated: tuple[Tensor, Tensor] = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        return updated
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
+        cache = kwargs.pop("past_key_values", cache)  # the older name, which stock takes until 5.40
+        runs_stock, shift = claim_keys(self, hidden_states, cache, marks_last=True)
+        if runs_stock:
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, cache, **kwargs
+            )
+            return stock
+        cos, sin = position_embeddings
+        chosen = self.config._attn_implementation
+        replaces_eager = is_stock_eager(chosen)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        # vLLM reads this forward as text. It wants the table by this name, the result in a local, and one call of that
+        # local with scaling=self.… and **kwargs: tests/test_engine_rules.py.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
+        if replaces_eager:
+            attend = eager_attention
+        output, weights = attend(
+            self,
+            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            dropout=dropout_of(self),
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -1,35 +1,28 @@
-"""transformers 5.4 to 5.23: `cache_position` is gone and the cache takes keys, values and the layer, nothing more."""
+"""transformers 5.4 to 5.23: `cache_position` is gone; the cache takes keys, values and the layer, nothing more."""
 
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .blocks import (
+from .attention import (
     ALL_ATTENTION_FUNCTIONS,
-    COMMON_PARTS,
-    PROJECTED,
+    InterfaceAttention,
+    claim_keys,
+    dropout_of,
     eager_attention,
-    is_safe_in_stock,
     is_stock_eager,
     operands_for,
     project_output,
+    rotated_projections,
 )
-from .caches import claim_cache
-from .keys import CentredKeys, rotated_projections, shift_for
-from .scaling import Scaled
+from .blocks import COMMON_PARTS
 
 
-class Attention(CentredKeys, Scaled):
-    """Rotates in fp32, rounds once into the cache; eager scores are fp32, any other implementation is called."""
+class Attention(InterfaceAttention):
+    """Rotates in fp32 and rounds once into the cache. Eager scores are fp32; any other implementation is called."""
 
     stock_parameters: ClassVar = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
-    stock_names: ClassVar = {*PROJECTED, "scaling", "sliding_window", "eager_attention_forward"}
-    config: Any
-    layer_idx: int
-    scaling: float
-    attention_dropout: float
     sliding_window: int | None
-    o_proj: nn.Module
 
     def forward(
         self,
@@ -39,37 +32,33 @@ class Attention(CentredKeys, Scaled):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) where eager computed them."""
-        plain = is_safe_in_stock(self, hidden_states)
-        shift = None if plain else shift_for(self, past_key_values)
-        shift = claim_cache(self, past_key_values, shift, marks_last=True)
-        if plain:
+        """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
+        runs_stock, shift = claim_keys(self, hidden_states, past_key_values, marks_last=True)
+        if runs_stock:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return stock
+        cos, sin = position_embeddings
         chosen = self.config._attn_implementation
-        stands_in = is_stock_eager(chosen)
-        query, key, value = rotated_projections(self, hidden_states, *position_embeddings, shift)
+        replaces_eager = is_stock_eager(chosen)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
         if past_key_values is not None:
-            key, value = self.update_cache(past_key_values, key, value, kwargs)
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        # vLLM reads this forward as text. It wants the table by this name, the result in a local, and one call of that
+        # local with scaling=self.… and **kwargs: tests/test_engine_rules.py.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
-        if stands_in:
+        if replaces_eager:
             attend = eager_attention
         output, weights = attend(
             self,
-            *operands_for(attend, chosen, query, key, value, attention_mask, position_embeddings[0]),
-            dropout=self.attention_dropout if self.training else 0.0,
+            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            dropout=dropout_of(self),
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
         return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
-
-    def update_cache(self, cache: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Every key and value of this layer, the new ones included. kwargs: the layer's other arguments, from 5.24."""
-        updated: tuple[Tensor, Tensor] = cache.update(key, value, self.layer_idx)
-        return updated
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

@@ -1,4 +1,7 @@
-"""Which module of this folder fits which transformers release. The matrix and the READMEs read this same table."""
+"""Which module of this folder serves which transformers releases, and in what these differ.
+
+The matrix and the READMEs read RANGES too. tests/conformance holds DIFFERENCES against the source that is installed.
+"""
 
 from typing import NamedTuple
 
@@ -25,13 +28,35 @@ RANGES = (
     Range(">=5.24", "v5_24"),
 )
 
+
+class Difference(NamedTuple):
+    """How the attention of a range is called and what it calls, as stock's source has it."""
+
+    cache_argument: str
+    update_takes: str  # beside keys, values and layer: "rotation" (cos, sin and positions), "nothing" or "kwargs"
+    rotation: str  # "layer": the layer's tables; "model": what the model passes; "model or layer": either
+    backends: str  # "classes": one for each; "table": functions by name, with eager for sdpa's weights or without
+    window: str | None  # of a fused kernel: "computed" in the forward, "attribute" of the layer; None: in flash alone
+
+
+#: By module of RANGES.
+DIFFERENCES: dict[str, Difference] = {
+    "v4_37": Difference("past_key_value", "rotation", "layer", "classes", None),
+    "v4_45": Difference("past_key_value", "rotation", "model or layer", "classes", None),
+    "v4_48": Difference("past_key_value", "rotation", "model", "table, eager for weights", "computed"),
+    "v4_53": Difference("past_key_value", "rotation", "model", "table", "attribute"),
+    "v4_56": Difference("past_key_values", "rotation", "model", "table", "attribute"),
+    "v5_4": Difference("past_key_values", "nothing", "model", "table", "attribute"),
+    "v5_24": Difference("cache", "kwargs", "model", "table", "attribute"),
+}
+
 #: The newest release the whole conformance suite has passed on. A newer one is used if its source has the known shape.
 NEWEST_TESTED = "5.24.0"
 
 #: The same number promises the same arithmetic. Another one comes with a major release and an entry in the changelog.
 NUMERICS = 1
 
-#: What errors and READMEs call supported.
+#: The releases that errors and READMEs call supported.
 SUPPORTED = f"transformers 4.37.0 to {NEWEST_TESTED}"
 
 

@@ -4,7 +4,7 @@ Each copy knows its own classes only, so whoever asks about a model, or changes 
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -27,9 +27,21 @@ def code_of(model: Any) -> ModuleType:
     return sys.modules[ours[-1]] if ours else modeling_qwen2_fp16
 
 
-def sibling(code: ModuleType, name: str) -> ModuleType:
-    """The file of that name beside an entry file. The entry file imports them all."""
-    return sys.modules[f"{code.__name__.removesuffix(ENTRY)}{name}"]
+def sibling(code: ModuleType, name: str, before: str = "") -> ModuleType:
+    """The file of that name beside an entry file, which imports them all. before: its name in exports of 0.1.1."""
+    folder = code.__name__.removesuffix(ENTRY)
+    return sys.modules.get(f"{folder}{name}") or sys.modules[f"{folder}{before or name}"]
+
+
+def stock_classes(code: Any) -> Any:
+    """transformers' own Qwen2 classes by name, as an entry file knows them; exports of 0.1.1 call it ORIGINAL."""
+    return code.STOCK if hasattr(code, "STOCK_OF") else code.ORIGINAL
+
+
+def stock_of(code: Any) -> Mapping[type, type]:
+    """Fixed class to stock class, of the parts that an entry file has made; exports of 0.1.1 call it STOCK."""
+    table: Mapping[type, type] = code.STOCK_OF if hasattr(code, "STOCK_OF") else code.STOCK
+    return table
 
 
 def origin_of(code: ModuleType) -> str:

@@ -92,7 +92,7 @@ def _as_promised(rows: list[dict[str, Any]]) -> bool:
 def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Module:
     """The checkpoint as a stock or a fixed Qwen2ForCausalLM, ready to run."""
     keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
+    model_class = Qwen2ForCausalLM if fixed else STOCK.Qwen2ForCausalLM
     with quiet():
         loaded = build(fixed, model_class.from_pretrained, folder, attn_implementation=attention, **{keyword: dtype})
     model: nn.Module = loaded.eval()

@@ -87,12 +87,13 @@ def model_status(model: nn.Module) -> dict[str, Any]:
 def load_problem(model: nn.Module, code: Any) -> str | None:
     """A sentence on fixed layers that compute in range with numbers that are none of the checkpoint's."""
     from .patches.swap import known_class, layers_of
+    from .running_code import stock_classes, stock_of
 
     if not hasattr(code, "load_problem"):  # code of a checkpoint that 0.1.0 has exported
         return None
-    for base in code.base_models(model, code.ORIGINAL):
+    for base in code.base_models(model, stock_classes(code)):
         for index, layer in enumerate(layers_of(base)):
-            found = code.load_problem(layer) if known_class(layer, code.STOCK) else None
+            found = code.load_problem(layer) if known_class(layer, stock_of(code)) else None
             if found:
                 return (
                     f"layers.{index}.{found}: the model has not been loaded as it was saved; load it with a "
@@ -104,13 +105,14 @@ def load_problem(model: nn.Module, code: Any) -> str | None:
 def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Counter[str]]:
     """How many parts of each role there are in a model, and how many of them are fixed by this copy of `patches/`."""
     from .patches.swap import known_class
+    from .running_code import stock_classes, stock_of
 
     total, fixed = Counter[str](), Counter[str]()
     for module in model.modules():
-        role = next((part for part in code.PARTS if isinstance(module, getattr(code.ORIGINAL, part))), None)
+        role = next((part for part in code.PARTS if isinstance(module, getattr(stock_classes(code), part))), None)
         if role is not None:
             total[role] += 1
-            fixed[role] += known_class(module, code.STOCK) is not None
+            fixed[role] += known_class(module, stock_of(code)) is not None
     return total, fixed
 
 
@@ -149,12 +151,12 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
     from .patches.swap import known_class, layers_of
 
     code = code_of(model)
-    key_state, planning = sibling(code, "keys").key_state, sibling(code, "planning")
+    key_state, planning = sibling(code, "key_centring", "keys").key_state, sibling(code, "planning")
     check_plan = getattr(planning, "check_plan", None) or planning.drop_stale_plan  # of a checkpoint exported by 0.1.0
     found = []
-    for base in code.base_models(model, code.ORIGINAL):
+    for base in code.base_models(model, stock_classes(code)):
         for index, layer in enumerate(layers_of(base)):
-            if known_class(layer, code.STOCK):
+            if known_class(layer, stock_of(code)):
                 check_plan(layer)
                 exponents = {"mlp": layer.mlp.exponent, "o_proj": getattr(layer.self_attn, "exponent", "not scaled")}
                 named = {site: "by token" if value is None else value for site, value in exponents.items()}

@@ -60,7 +60,7 @@ class LoadedModel:
 
     def __init__(self, model: nn.Module) -> None:
         """model: holds a Qwen2Model."""
-        base: Any = next(base_models(model, ORIGINAL))
+        base: Any = next(base_models(model, STOCK))
         self.base = base
         heads = (getattr(module, name, None) for module in model.modules() for name in HEADS)
         self.head: nn.Module | None = next((head for head in heads if isinstance(head, nn.Module)), None)
@@ -86,7 +86,7 @@ class ModelOnDisk:
     def __init__(self, folder: Path, source: FolderSource, fixed: bool, attention: str, device: torch.device) -> None:
         """source: of the same folder. Raises CheckpointError where transformers builds no model by its config."""
         self.folder, self.source, self.fixed, self.device = folder, source, fixed, device
-        model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
+        model_class = Qwen2ForCausalLM if fixed else STOCK.Qwen2ForCausalLM
         keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
         options = {"attn_implementation": attention, keyword: torch.float32}  # of rotation tables, before 4.45
         try:
@@ -265,7 +265,7 @@ def layers_return_tuples() -> bool:
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 8}
     found: list[bool] = []
     with torch.random.fork_rng(devices=[]), quiet(), stock_models():
-        model = ORIGINAL.Qwen2Model(Qwen2Config(**sizes, **heads)).eval()
+        model = STOCK.Qwen2Model(Qwen2Config(**sizes, **heads)).eval()
     model.layers[0].register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
@@ -291,4 +291,4 @@ def fused_attention(base: Any) -> Iterator[None]:
 
 def is_fixed(base: Any) -> bool:
     """Whether the layers of a Qwen2Model are fixed."""
-    return all(known_class(layer, STOCK) for layer in layers_of(base))
+    return all(known_class(layer, STOCK_OF) for layer in layers_of(base))

@@ -55,9 +55,9 @@ def _check_loaded(model: Any) -> None:
     """Raises where saving the model would lose what it computes with."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError("this model has a PEFT adapter: merge it (merge_and_unload), then verify the model.")
-    if not isinstance(model, ORIGINAL.Qwen2ForCausalLM):
+    if not isinstance(model, STOCK.Qwen2ForCausalLM):
         raise NotQwen2Error(f"this is a {type(model).__qualname__}: verify takes a Qwen2ForCausalLM, or its folder.")
-    for module, stock in ((model, ORIGINAL.Qwen2ForCausalLM), (model.model, ORIGINAL.Qwen2Model)):
+    for module, stock in ((model, STOCK.Qwen2ForCausalLM), (model.model, STOCK.Qwen2Model)):
         if type(module).forward is not stock.forward:
             raise CheckpointError(
                 f"{type(module).__qualname__} has a forward of its own: what verify builds from the weights is "
@@ -69,7 +69,7 @@ def _check_loaded(model: Any) -> None:
         if name.endswith("_proj") and not is_plain_linear(module):
             raise CheckpointError(f"{name} is a {type(module).__name__}: verify takes a model of plain linear layers.")
     for name, weight in model.named_parameters():
-        if weight.is_meta or weight.dtype not in PLAIN:
+        if weight.is_meta or weight.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{name} is quantised or not loaded: verify takes a model with its weights in place.")
 
 

@@ -67,7 +67,7 @@ def check_values(name: str, weight: Tensor) -> Tensor:
         raise Unbounded(f"{name} is not loaded")
     if type(weight) not in (nn.Parameter, Tensor):
         raise Unbounded(f"{name} is a {type(weight).__name__}, whose values cannot be bounded here")
-    if weight.dtype not in PLAIN:  # in another type it needs its scales
+    if weight.dtype not in FLOAT_DTYPES:  # in another type it needs its scales
         raise Unbounded(
             f"{name} is stored as {str(weight.dtype).removeprefix('torch.')}: quantised weights are not bounded"
         )
@@ -85,14 +85,14 @@ class ModelSource:
         from ..patches.planning import layer_shape
         from ..patches.swap import base_models
 
-        bases = list(base_models(root, ORIGINAL))
+        bases = list(base_models(root, STOCK))
         if not bases:
             raise NotQwen2Error(
                 f"found no Qwen2 in this {type(root).__qualname__}: pass a Qwen2 model or a checkpoint."
             )
         self.warnings = [f"it holds {len(bases)} Qwen2 models: certify each by itself"] if len(bases) > 1 else []
         base: Any = bases[0]
-        if type(base).forward is not ORIGINAL.Qwen2Model.forward:
+        if type(base).forward is not STOCK.Qwen2Model.forward:
             self.warnings.append(f"{type(base).__qualname__} has a forward of its own, which is not bounded here")
         self.base = base
         self.outputs: dict[str, Any] = {}

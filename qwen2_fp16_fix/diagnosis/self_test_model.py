@@ -42,7 +42,7 @@ def prompt() -> Tensor:
 
 def stock_model(attention: str) -> Any:
     """The stock model in fp32 on the CPU, in eval mode. Its weights are exact in float16, and the same every time."""
-    config = ORIGINAL.Qwen2Config(
+    config = STOCK.Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -56,7 +56,7 @@ def stock_model(attention: str) -> Any:
     )
     # Constructors draw; a caller's seed is theirs.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), stock_models():
-        model = ORIGINAL.Qwen2ForCausalLM._from_config(config, attn_implementation=attention).float().eval()
+        model = STOCK.Qwen2ForCausalLM._from_config(config, attn_implementation=attention).float().eval()
     with torch.no_grad():
         _fill(model, torch.Generator().manual_seed(0))
         _spike_keys(model)

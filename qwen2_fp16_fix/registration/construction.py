@@ -27,7 +27,7 @@ _watching: set[Any] = set()
 
 def watch() -> None:
     """From here on every Qwen2Model is fixed, or warned of, at the end of its construction."""
-    base = ORIGINAL.Qwen2PreTrainedModel  # of Qwen2Model, its heads, and whatever else is made of Qwen2's parts
+    base = STOCK.Qwen2PreTrainedModel  # of Qwen2Model, its heads, and whatever else is made of Qwen2's parts
 
     def __init_subclass__(cls: type, /, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)
@@ -115,13 +115,13 @@ def _fixes_itself(kind: type) -> bool:
 
 def _judge_for(kind: type) -> Callable[[Any], None]:
     """What looks at the models of this class."""
-    return _judge if issubclass(kind, ORIGINAL.Qwen2Model) else _judge_stack
+    return _judge if issubclass(kind, STOCK.Qwen2Model) else _judge_stack
 
 
 def _judge_stack(model: Any) -> None:
     """Fixes what holds Qwen2's layers as a Qwen2Model does and is none, or warns of it. Heads are not looked at."""
-    inside = any(isinstance(module, ORIGINAL.Qwen2Model) for module in model.modules())
-    if inside or _fixes_itself(type(model)) or not any(True for _ in base_models(model, ORIGINAL)):
+    inside = any(isinstance(module, STOCK.Qwen2Model) for module in model.modules())
+    if inside or _fixes_itself(type(model)) or not any(True for _ in base_models(model, STOCK)):
         return
     try:
         fix_built(model)
@@ -139,17 +139,17 @@ def _judge(model: Any) -> None:
     try:
         fix_built(model)
     except PatchConflictError as error:
-        if type(model) is ORIGINAL.Qwen2Model:
+        if type(model) is STOCK.Qwen2Model:
             raise
         _warn(model, str(error))
 
 
 def _judge_checkpoints_own(model: Any) -> None:
     """The same for what a checkpoint's own code has built, if that is for a Qwen2 and not around a Qwen2Model."""
-    inside = any(isinstance(module, ORIGINAL.Qwen2Model) for module in model.modules())
-    if inside or not isinstance(getattr(model, "config", None), ORIGINAL.Qwen2Config):
+    inside = any(isinstance(module, STOCK.Qwen2Model) for module in model.modules())
+    if inside or not isinstance(getattr(model, "config", None), STOCK.Qwen2Config):
         return
-    if not any(True for _ in base_models(model, ORIGINAL)):
+    if not any(True for _ in base_models(model, STOCK)):
         _warn(model, "it is made of parts of its own.")
         return
     try:

@@ -16,7 +16,7 @@ from . import construction
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
-Qwen2Config: Any = ORIGINAL.Qwen2Config
+Qwen2Config: Any = STOCK.Qwen2Config
 
 _MISSING = object()
 #: Auto class to what its table held for Qwen2, or _MISSING, and our class there.
@@ -122,14 +122,14 @@ def qwen2_auto_classes() -> list[Any]:
         mapping: Any = getattr(auto, "_model_mapping", None) if is_auto else None
         if mapping is None or Qwen2Config not in mapping:
             continue
-        if mapping[Qwen2Config] in {*MODELS, *MODELS.values()} or Qwen2Config in mapping._extra_content:
+        if mapping[Qwen2Config] in {*DROP_IN_OF, *DROP_IN_OF.values()} or Qwen2Config in mapping._extra_content:
             found.append(auto)
     return found
 
 
 def is_registered(auto: Any) -> bool:
     """Whether this Auto class builds a fixed class for Qwen2, by looking it up as transformers does."""
-    return auto._model_mapping[Qwen2Config] in MODELS.values()
+    return auto._model_mapping[Qwen2Config] in DROP_IN_OF.values()
 
 
 def _register_one(auto: Any) -> None:
@@ -138,7 +138,7 @@ def _register_one(auto: Any) -> None:
         return
     extra = mapping._extra_content
     before = extra.pop(Qwen2Config, _MISSING)  # so that the table answers with the stock class
-    fixed = MODELS[mapping[Qwen2Config]]
+    fixed = DROP_IN_OF[mapping[Qwen2Config]]
     _before[auto] = (before, fixed)
     auto.register(Qwen2Config, fixed, exist_ok=True)
     if not is_registered(auto):  # 5.13.0 to 5.18.0 ignore a registration for a configuration of their own

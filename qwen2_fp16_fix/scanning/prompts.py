@@ -113,7 +113,7 @@ def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
     check_weights(model)
     if getattr(getattr(model, "config", None), "quantization_config", None):
         raise CheckpointError("this model is quantised: scan the float16 model that it was made from.")
-    weights = next(p for p in next(base_models(model, ORIGINAL)).parameters() if p.is_floating_point())
+    weights = next(p for p in next(base_models(model, STOCK)).parameters() if p.is_floating_point())
     if weights.dtype != torch.float16:
         name = str(weights.dtype).removeprefix("torch.")
         raise CheckpointError(f"this model is {name}: load it in float16, or scan its folder.")

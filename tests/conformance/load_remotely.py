@@ -26,7 +26,7 @@ def facts(model: Any) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "module": code.__name__,
-        "fixed": all(type(layer) in code.STOCK and layer.plan is not None for layer in layers),
+        "fixed": all(type(layer) in code.STOCK_OF and layer.plan is not None for layer in layers),
         "mark": getattr(code, "MARK", None),
     }
 

@@ -143,8 +143,8 @@ def test_parts_are_what_transformers_records_and_splits() -> None:
     """Recording matches isinstance of the stock classes; device maps and FSDP match their names."""
     model = fixed_half()
     for layer in model.model.layers:
-        assert isinstance(layer, ORIGINAL.Qwen2DecoderLayer)
-        assert isinstance(layer.self_attn, ORIGINAL.Qwen2Attention)
+        assert isinstance(layer, STOCK.Qwen2DecoderLayer)
+        assert isinstance(layer.self_attn, STOCK.Qwen2Attention)
         assert type(layer).__name__ == "Qwen2DecoderLayer"
     assert set(model._no_split_modules) == {"Qwen2DecoderLayer"}
 

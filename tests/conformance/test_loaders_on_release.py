@@ -91,7 +91,7 @@ def test_a_hook_and_a_wrapped_forward_see_stocks_output(attention: str) -> None:
     assert kl(oracle, logits(model)) < ROUNDED
     assert len(calls) == 2 * TINY.layers
     assert keys(model) == {"centred, bias rounded before"}
-    assert torch.equal(linears.project(k_proj, hidden), output)
+    assert torch.equal(linears.project_exactly(k_proj, hidden), output)
 
 
 def test_status_knows_what_loading_made_up(folder: Path) -> None:

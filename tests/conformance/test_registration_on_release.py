@@ -85,7 +85,7 @@ def test_a_lock_made_here_checks_clean_until_something_differs(tmp_path: Path) -
 @pytest.mark.parametrize("name", HEADS)
 def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -> None:
     """`register(exist_ok=True)` silently does nothing in 5.13.0 to 5.18.0."""
-    ours = MODELS[getattr(ORIGINAL, HEADS[name])]
+    ours = DROP_IN_OF[getattr(STOCK, HEADS[name])]
     qwen2_fp16_fix.register()
     qwen2_fp16_fix.register()
     loaded = load(name, folder)
@@ -95,7 +95,7 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
     assert all(part["fixed"] == part["total"] for part in found["parts"].values())
     assert found["fixed"] or (name == "AutoModelForQuestionAnswering" and "not in the checkpoint" in found["problem"])
     qwen2_fp16_fix.unregister()
-    assert type(load(name, folder)) is getattr(ORIGINAL, HEADS[name])
+    assert type(load(name, folder)) is getattr(STOCK, HEADS[name])
     # A head that the checkpoint lacks is left uninitialised by 5.8, and the base of question answering, whose name
     # differs, by 4.48 to 4.52, in stock as well: what can be held against the fix is a base that was loaded.
     if name != "AutoModelForQuestionAnswering":
@@ -106,8 +106,8 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
 @pytest.mark.parametrize("name", HEADS.values())
 def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path) -> None:
     """TRL and wrappers name the class: it was stock, and `status` named no problem."""
-    kind = getattr(transformers, name, None) or getattr(ORIGINAL, name)
-    before = [vars(ORIGINAL.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")]
+    kind = getattr(transformers, name, None) or getattr(STOCK, name)
+    before = [vars(STOCK.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")]
     with qwen2_fp16_fix.registered():
         loaded = load_class(kind, folder)
         assert type(loaded) is kind
@@ -116,7 +116,7 @@ def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path)
         assert status["fixed"]
         with qwen2_fp16_fix.stock_models():
             assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
-    assert [vars(ORIGINAL.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")] == before
+    assert [vars(STOCK.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")] == before
     assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
     if name != "Qwen2ForQuestionAnswering":  # as above
         assert all(isinstance(row["mlp"], int) and row["keys"] == "centred" for row in status["ranges"])
@@ -126,7 +126,7 @@ def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path)
         assert (len(found.hidden_states), len(found.attentions)) == (TINY.layers + 1, TINY.layers)
 
 
-class WithMore(ORIGINAL.Qwen2Model):  # type: ignore[misc, name-defined]
+class WithMore(STOCK.Qwen2Model):  # type: ignore[misc, name-defined]
     """As LLaVA's: its constructor goes on after transformers'."""
 
     def __init__(self, config: Any) -> None:
@@ -155,7 +155,7 @@ def test_subclasses_are_fixed_or_warned_of(folder: Path) -> None:
 
 def test_drop_in_classes_are_pickled_as_themselves() -> None:
     """They say that they are of transformers' module, where a pickle would find the stock class."""
-    for kind in MODELS.values():
+    for kind in DROP_IN_OF.values():
         again = pickle.loads(pickle.dumps(kind(config(TINY, pad_token_id=0))))
         assert type(again) is kind
         assert qwen2_fp16_fix.is_fixed(again)
@@ -173,14 +173,14 @@ def test_unregistering_leaves_no_trace() -> None:
 
 
 def test_a_registration_of_the_users_own_comes_back() -> None:
-    class Mine(ORIGINAL.Qwen2ForCausalLM):  # type: ignore[misc, name-defined]
+    class Mine(STOCK.Qwen2ForCausalLM):  # type: ignore[misc, name-defined]
         pass
 
     mapping = transformers.AutoModelForCausalLM._model_mapping
     mapping._extra_content[transformers.Qwen2Config] = Mine
     try:
         with qwen2_fp16_fix.registered():
-            assert mapping[transformers.Qwen2Config] in MODELS.values()
+            assert mapping[transformers.Qwen2Config] in DROP_IN_OF.values()
         assert mapping[transformers.Qwen2Config] is Mine
     finally:
         del mapping._extra_content[transformers.Qwen2Config]
@@ -192,7 +192,7 @@ def test_fix_takes_every_class(name: str, folder: Path) -> None:
     assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
     assert qwen2_fp16_fix.fix(model) is model
     assert qwen2_fp16_fix.status(model)["model"]["fixed"]
-    assert type(qwen2_fp16_fix.unfix(model)) is getattr(ORIGINAL, HEADS[name])
+    assert type(qwen2_fp16_fix.unfix(model)) is getattr(STOCK, HEADS[name])
     assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
 
 
@@ -212,8 +212,8 @@ def test_loading_registered_equals_fixing_after_loading(folder: Path) -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_what_a_fixed_model_saves_is_a_stock_checkpoint(name: str, tmp_path: Path) -> None:
     """Other engines read `architectures`; a name of ours would make them reject or misread the checkpoint."""
-    stock_class = getattr(ORIGINAL, HEADS[name])
-    model = MODELS[stock_class](config(TINY)).half()
+    stock_class = getattr(STOCK, HEADS[name])
+    model = DROP_IN_OF[stock_class](config(TINY)).half()
     model.save_pretrained(tmp_path)
     loaded = load(name, tmp_path)
     assert type(loaded) is stock_class
@@ -227,7 +227,7 @@ def test_what_is_fixed_in_place_saves_as_stock(tmp_path: Path) -> None:
     model = fixed_half(("scores", "residual"))
     model.save_pretrained(tmp_path)
     loaded = load("AutoModelForCausalLM", tmp_path)
-    assert type(loaded) is ORIGINAL.Qwen2ForCausalLM
+    assert type(loaded) is STOCK.Qwen2ForCausalLM
     assert loaded.config.architectures == ["Qwen2ForCausalLM"]
     expected, found = model.state_dict(), loaded.state_dict()
     assert list(expected) == list(found)

@@ -228,12 +228,12 @@ def half_scores(query: Any, key: Any, value: Any, mask: Any, scaling: float, dro
 BREAKS: dict[str, list[tuple[Any, str, Any]]] = {
     "the fix does nothing": [(modeling_qwen2_fp16, "exchange_all", lambda *args, **kwargs: None)],
     "the residual stays float16": [(blocks, "promote_residual", lambda hidden_states: hidden_states)],
-    "keys are not centred": [(keys.CentredKeys, "centre_keys", lambda *args: None)],
+    "keys are not centred": [(key_centring.CentredKeys, "centre_keys", lambda *args: None)],
     "no exponents": [
         (planning, "plan_layer", lambda bounds: range_plan.Exponents(0, 0)),
         (planning, "unproven_sites", lambda bounds, exponents: []),
     ],
-    "scores as stock has them": [(blocks, "grouped_attention", half_scores)],
+    "scores as stock has them": [(attention, "grouped_attention", half_scores)],
 }
 
 
@@ -492,10 +492,10 @@ def test_an_exported_folder_is_held_against_its_own_lock(tmp_path: Path) -> None
     lock = out / pinning.FILE_NAME
     lock.write_text(lock.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     assert qwen2_fp16_fix.doctor(out)["lock"]["state"] == "kept"
-    with (out / "keys.py").open("a") as file:
+    with (out / "key_centring.py").open("a") as file:
         file.write("# edited")
     found = qwen2_fp16_fix.doctor(out)
-    assert found["lock"]["differences"] == ["keys.py is not the file that was locked."]
+    assert found["lock"]["differences"] == ["key_centring.py is not the file that was locked."]
 
 
 # --- checkpoints ---
@@ -824,13 +824,13 @@ def test_text_and_json_are_the_same_data(healthy: None) -> None:
 
 def test_the_page_of_an_ill_machine(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
-    monkeypatch.setattr(diagnosis, "lock_differences", lambda path: ["keys.py differs.", "torch differs."])
+    monkeypatch.setattr(diagnosis, "lock_differences", lambda path: ["key_centring.py differs.", "torch differs."])
     done = Command()()
     assert done.exit_code == 1
     assert done.stdout.startswith("Not well: QWEN2_FP16_FIX=0 is set")
     assert "and 1 more below" in re.sub(r"\s+", " ", done.stdout)
     assert "What is wrong" in done.stdout
-    assert "keys.py differs." in done.stdout
+    assert "key_centring.py differs." in done.stdout
     assert "torch differs." in done.stdout
 
 

@@ -109,7 +109,7 @@ def test_a_fused_kernel_is_called_with_keys_rounded_once(monkeypatch: pytest.Mon
         attention = model.model.layers[0].self_attn
         hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(PROMPT).float())
         cos, sin = model.model.rotary_emb(hidden, torch.arange(16)[None])
-        key = linears.project(attention.k_proj, hidden).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
+        key = linears.project_exactly(attention.k_proj, hidden).view(1, 16, -1, TINY.head_dim).transpose(1, 2)
     assert torch.equal(seen["key"], numerics.rotate(key, cos, sin, attention.key_shift).half())
     assert seen["query"].dtype == seen["key"].dtype == seen["value"].dtype == torch.float16
     assert (seen["scaling"], seen["dropout"], seen["cu_seq_lens_q"]) == (attention.scaling, 0.0, "as given")
@@ -148,6 +148,28 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     assert torch.equal(key, numerics.rotate(query, *turned, shift[:, 2:]).half())  # in one step, which rounds once less
 
 
+def test_flash_attention_of_old_releases_is_made_once_and_keeps_no_shift() -> None:
+    """It copies the globals of transformers' module. The shift of one call must not reach the next."""
+
+    class Fixed(attention_classes.FlashAttention, FlashOfOldReleases):
+        pass
+
+    made = attention_classes.with_exact_rotation
+    assert made(FlashOfOldReleases.forward) is made(FlashOfOldReleases.forward)
+    query, cos, sin = torch.randn(1, 2, 4, 8).half(), torch.rand(1, 4, 8), torch.rand(1, 4, 8)
+    attention = Fixed()
+    attention.num_key_value_groups, attention.layer_idx = 1, 0
+    attention.keep_constants(torch.full((1, 4, 1, 8), 9.0))
+    _, centred = attention(query, cos, sin)
+    with pytest.raises(AttributeError):
+        attention(None, cos, sin)
+    attention.keep_constants(None)
+    _, uncentred = attention(query, cos, sin)
+    assert torch.equal(uncentred, numerics.rotate(query, cos, sin).half())
+    assert not torch.equal(centred, uncentred)
+    assert attention_classes._key_shift.get() is None
+
+
 def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
     """The rotation leaves it unrounded; torch's kernel wants one dtype."""
     query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half(), torch.randn(1, 2, 3, 8).half()
@@ -159,7 +181,7 @@ def test_sdpa_of_old_releases_takes_an_fp32_query() -> None:
 def test_eager_attention_hands_on_the_dtype_of_the_values() -> None:
     """On a CPU its product is fp32, and interpretability tools read what goes into o_proj."""
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8).half()
-    output, weights = blocks.eager_attention(nn.Module(), query, key, key, None, 0.5)
+    output, weights = attention.eager_attention(nn.Module(), query, key, key, None, 0.5)
     assert output.dtype == weights.dtype == torch.float16
     assert output.is_contiguous()
 
@@ -179,12 +201,12 @@ def test_the_output_projection_is_handed_the_models_dtype() -> None:
 def test_a_mask_is_widened_once_a_forward() -> None:
     """Every layer is handed the same mask. The next forward may bring it again, changed without autograd's notice."""
     mask, forward, next_forward = torch.zeros(1, 1, 2, 3).half(), torch.zeros(1), torch.zeros(1)
-    widened = blocks.prepared_once(forward, numerics.widen_mask, mask, 3)
-    assert blocks.prepared_once(forward, numerics.widen_mask, mask, 3) is widened
-    assert blocks.prepared_once(forward, numerics.widen_mask, mask, 2).shape[-1] == 2
-    assert blocks.prepared_once(forward, numerics.seal_mask, mask, 2).dtype == mask.dtype
+    widened = attention.prepared_once(forward, numerics.widen_mask, mask, 3)
+    assert attention.prepared_once(forward, numerics.widen_mask, mask, 3) is widened
+    assert attention.prepared_once(forward, numerics.widen_mask, mask, 2).shape[-1] == 2
+    assert attention.prepared_once(forward, numerics.mask_to_minus_inf, mask, 2).dtype == mask.dtype
     mask.data.fill_(torch.finfo(torch.float16).min)
-    assert (blocks.prepared_once(next_forward, numerics.widen_mask, mask, 3) == torch.finfo(torch.float32).min).all()
+    assert (attention.prepared_once(next_forward, numerics.widen_mask, mask, 3) == torch.finfo(torch.float32).min).all()
 
 
 @pytest.mark.parametrize("exponent", [0, 3])

@@ -186,7 +186,7 @@ def test_tables_of_old_releases_are_the_same_bits(dtype: torch.dtype) -> None:
 def test_masks_are_made_in_the_same_dtype(dtype: torch.dtype) -> None:
     boolean = torch.tensor([[[[True, False], [False, False]]]])
     additive = torch.zeros(1, 1, 2, 2).half().masked_fill(~boolean, torch.finfo(torch.float16).min)
-    made = (numerics.widen_mask, numerics.seal_mask)
+    made = (numerics.widen_mask, numerics.mask_to_minus_inf)
     expected = [prepare(mask, 2) for prepare in made for mask in (boolean, additive)]
     with default(dtype):
         found = [prepare(mask, 2) for prepare in made for mask in (boolean, additive)]

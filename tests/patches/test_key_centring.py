@@ -45,7 +45,7 @@ def test_the_centre_is_a_mean_over_the_first_radian() -> None:
     """Dirichlet's kernel against the sum it stands for, in pairs slow enough for their limit not to bite."""
     frequencies = torch.tensor([1e-7, 1e-6, 1e-5, 5e-5], dtype=torch.float64)
     cos, sin = centre_factors(frequencies, positions=32768)
-    angles = torch.arange(keys.WINDOW, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(key_centring.WINDOW, dtype=torch.float64)[:, None] * frequencies
     torch.testing.assert_close(cos, angles.cos().mean(0), rtol=1e-9, atol=0)
     torch.testing.assert_close(sin, angles.sin().mean(0), rtol=1e-9, atol=1e-15)
     fast = torch.tensor([0.011], dtype=torch.float64)  # 90 positions are the first radian
@@ -109,7 +109,9 @@ def test_a_centred_key_stays_within_its_bound() -> None:
     attention, gain = layer.self_attn, layer.input_layernorm.weight.float()
     worst = attention.k_proj.weight.float() * gain
     hidden = gain * worst / worst.norm(dim=1, keepdim=True) * math.sqrt(TINY.hidden)
-    key = linears.project(attention.k_proj, hidden.half()).view(1, len(hidden), -1, TINY.head_dim).transpose(1, 2)
+    key = (
+        linears.project_exactly(attention.k_proj, hidden.half()).view(1, len(hidden), -1, TINY.head_dim).transpose(1, 2)
+    )
     top = 0.0
     assert attention.key_shift.abs().max() > 100
     for position in range(0, 4096, 64):
@@ -290,7 +292,7 @@ def test_a_centre_that_is_not_finite_is_not_kept(broken: str) -> None:
     attention.centre_keys(frequencies, 4096, scale)
     assert attention.shift is None
     assert attention.one is None
-    assert keys.key_state(attention) == "not centred"
+    assert key_centring.key_state(attention) == "not centred"
 
 
 def test_a_rotation_of_a_part_of_the_head_is_left_to_stock() -> None:
@@ -398,8 +400,8 @@ def test_a_cache_that_turns_its_keys_gets_them_uncentred() -> None:
         pass
 
     attention = fixed("keys").model.layers[0].self_attn
-    assert keys.shift_for(attention, None) is not None
-    assert keys.shift_for(attention, SinkCache()) is None
+    assert key_centring.shift_for(attention, None) is not None
+    assert key_centring.shift_for(attention, SinkCache()) is None
 
 
 # --- projections ---
@@ -411,8 +413,8 @@ def test_projections_are_the_same_to_the_bit_with_autograd() -> None:
     hidden = torch.randn(2, 5, TINY.hidden).half()
     cos, sin = (table.float() for table in tables(7, 8, 9, 10, 11))
     with torch.no_grad():
-        expected = keys.rotated_projections(attention, hidden, cos, sin, attention.shift)
-    found = keys.rotated_projections(attention, hidden, cos, sin, attention.shift)
+        expected = attention_steps.rotated_projections(attention, hidden, cos, sin, attention.shift)
+    found = attention_steps.rotated_projections(attention, hidden, cos, sin, attention.shift)
     for one, other in zip(expected, found, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -430,7 +432,7 @@ def test_a_hook_is_called(where: str) -> None:
         register = attention.q_proj.register_forward_hook
     handle = register(lambda module, *_: called.append(module))
     with torch.no_grad():
-        keys.rotated_projections(attention, torch.randn(1, 2, TINY.hidden).half(), cos, sin, attention.shift)
+        attention_steps.rotated_projections(attention, torch.randn(1, 2, TINY.hidden).half(), cos, sin, attention.shift)
     handle.remove()
     assert attention.q_proj in called
 

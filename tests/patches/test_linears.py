@@ -96,7 +96,7 @@ def test_a_hook_sees_what_stocks_hook_would_see(kind: str, where: str) -> None:
     seen: dict[nn.Module, Any] = {}
     handle = hook(getattr(attention, where, nn.modules.module), kind, lambda module, *call: seen.update({module: call}))
     for name in names:
-        linears.project(getattr(attention, name), hidden).float().sum().backward()
+        linears.project_exactly(getattr(attention, name), hidden).float().sum().backward()
     assert states(model) == ROUNDED if where == "everywhere" else states(model) == ROUNDED | EXACT
     handle.remove()
     assert states(model) == EXACT
@@ -140,7 +140,7 @@ def test_a_hook_that_changes_something_changes_the_result(kind: str, everywhere:
     handle = hook(nn.modules.module if everywhere else k_proj, kind.removesuffix(" in place"), change)
     try:
         with mode():
-            found = linears.project(k_proj, hidden)
+            found = linears.project_exactly(k_proj, hidden)
     finally:
         handle.remove()
     assert torch.equal(found, (k_proj.bias if kind == "pre-hook" else torch.zeros(())).expand_as(found))
@@ -212,7 +212,7 @@ def test_a_weight_that_is_computed_is_computed() -> None:
     assert error(qwen2_fp16_fix.fix(model)) < CLOSE
     assert states(model) == EXACT
     k_proj = attentions(model)[0].k_proj
-    linears.project(k_proj, torch.ones(1, TINY.hidden).half()).sum().backward()
+    linears.project_exactly(k_proj, torch.ones(1, TINY.hidden).half()).sum().backward()
     assert (k_proj.parametrizations.weight.original.grad == 2).all()
     model = half()
     for attention in attentions(model):
@@ -273,7 +273,7 @@ def test_a_quantised_projection_keeps_its_bias_exact(first: str) -> None:
     hidden = torch.randn(2, 3, TINY.hidden).half()
     without = Quantised.of(k_proj_of(half()))
     bias, without.bias = k_proj.bias, None
-    assert torch.equal(linears.project(k_proj, hidden), without(hidden) + bias.float())
+    assert torch.equal(linears.project_exactly(k_proj, hidden), without(hidden) + bias.float())
     assert torch.equal(k_proj(hidden), without(hidden) + bias)  # itself it is as it was
     assert states(model) == EXACT
     assert kl_to(quantised_oracle(), logits(model)) < CLOSE
@@ -289,7 +289,7 @@ def test_a_linear_that_nobody_has_looked_at_is_rounded_as_in_stock() -> None:
     assert states(model) == ROUNDED
     hidden = torch.randn(2, 3, TINY.hidden).half()
     k_proj = attentions(model)[0].k_proj
-    assert torch.equal(linears.project(k_proj, hidden), k_proj(hidden))
+    assert torch.equal(linears.project_exactly(k_proj, hidden), k_proj(hidden))
     assert kl_to(quantised_oracle(), logits(model)) < 2 * stock_error()
 
 
@@ -300,7 +300,7 @@ def test_a_hook_on_what_goes_through_a_view_is_called_with_the_whole(kind: str) 
     hooked = k_proj.base_layer if kind == "beneath LoRA" else k_proj
     hidden, seen = torch.randn(2, 3, TINY.hidden).half(), []
     hooked.register_forward_hook(lambda module, inputs, output: seen.append((module, output)))
-    found = linears.project(k_proj, hidden)
+    found = linears.project_exactly(k_proj, hidden)
     assert seen[0][0] is hooked
     assert torch.equal(seen[0][1], hooked(hidden))
     assert torch.equal(found, k_proj(hidden))
@@ -323,7 +323,7 @@ def test_a_bias_that_is_gathered_later_is_the_modules_own_affair() -> None:
     linear.bias.data = torch.empty(0).half()
     linear.register_forward_pre_hook(lambda *_: setattr(linear.bias, "data", whole))
     linear.register_forward_hook(lambda *_: setattr(linear.bias, "data", torch.empty(0).half()))
-    assert torch.equal(linears.project(linear, hidden), expected)
+    assert torch.equal(linears.project_exactly(linear, hidden), expected)
     assert not linear.bias.numel()
 
 
@@ -492,7 +492,7 @@ def test_gradients_reach_the_real_parameters(kind: str) -> None:
                 parameter.requires_grad_(parameter.is_floating_point() and (kind == "plain" or "base" not in name))
         hidden = torch.randn(2, 5, TINY.hidden, generator=torch.Generator().manual_seed(3))
         attention = attentions(model)[0]
-        projected = linears.project(attention.k_proj, hidden.to(attention.k_proj.bias.dtype))
+        projected = linears.project_exactly(attention.k_proj, hidden.to(attention.k_proj.bias.dtype))
         (projected.float() * torch.linspace(-1, 1, projected.shape[-1])).sum().backward()
         return {n: p.grad.float().flatten() for n, p in attention.k_proj.named_parameters() if p.grad is not None}
 

@@ -178,7 +178,9 @@ def test_a_boolean_mask_means_allowed() -> None:
     assert mask.tolist() == [[[[0.0, torch.finfo(torch.float32).min]]]]
 
 
-@pytest.mark.parametrize("prepare", [numerics.widen_mask, numerics.seal_mask], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize(
+    "prepare", [numerics.widen_mask, numerics.mask_to_minus_inf], ids=lambda prepare: prepare.__name__
+)
 def test_a_mask_one_column_too_wide_is_cut(prepare: Callable[[Tensor, int], Tensor]) -> None:
     """Releases 4.42 to 4.52 hand one over when the caller gives no mask."""
     assert prepare(torch.zeros(1, 1, 2, 4, dtype=HALF), 3).shape == (1, 1, 2, 3)
@@ -188,9 +190,9 @@ def test_a_sealed_mask_holds_against_any_score() -> None:
     """float16's minimum in a fused kernel leaves 24,496 of a score of 90,000; a row of -inf alone would be NaN."""
     lowest = torch.finfo(HALF).min
     mask = torch.tensor([[[[0.0, lowest, -2.5], [lowest] * 3]]], dtype=HALF)
-    assert numerics.seal_mask(mask, 3).tolist() == [[[[0.0, -torch.inf, -2.5], [lowest] * 3]]]
+    assert numerics.mask_to_minus_inf(mask, 3).tolist() == [[[[0.0, -torch.inf, -2.5], [lowest] * 3]]]
     boolean = torch.tensor([[[[True, False]]]])
-    assert torch.equal(numerics.seal_mask(boolean, boolean.shape[-1]), boolean)
+    assert torch.equal(numerics.mask_to_minus_inf(boolean, boolean.shape[-1]), boolean)
 
 
 def test_full_precision_means_fp32_without_autocast() -> None:

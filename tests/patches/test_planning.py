@@ -240,7 +240,8 @@ def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
         handed.append(activation.dtype)
         return torch.zeros(*activation.shape[:-1], TINY.hidden)
 
-    monkeypatch.setattr(sys.modules[project_output.__module__], "linear_by_token", spy)
+    for function in (project_output, MLP.forward):
+        monkeypatch.setattr(sys.modules[function.__module__], "linear_by_token", spy)
     layer = fixed().model.layers[0]
     layer.mlp.set_exponent(None)
     layer.self_attn.set_exponent(None)
@@ -323,7 +324,7 @@ def test_unfix_leaves_nothing_of_the_plan() -> None:
     model = qwen2_fp16_fix.unfix(fixed("swiglu"))
     for module in model.modules():
         assert not {"scale", "plan", "plan_due", "rotary", "watch", "shift", "one"} & set(module.__dict__)
-    assert type(model.model.layers[0].mlp) is ORIGINAL.Qwen2MLP
+    assert type(model.model.layers[0].mlp) is STOCK.Qwen2MLP
 
 
 def test_layers_without_weights_are_not_planned() -> None:

@@ -126,7 +126,7 @@ def test_a_product_is_that_of_a_copy_without_a_bias(quantised: Path, kind: str) 
     for projection, without in zip(projections(model), projections(other), strict=True):
         bias, without.bias = projection.bias, None
         with torch.no_grad():
-            assert torch.equal(linears.project(projection, hidden), without(hidden) + bias.float())
+            assert torch.equal(linears.project_exactly(projection, hidden), without(hidden) + bias.float())
             torch.testing.assert_close(projection(hidden), without(hidden) + bias, atol=0.25, rtol=0)  # at 300, once
 
 
@@ -145,7 +145,7 @@ def test_an_adapter_over_quantised_weights_learns(quantised: Path, kind: str) ->
             value.data = torch.randn(value.shape, generator=generator) * 0.02
         attention = model.base_model.model.model.layers[0].self_attn
         hidden = torch.randn(1, 8, TINY.hidden, generator=generator).to(attention.k_proj.bias.dtype)
-        projected = linears.project(attention.k_proj, hidden)
+        projected = linears.project_exactly(attention.k_proj, hidden)
         (projected.float() * torch.linspace(-1, 1, projected.shape[-1])).sum().backward()
         return torch.cat([value.grad.flatten().float() for value in learned.values() if value.grad is not None])
 

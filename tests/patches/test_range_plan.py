@@ -103,7 +103,7 @@ def test_no_run_passes_a_bound(seed: int, scale: int, gain: float, lone: float, 
         if dtype == torch.float16 and unproven_sites(bounds, Exponents(0, 0)):
             continue  # what overflows there is no bound's business
         for site, magnitude in sites(weights, residual * size, dtype).items():
-            limit = asdict(bounds)[site] * range_plan.growth(HIDDEN)  # of what is computed, not of the exact sum
+            limit = asdict(bounds)[site] * range_plan.rounding_growth(HIDDEN)  # of what is computed, not the exact sum
             assert magnitude <= limit, (site, dtype, magnitude, limit)
 
 
@@ -127,7 +127,7 @@ def test_an_exponent_leaves_room_for_what_it_makes_subnormal() -> None:
         inputs = torch.ones(columns, dtype=torch.float64)
         bound, exactly = float(range_plan.output_sums(weight, inputs)), 65504.0 * columns
         spill = 65504.0 * columns * range_plan.TINY
-        largest_allowed = exactly * range_plan.LIMIT / (bound / range_plan.slack(columns))  # once it is scaled
+        largest_allowed = exactly * range_plan.LIMIT / (bound / range_plan.fp32_slack(columns))  # once it is scaled
         assert largest_allowed + spill <= range_plan.LIMIT
 
 
@@ -140,10 +140,10 @@ def test_what_rounds_up_from_below_float16s_smallest_number_is_bounded() -> None
     assert z.norm() <= math.sqrt(HIDDEN)
     output = (gain * z).half().double() @ row[0].double()
     assert output == 14 * 2.0**-24
-    assert output <= float(range_plan.project(row, gain))
+    assert output <= float(range_plan.linear_sums(row, gain))
     stored = torch.tensor([0.6 * 2.0**-24], dtype=torch.float64)
     assert stored.half() > stored
-    assert range_plan.computed(stored, 1) >= stored.half().double()
+    assert range_plan.after_matmul(stored, 1) >= stored.half().double()
 
 
 def test_split_sums_that_all_round_up_pass_no_bound() -> None:
@@ -245,9 +245,7 @@ def test_float16_accumulation_can_outgrow_the_sum() -> None:
 
 
 SAFE = LayerBounds(**dict.fromkeys(asdict(bound_layer(layer_weights(0), SHAPE)), 1.0))
-ONE_BIT_PAST = [
-    (site, range_plan.FLOAT16_MAX if site in range_plan.STORED else range_plan.LIMIT) for site in asdict(SAFE)
-]
+ONE_BIT_PAST = [(site, range_plan.LIMITS[site]) for site in asdict(SAFE)]
 
 
 @pytest.mark.parametrize(("site", "limit"), ONE_BIT_PAST)
@@ -282,17 +280,17 @@ def test_a_planted_weight_flips_the_verdict() -> None:
 
 
 def test_fp32_sums_in_chunks_bound_the_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of every size, one to a chunk: never below the exact sums, and above them by no more than `slack`, twice."""
-    monkeypatch.setattr(range_plan, "CHUNK", {"cpu": 1})
+    """Rows of every size, one to a chunk: never below the exact sums, and above them by at most `fp32_slack`, twice."""
+    monkeypatch.setattr(range_plan, "FP32_ELEMENTS", {"cpu": 1})
     weights = {name: w * 2.0 ** (7 * (i % 3)) for i, (name, w) in enumerate(layer_weights(8).items())}
     weight, gain = weights["mlp.down_proj.weight"], weights["input_layernorm.weight"]
     inputs = torch.rand(INNER, dtype=torch.float64) * 1e3
     sums = range_plan.output_sums(weight, inputs)
     assert torch.all(sums >= weight.double().abs() @ inputs)
-    assert torch.all(sums <= (weight.double().abs() @ inputs) * range_plan.slack(INNER) ** 2)
+    assert torch.all(sums <= (weight.double().abs() @ inputs) * range_plan.fp32_slack(INNER) ** 2)
     rows = weights["mlp.up_proj.weight"]
     length = (rows.double() * gain.double()).norm(dim=1)
-    found = range_plan.project(rows, gain)
+    found = range_plan.linear_sums(rows, gain)
     assert torch.all(found >= length * range_plan.norm_length(HIDDEN))
     torch.testing.assert_close(found, length * range_plan.norm_length(HIDDEN), rtol=1e-5, atol=0)  # fp32, 24 roundings
 

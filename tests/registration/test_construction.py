@@ -26,7 +26,7 @@ from tests.stress import TINY, build, config
 
 
 def base_of(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if isinstance(module, ORIGINAL.Qwen2Model))
+    return next(module for module in model.modules() if isinstance(module, STOCK.Qwen2Model))
 
 
 def check_fixed(model: nn.Module, source: Any, oracle: torch.Tensor) -> None:
@@ -263,7 +263,7 @@ def test_another_tools_parts_in_stock_are_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_a_wrapper_that_came_later_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed wraps every constructor for a while, and may put its own back after we are gone."""
-    kind = ORIGINAL.Qwen2Model
+    kind = STOCK.Qwen2Model
     original = kind.__init__
     qwen2_fp16_fix.register()
     ours = kind.__init__
@@ -285,7 +285,7 @@ def test_what_is_wrapped_still_counts_as_transformers_own(tmp_path: Path) -> Non
     """The structure check, the lock and doctor take a class that another tool has replaced for a conflict."""
     before = qwen2_fp16_fix.lock(tmp_path / "before.json")
     with qwen2_fp16_fix.registered():
-        patched.check_structure(ORIGINAL, patched.PARTS, transformers.__version__)
+        patched.check_structure(STOCK, patched.PARTS, transformers.__version__)
         assert qwen2_fp16_fix.check(before) == []
         assert Qwen2Model.__init__.__module__ == modeling_qwen2.__name__
 
@@ -349,7 +349,7 @@ def test_stock_is_not_fixed(source: Any) -> None:
     model = copy.deepcopy(source)
     assert qwen2_fp16_fix.is_fixed(model) is False
     assert qwen2_fp16_fix.is_fixed(qwen2_fp16_fix.fix(model)) is True
-    model.model.layers[0].mlp.__class__ = ORIGINAL.Qwen2MLP
+    model.model.layers[0].mlp.__class__ = STOCK.Qwen2MLP
     assert qwen2_fp16_fix.is_fixed(model) is False
 
 
@@ -367,9 +367,9 @@ class OwnStack(ORIGINAL.Qwen2PreTrainedModel):  # type: ignore[misc, name-define
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(ORIGINAL.Qwen2DecoderLayer(config, index) for index in range(2))
-        self.norm = ORIGINAL.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = ORIGINAL.Qwen2RotaryEmbedding(config)
+        self.layers = nn.ModuleList(STOCK.Qwen2DecoderLayer(config, index) for index in range(2))
+        self.norm = STOCK.Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = STOCK.Qwen2RotaryEmbedding(config)
         self.post_init()
 
 

@@ -92,11 +92,11 @@ def test_a_norm_replaced_by_another_tool() -> None:
 def test_a_subclass_of_a_part() -> None:
     """A subclass may override what the fix relies on, as Unsloth's do, and FSDP2 goes by its own."""
     model = build(TINY, ())
-    own = type("OwnLayer", (ORIGINAL.Qwen2DecoderLayer,), {"forward": lambda self, hidden_states: hidden_states})
+    own = type("OwnLayer", (STOCK.Qwen2DecoderLayer,), {"forward": lambda self, hidden_states: hidden_states})
     model.model.layers[2].__class__ = own
     refuses(q.PatchConflictError, model, "layers.2", "OwnLayer")
     model = build(TINY, ())
-    model.model.layers[1].__class__ = type("FSDPQwen2DecoderLayer", (ORIGINAL.Qwen2DecoderLayer,), {})
+    model.model.layers[1].__class__ = type("FSDPQwen2DecoderLayer", (STOCK.Qwen2DecoderLayer,), {})
     refuses(q.PatchConflictError, model, "layers.1", "FSDPQwen2DecoderLayer")
 
 
@@ -119,7 +119,7 @@ def test_a_forward_bound_to_one_module(part: str) -> None:
 def test_a_forward_bound_after_the_fix_shows_in_status() -> None:
     model = q.fix(build(TINY, ()))
     attention = model.model.layers[0].self_attn
-    attention.forward = types.MethodType(ORIGINAL.Qwen2Attention.forward, attention)
+    attention.forward = types.MethodType(STOCK.Qwen2Attention.forward, attention)
     assert not q.status(model)["model"]["fixed"]
 
 
@@ -131,7 +131,7 @@ def test_a_forward_patched_on_a_stock_class(name: str, monkeypatch: pytest.Monke
         raise AssertionError
 
     model = build(TINY, ())
-    monkeypatch.setattr(getattr(ORIGINAL, name), "forward", fast_forward)
+    monkeypatch.setattr(getattr(STOCK, name), "forward", fast_forward)
     refuses(q.PatchConflictError, model, name, "fast_forward")
     with pytest.raises(q.PatchConflictError):
         q.Qwen2ForCausalLM(config(TINY))
@@ -161,10 +161,10 @@ def test_a_fault_half_way_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(TINY, ()).half()
     before = classes_of(model)
 
-    def adopt(self: Any, stock: type) -> None:
+    def on_fixed(self: Any, stock: type) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(PARTS["Qwen2RotaryEmbedding"], "adopt", adopt)
+    monkeypatch.setattr(PARTS["Qwen2RotaryEmbedding"], "on_fixed", on_fixed)
     with pytest.raises(MemoryError):
         q.fix(model)
     assert classes_of(model) == before
@@ -226,17 +226,17 @@ print(q.status()["problem"].startswith("transformers 4.36.2"), q.status()["patch
 
 def altered(name: str, **attributes: Any) -> types.SimpleNamespace:
     """The stock classes with one of them changed, as a future release might."""
-    changed = type(name, (getattr(ORIGINAL, name),), {"__module__": ORIGINAL.__name__, **attributes})
-    return types.SimpleNamespace(**{**vars(ORIGINAL), name: changed})
+    changed = type(name, (getattr(STOCK, name),), {"__module__": STOCK.__name__, **attributes})
+    return types.SimpleNamespace(**{**vars(STOCK), name: changed})
 
 
 def in_transformers(function: Any) -> Any:
-    function.__module__ = ORIGINAL.__name__
+    function.__module__ = STOCK.__name__
     return function
 
 
 def test_the_installed_source_has_the_known_shape() -> None:
-    structure.check_structure(ORIGINAL, PARTS, transformers.__version__)
+    structure.check_structure(STOCK, PARTS, transformers.__version__)
 
 
 def test_a_renamed_parameter_is_an_unknown_shape() -> None:
@@ -257,7 +257,7 @@ def test_a_step_that_is_gone_is_an_unknown_shape() -> None:
 
 
 def test_a_class_that_is_gone_is_an_unknown_shape() -> None:
-    gone = types.SimpleNamespace(**{**vars(ORIGINAL), "Qwen2RotaryEmbedding": None})
+    gone = types.SimpleNamespace(**{**vars(STOCK), "Qwen2RotaryEmbedding": None})
     with pytest.raises(q.UnsupportedTransformersError, match="no class Qwen2RotaryEmbedding"):
         structure.check_structure(gone, PARTS, "5.99.0")
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ def load(auto: Any, folder: Path, **kwargs: Any) -> Any:
 def test_the_stress_model_breaks_stock(folder: Path) -> None:
     """Without this, every test below could pass with the fix off."""
     model = load(AutoModelForCausalLM, folder)
-    assert type(model) is ORIGINAL.Qwen2ForCausalLM
+    assert type(model) is STOCK.Qwen2ForCausalLM
     assert not is_fixed(model)
     for attention in ("eager", "sdpa"):
         with torch.no_grad():
@@ -278,7 +279,7 @@ def test_switched_off_by_the_environment(folder: Path, monkeypatch: pytest.Monke
     """QWEN2_FP16_FIX=0 reaches every way in, and none of them is silent about it."""
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     qwen2_fp16_fix.register()
-    assert type(load(AutoModelForCausalLM, folder)) is ORIGINAL.Qwen2ForCausalLM
+    assert type(load(AutoModelForCausalLM, folder)) is STOCK.Qwen2ForCausalLM
     model = qwen2_fp16_fix.fix(stress())
     assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
     assert not qwen2_fp16_fix.status(load(qwen2_fp16_fix.Qwen2ForCausalLM, folder))["model"]["fixed"]
@@ -291,3 +292,13 @@ def test_status_is_plain_data() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["parts"]["Qwen2DecoderLayer"] == {"fixed": TINY.layers, "total": TINY.layers}
     assert (found["model"]["dtype"], found["model"]["attention"]) == ("float16", "eager")
+
+
+def test_an_export_of_0_1_1_is_asked_by_its_own_names() -> None:
+    """Its code stays in the checkpoint. STOCK was its table of fixed classes, and is the stock classes now."""
+    table = {int: float}
+    old = types.SimpleNamespace(ORIGINAL="classes", STOCK=table)
+    new = types.SimpleNamespace(STOCK="classes", STOCK_OF=table)
+    for code in (old, new):
+        assert running_code.stock_classes(code) == "classes"
+        assert running_code.stock_of(code) is table

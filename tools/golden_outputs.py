@@ -1,13 +1,11 @@
 """Records the arithmetic that the numerics version stands for, in tests/numerics.json; a test compares.
 
-Two things are recorded. Of each patch file a digest of its syntax tree, without comments, docstrings and layout: where
-it changes, somebody has to look. And digests of outputs for inputs where every intermediate is exactly representable,
-so that no order of summation and no CPU makes a difference: where one of these changes, the arithmetic has.
+It records digests of outputs. Their inputs make every intermediate exactly representable, so no order of summation and
+no CPU makes a difference: if a digest changes, the arithmetic has changed.
 
-    python tools/numerics.py    records anew; refuses where outputs have changed under the same numerics version
+    python tools/golden_outputs.py    records anew; refuses if outputs have changed under the same numerics version
 """
 
-import ast
 import hashlib
 import json
 import sys
@@ -29,26 +27,8 @@ from qwen2_fp16_fix.patches.version_map import NUMERICS  # noqa: E402
 HALF = torch.float16
 WHAT_TO_DO = (
     "If the arithmetic has changed, raise NUMERICS in patches/version_map.py and the major version, and say so in "
-    "CHANGELOG.md; if it has not, or once you have, record it with `python tools/numerics.py`."
+    "CHANGELOG.md; if it has not, or once you have, record it with `python tools/golden_outputs.py`."
 )
-
-
-def syntax(node: Any) -> Any:
-    """A syntax tree as nested lists, the same on every Python: no positions, no docstrings, no empty fields."""
-    if isinstance(node, list):
-        return [syntax(each) for each in node]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = dict(ast.iter_fields(node))
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
-        fields["body"] = fields["body"][1:]
-    kept = [[name, syntax(value)] for name, value in sorted(fields.items()) if value not in (None, [])]
-    return [type(node).__name__, *kept]
-
-
-def source_digest(source: str) -> str:
-    """SHA-256 of what Python makes of a source, whatever its comments, docstrings and layout."""
-    return hashlib.sha256(json.dumps(syntax(ast.parse(source))).encode()).hexdigest()
 
 
 def output_digest(output: Tensor) -> str:
@@ -100,7 +80,7 @@ def masks(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     additive = torch.zeros(1, 1, 4, 6, dtype=HALF).masked_fill(~allowed, lowest)
     yield "widen_mask, boolean", numerics.widen_mask(allowed, 5)
     yield "widen_mask, additive", numerics.widen_mask(additive, 5)
-    yield "seal_mask", numerics.seal_mask(additive, 6)
+    yield "seal_mask", numerics.mask_to_minus_inf(additive, 6)
 
 
 def attention(backwards: bool) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +117,7 @@ def linears(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     small.bias = nn.Parameter(torch.tensor([3.25, -1.5, 0.0, 7.0, 5.5, -3.0], dtype=HALF))
     spiked.bias = nn.Parameter(torch.tensor([300.25, -160.125, 0.0, 7.0, 1000.5, -3.0], dtype=HALF))
     with torch.no_grad():
-        yield "exact bias", projections.project(spiked, hidden / 64)
+        yield "exact bias", projections.project_exactly(spiked, hidden / 64)
         yield "scaled_linear", scaling.scaled_linear(plain, hidden, torch.full((1,), 2.0**14))
         yield "linear_by_token", scaling.linear_by_token(plain, hidden.float() * 2.0**20, 8)
         yield "linear_by_token, bias", scaling.linear_by_token(small, hidden.float() * 2.0**4, 8)
@@ -157,23 +137,18 @@ def plan(backwards: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def current() -> dict[str, Any]:
-    """What there is to record."""
-    sources = {path.name: source_digest(path.read_text(encoding="utf-8")) for path in (ROOT / "patches").glob("*.py")}
+    """The record of the arithmetic as it is now."""
     return {
         "numerics": NUMERICS,
         "outputs": {name: output_digest(output) for name, output in outputs().items()},
-        "sources": dict(sorted(sources.items())),
     }
 
 
 def changes(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What differs, a phrase each."""
-    names = {"sources": "patches/", "outputs": "the output of "}
+    before, now = recorded["outputs"], found["outputs"]
     return [
-        f"{title}{name} has changed"
-        for kind, title in names.items()
-        for name in sorted({*recorded[kind], *found[kind]})
-        if recorded[kind].get(name) != found[kind].get(name)
+        f"the output of {name} has changed" for name in sorted({*before, *now}) if before.get(name) != now.get(name)
     ]
 
 

@@ -1,0 +1,163 @@
+"""The plan of one layer: its exponents, the weights it holds for, and what ends it.
+
+Some changes of a weight leave a trace (`weight_versions`), and some leave none: fused optimisers, `.data`, numpy. So a
+plan also ends after a backward through its layer, because an optimiser is about to write, and after a forward that was
+not finite: an exponent that is too small can only overflow (`overflow.py`). A layer without a plan scales by token.
+
+The state of a layer is written in this file alone, as entries of the layer's `__dict__`. nn.Module would take the
+rotary embedding for a child of the layer, and its `__setattr__` is slower.
+
+- `plan`: the plan, or None.
+- `plan_due`: whether the next forward makes one.
+- `traced`: whether a compiler has traced the layer.
+- `rotary`, `watch`: the model's rotary embedding, and the OverflowWatch of its last hidden state.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import QWEN2
+from .errors import StalePlanWarning
+from .overflow import OverflowWatch
+from .range_plan import Exponents
+from .scaling import Scaled
+from .swap import module_at
+
+OWNERS = QWEN2.owners()  # the parts of a layer that hold its linears
+SCALED_OWNERS = QWEN2.scaled_owners()
+LAST_LINEAR = QWEN2.linears[-1].name
+
+
+@dataclass(eq=False)
+class Plan:
+    """The exponents of a layer, and the weights they were made for."""
+
+    exponents: Exponents
+    versions: tuple[Any, ...]  # of the weights, see `weight_versions`
+    device: torch.device  # where the weights are
+    suspect: bool = False  # after a backward through the layer: its weights may change without a trace
+
+    def suspect_from_now_on(self, *_: Any) -> None:
+        """A hook for autograd."""
+        self.suspect = True
+
+
+def prepare_layer(layer: Any, rotary: Any, watch: OverflowWatch) -> None:
+    """Gives a layer what planning needs, and makes a plan due."""
+    layer.__dict__.update(rotary=rotary, watch=watch, plan_due=True)
+
+
+def expect_plan(layer: Any) -> None:
+    """Makes a plan due. The one that is there stays until then."""
+    layer.__dict__["plan_due"] = True
+
+
+def keep_plan(layer: Any, exponents: Exponents) -> None:
+    """Gives the layer its exponents, for its weights as they are."""
+    device = module_at(layer, LAST_LINEAR).weight.device
+    for exponent, owner in SCALED_OWNERS.items():
+        part = getattr(layer, owner)
+        if isinstance(part, Scaled):  # before 4.48, flash attention is stock's, and its o_proj is not scaled
+            part.set_exponent(getattr(exponents, exponent), device)
+    layer.__dict__["plan"] = Plan(exponents, weight_versions(layer), device)
+
+
+def drop_plan(layer: Any, due: bool = False) -> None:
+    """Ends the plan: the layer scales by token. due: only until its next forward, which makes a new plan."""
+    for owner in OWNERS:
+        part = getattr(layer, owner)
+        if hasattr(part, "set_exponent"):  # also inside a wrapper, which isinstance does not see through
+            part.set_exponent(None)
+    layer.__dict__.update(plan=None, plan_due=due)
+
+
+def note_trace(layer: Any) -> None:
+    """Notes that a compiler has traced the layer."""
+    layer.__dict__["traced"] = True
+
+
+def forget_plan(layer: Any) -> None:
+    """Removes the whole state, and the exponents of the parts: the layer becomes stock."""
+    for owner in OWNERS:
+        getattr(layer, owner).__dict__.pop("scale", None)
+    for name in ("plan", "plan_due", "traced", "rotary", "watch"):
+        layer.__dict__.pop(name, None)
+
+
+def drop_stale_plan(layer: Any) -> None:
+    """Drops a plan that may not hold for the weights any more. The values of the weights are not read.
+
+    Weights on another device were dispatched one by one, by a tool that calls no method of the layer. Their plan is
+    made anew.
+    """
+    plan = layer.plan
+    if plan is None:
+        return
+    if layer.watch.has_overflowed():
+        warn_of_overflow(layer.watch)
+    elif not plan.suspect and plan.versions == weight_versions(layer):
+        return
+    drop_plan(layer, due=layer.plan_due or any(weight.device != plan.device for weight in weights_of(layer)))
+
+
+def watch_for_backward(layer: Any, output: Any) -> None:
+    """After a forward: a backward through this output makes the plan suspect, if the layer has weights to train."""
+    plan = layer.plan
+    if plan is None or plan.suspect or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    node = (output[0] if isinstance(output, tuple) else output).grad_fn
+    if node is not None and any(weight.requires_grad for weight in weights_of(layer)):
+        node.register_prehook(plan.suspect_from_now_on)
+
+
+def warn_of_overflow(watch: OverflowWatch) -> None:
+    """Warns, once, that a forward was not finite although every layer was planned to be."""
+    if not watch.said:
+        watch.said = True
+        warnings.warn(STALE, StalePlanWarning, stacklevel=2)
+
+
+STALE = (
+    "a forward of this model has ended in numbers that are not finite: its input or a weight was not, or weights have "
+    "changed in a way that leaves no trace and the exponents were for the old ones. From here on every layer scales "
+    "by token; call qwen2_fp16_fix.fix(model), or model.eval(), to plan anew."
+)
+
+
+def children_of(layer: Any) -> list[nn.Module]:
+    """The children of a layer, and the children of those that hold linears: all norms and linears are among them."""
+    parts = layer._modules
+    children = [*parts.values()]
+    for owner in OWNERS:
+        children += parts[owner]._modules.values()
+    return children
+
+
+def weights_of(layer: Any) -> list[Tensor]:
+    """The parameters of `children_of`. Those further inside, of an adapter or a quantiser, are not listed."""
+    return [weight for child in children_of(layer) for weight in child._parameters.values() if weight is not None]
+
+
+def weight_versions(layer: Any) -> tuple[Any, ...]:
+    """Changes whenever a weight of the layer is replaced, moved, or written to in a way that torch counts."""
+    weights = weights_of(layer)
+    if are_transformed(weights):
+        return ()
+    versions = [0 if weight.is_inference() else weight._version for weight in weights]
+    return (*map(id, children_of(layer)), *map(id, weights), *map(Tensor.data_ptr, weights), *versions)
+
+
+def are_transformed(weights: list[Tensor]) -> bool:
+    """Whether torch.func has replaced the weights by tensors that have no address and no version."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, weights))
+
+
+def holds_gradients(layer: Any) -> bool:
+    """Whether a weight of the layer has a gradient, which an optimiser can still apply."""
+    return any(weight.grad is not None for weight in layer.parameters())
