@@ -53,32 +53,4 @@ MUTATIONS = (
         "(gate * up).float()",
         "tests/patches/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
     ),
-    Mutation(
-        "output projection by token in float16",
-        FILE,
-        "linear_by_token(attention.o_proj, output.float(), width)",
-        "linear_by_token(attention.o_proj, output, width)",
-        "tests/patches/test_planning.py::test_scaling_by_token_is_handed_fp32",
-    ),
-    Mutation(
-        "a kernel of the user's is handed an fp32 query",
-        FILE,
-        "return laid_out_by_token(query, value.dtype), key, value, mask",
-        "return query, key, value, mask",
-        "tests/patches/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
-    ),
-    Mutation(
-        "eager hands fp32 on",
-        FILE,
-        "output.transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format)",
-        "output.transpose(1, 2).contiguous()",
-        "tests/patches/test_blocks.py::test_eager_attention_hands_on_the_dtype_of_the_values",
-    ),
-    Mutation(
-        "the output projection is handed fp32",
-        FILE,
-        "output, scale = output.to(dtype), attention.scale",
-        "scale = attention.scale",
-        "tests/patches/test_blocks.py::test_the_output_projection_is_handed_the_models_dtype",
-    ),
 )

@@ -31,8 +31,8 @@ MUTATIONS = (
         "torch.where(whole == kept, exact, whole.float())",
         "exact.clone()",
         (
-            "tests/patches/test_linears.py"
-            "::test_a_hook_that_changes_something_changes_the_result[hook in place-False-no_grad]"
+            "tests/patches/test_linears.py::test_a_hook_that_changes_something_changes_the_result[hook in "
+            "place-False-no_grad]"
         ),
     ),
     Mutation(

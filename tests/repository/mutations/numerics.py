@@ -22,7 +22,10 @@ MUTATIONS = (
         "norm rounds before the gain too",
         FILE,
         "(hidden_states * torch.rsqrt(length.square() / weight.numel() + eps) * weight).to(out_dtype)",
-        "((hidden_states * torch.rsqrt(length.square() / weight.numel() + eps)).to(out_dtype) * weight).to(out_dtype)",
+        (
+            "((hidden_states * torch.rsqrt(length.square() / weight.numel() + eps)).to(out_dtype) * "
+            "weight).to(out_dtype)"
+        ),
         "tests/patches/test_numerics.py::test_rms_norm_rounds_once",
     ),
     Mutation(
