@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-from ..doctor_texts import Remark, remark
 from .devices import Device
+from .remarks import Remark, remark
 
 
 class Way(NamedTuple):

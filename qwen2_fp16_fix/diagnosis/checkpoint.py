@@ -15,9 +15,9 @@ from ..checkpoints.weight_sources import (
     foreign_code,
     read_json,
 )
-from ..doctor_texts import Remark, remark
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
+from .remarks import Remark, remark
 
 QUICK = 2**26  # bytes of weights that are bounded in about a second
 BYTES_A_SECOND = 5e8  # bounded on two cores: 15 GB in half a minute

@@ -14,17 +14,18 @@ import transformers
 from rich.console import Console
 
 from .. import locking
-from ..doctor_texts import TEXTS, Remark, in_words, remark
 from ..model_status import status
 from ..patches.errors import Qwen2FP16FixError, UnsupportedTransformersError
 from ..patches.lock import VARIABLE
 from ..patches.version_map import range_for
+from ..translations import DOCTOR_TEXTS as TEXTS
 from .advice import WAYS, Advice, advise, lines_of_code
 from .checkpoint import TRAPS, config_of, examine
 from .devices import Device, devices
 from .numeric_settings import Setting, settings
 from .other_tools import Tool, tools
 from .redaction import private_places, redact
+from .remarks import Remark, in_words, remark
 from .self_test import KL_LIMIT, self_test
 
 
@@ -75,7 +76,7 @@ def why_unusable() -> Qwen2FP16FixError | None:
     """Why the fix cannot be used with the installed transformers, or None."""
     try:
         range_for(transformers.__version__)
-        import_module(".registration", __package__)
+        import_module("..registration.register", __package__)
     except Qwen2FP16FixError as error:
         return error
     return None

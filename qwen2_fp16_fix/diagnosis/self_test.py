@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..doctor_texts import Remark, remark
 from ..verification.divergence import Closeness
+from .remarks import Remark, remark
 
 #: Nats, mean over tokens. Roundings of a whole fix cost 1.6e-7 here; keys that are not centred 2e-2, bfloat16 3e-5.
 KL_LIMIT = 2e-6

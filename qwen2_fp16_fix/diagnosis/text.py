@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from rich.syntax import Syntax
 from rich.text import Text
 
-from ..doctor_texts import in_words, remark
+from .remarks import in_words, remark
 
 
 def render(report: dict[str, Any], console: Console, language: str = "en") -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ..activations.sites import FLOAT16_MAX
-from ..report_texts import TEXTS
 from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.sentences import bias_text, number
+from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, add_limit, layer_axis, layout, log_axis, marker
 from .headroom import headroom_map, stock_against_fixed
 from .style import DASHES, STAND_INS, SYMBOLS, colour_of, hover_text, scan_name

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from ..report_texts import TEXTS
+from ..translations import SCAN_TEXTS as TEXTS
 from .style import STAND_INS, colour_of, log_ticks
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ..activations.sites import SITES
-from ..report_texts import TEXTS
 from ..scanning.sentences import place_name, site_name, tightest
+from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, layout, marker
 from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, hover_text, is_past, scan_name
 

@@ -12,13 +12,14 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup, escape
 
-from ..report_texts import PAGE, TEXTS
 from ..scanning.sentences import consequences, number, passing, place_name, tightest, verdict
+from ..translations import SCAN_TEXTS as TEXTS
 from .charts import charts
 from .frame import Chart
 from .style import PALETTE, scan_name, stand_ins
 from .tables import all_numbers, cache_table, massive_table, spike_table, verification_table
 
+TEMPLATE = Path(__file__).parent / "template"
 TERMS = ("headroom", "site", "measured", "bound", "subnormal", "massive", "spike", "loss", "score_error")
 
 
@@ -26,14 +27,14 @@ def page(scans: Sequence[dict[str, Any]], verification: dict[str, Any] | None = 
     """The page. scans: one of `scan`'s results, or stock's and fixed's; verification: a result of `verify`."""
     texts, first = TEXTS[lang], scans[0]
     rooms = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     rooms.filters["ticked"] = ticked
     drawn = charts(scans, lang)
     return rooms.get_template("report.html").render(
         t=texts,
         css=Markup(rooms.get_template("report.css").render(palette=PALETTE)),
-        js=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
+        js=Markup((TEMPLATE / "report.js").read_text(encoding="utf-8")),
         plotly=packed_plotly(),
         data=Markup(_json({"palette": stand_ins(), "figures": figures(drawn), "tooOld": texts["too_old"]})),
         name=Path(first["checkpoint"]).resolve().name,  # of ".", too

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ..activations.sites import FLOAT16_MAX, SITES
 from ..errors import ScanError
-from ..report_texts import TEXTS
 from ..scanning.sentences import site_name, verdict
+from ..translations import SCAN_TEXTS as TEXTS
 from .style import BANDS, PALETTE, band_of, bits_text, is_past, log_ticks, scan_name
 
 #: Fonts with Chinese letters, as Linux, macOS and Windows call theirs.

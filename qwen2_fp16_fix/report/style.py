@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..report_texts import TEXTS
 from ..scanning.sentences import number, place_name
+from ..translations import SCAN_TEXTS as TEXTS
 
 #: Stand-ins for colours that differ by theme: plotly wants colours, the page replaces these by its own.
 PALETTE = {

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..report_texts import TEXTS
 from ..scanning.sentences import bias_text, number, passing, place_name, site_name, token_name
+from ..translations import SCAN_TEXTS as TEXTS
 
 CALM = 8.0  # bits of headroom from which a row is left out on paper
 

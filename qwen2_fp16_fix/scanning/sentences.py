@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..activations.sites import FLOAT16_MAX
-from ..report_texts import TEXTS
+from ..translations import SCAN_TEXTS as TEXTS
 
 LANGUAGES = tuple(TEXTS)
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import demo, report_texts
+from qwen2_fp16_fix import demo, translations
 from qwen2_fp16_fix.activations import extremes
 from qwen2_fp16_fix.activations.extremes import Extremes, ScoreExtremes
 from qwen2_fp16_fix.activations.layerwise import ModelOnDisk, Stream
@@ -149,7 +149,7 @@ def test_a_bias_past_float16_is_null_and_is_shown(tmp_path: Path, capsys: pytest
     assert (top["layer"], top["channel"], top["bias"], top["times_median"]) == (1, 3, None, None)
     for lang in wording.LANGUAGES:
         wording.render(found, wording.Console(width=160), lang)
-        assert report_texts.TEXTS[lang]["not_finite"] in next(
+        assert translations.SCAN_TEXTS[lang]["not_finite"] in next(
             sentence for sentence in wording.consequences(found, lang) if "k_proj" in sentence
         )
         assert "<html" in report.page([found], lang=lang)
@@ -483,7 +483,7 @@ def test_both_languages_have_the_same_keys_and_placeholders() -> None:
     def fields(text: str) -> set[str | None]:
         return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
 
-    english, chinese = (report_texts.TEXTS[lang] for lang in ("en", "zh"))
+    english, chinese = (translations.SCAN_TEXTS[lang] for lang in ("en", "zh"))
     assert english.keys() == chinese.keys()
     for key, text in english.items():
         assert fields(text) == fields(chinese[key]), key
@@ -492,14 +492,14 @@ def test_both_languages_have_the_same_keys_and_placeholders() -> None:
 
 def test_every_text_is_used() -> None:
     """A text that nothing shows is one that nobody keeps true."""
-    package = Path(report_texts.__file__).parent
+    package = Path(translations.__file__).parent
     sources = "".join(
         file.read_text(encoding="utf-8")
-        for pattern in ("*.py", "report_page/*")
+        for pattern in ("report/**/*", "scanning/*.py")
         for file in package.glob(pattern)
-        if file.name != "report_texts.py"
+        if file.suffix in (".py", ".html", ".js", ".css")
     )
-    for key in report_texts.TEXTS["en"]:
+    for key in translations.SCAN_TEXTS["en"]:
         name = re.sub(r"^(site|column|term|what|verdict)_", "", key).removesuffix("_text")
         assert re.search(rf"\b{name}\b|_{name}\b", sources), key
 
