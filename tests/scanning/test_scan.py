@@ -495,7 +495,7 @@ def test_every_text_is_used() -> None:
     package = Path(translations.__file__).parent
     sources = "".join(
         file.read_text(encoding="utf-8")
-        for pattern in ("report/**/*", "scanning/*.py")
+        for pattern in ("report/**/*", "scanning/*.py", "activations/*.py")
         for file in package.glob(pattern)
         if file.suffix in (".py", ".html", ".js", ".css")
     )
