@@ -1,8 +1,10 @@
-"""What the doctor says: the name of a sentence and its values, put into English or Chinese at the end."""
+"""Sentences of the doctor: a code and values first, English or Chinese at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..results import Record
 from ..translations import DOCTOR_TEXTS
 
 
@@ -13,6 +15,14 @@ class Remark(NamedTuple):
     values: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class Finding(Record):
+    """Something that breaks, or a warning of something that may."""
+
+    code: str
+    text: str
+
+
 def remark(code: str, **values: object) -> Remark:
     """The sentence with this code. values: for its placeholders."""
     return Remark(code, values)
@@ -21,3 +31,8 @@ def remark(code: str, **values: object) -> Remark:
 def in_words(what: Remark, language: str) -> str:
     """The sentence in a language of DOCTOR_TEXTS."""
     return DOCTOR_TEXTS[language][what.code].format(**what.values)
+
+
+def as_findings(remarks: Sequence[Remark], language: str) -> list[Finding]:
+    """The sentences in a language, with their codes."""
+    return [Finding(what.code, in_words(what, language)) for what in remarks]

@@ -75,11 +75,11 @@ def scan(
     read = readable(asked, subject, tokenizer, tokens)
     survey, first, spikes = walk(subject, read.ids, fixed, progress)
     found = {
-        "versions": status(),
+        "versions": status().to_dict(),
         "checkpoint": name,
         "foreign_code": subject.source.foreign_code if isinstance(subject, ModelOnDisk) else None,
         "settings": {"fixed": fixed, "attention": attention, "tokens": tokens, "device": str(subject.device)},
-        **findings(survey, first, spikes, read, fixed, attention, certify(model_or_path, progress)),
+        **findings(survey, first, spikes, read, fixed, attention, certify(model_or_path, progress).to_dict()),
     }
     return found | {"verdict": verdict(found), "seconds": round(time.monotonic() - started, 2)}
 

@@ -112,7 +112,7 @@ def _verify(
         row["drift"] = _drift(row["perplexity"], rows[0]["perplexity"])
     reasons = [*shortcomings(rows, max_kl, max_ppl_drift), *source.warnings]
     return {
-        "versions": status(),
+        "versions": status().to_dict(),
         "checkpoint": name,
         "settings": settings | {"max_kl": max_kl, "max_ppl_drift": max_ppl_drift},
         "rows": rows,
@@ -164,7 +164,7 @@ def _key(
     if progress is not None:
         progress.print("reading the checkpoint, to know it again …", highlight=False)
     own = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
-    found = status()
+    found = status().to_dict()
     gpu = torch.cuda.get_device_name(settings["device"]) if settings["device"].startswith("cuda") else ""
     numbers = hashlib.sha256(str(tokens.tolist()).encode()).hexdigest()
     return {
