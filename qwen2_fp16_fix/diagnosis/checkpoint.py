@@ -7,14 +7,8 @@ from typing import Any
 import safetensors
 from rich.console import Console
 
-from ..checkpoints.weight_sources import (
-    MODEL_TYPES,
-    OWN_CODE,
-    FolderSource,
-    check_architectures,
-    foreign_code,
-    read_json,
-)
+from ..checkpoints.config import MODEL_TYPES, OWN_CODE, check_architectures, foreign_code, read_json
+from ..checkpoints.folder import FolderSource
 from ..doctor_texts import Remark, remark
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
