@@ -4,7 +4,7 @@ Everything that knows a layer reads a row: what is exchanged (`parts`), what is 
 (`linears`), what is watched in a running model (`sites`), and the classes that are built around it (`heads`).
 The names are those of transformers' modules and so of a checkpoint; the shapes are those of `nn.Linear.weight`.
 This file imports neither torch nor transformers. Classes are looked up when they are asked for, and the answers are
-keyed by class object: the vision models of transformers define other classes that are called Qwen2RMSNorm, too.
+keyed by class object: qwen2_vl of transformers 4.48, for one, defines a Qwen2RMSNorm of its own.
 
 B is the batch, S the tokens, D = head_dim, H and G the query and key heads.
 """

@@ -7,7 +7,7 @@ are measured in blocks, in fp32. Scores are multiplied out for a block of querie
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,26 +82,23 @@ class Extremes:
         self.largest, self.spot = top, spot
 
 
-class FirstNonFinite:
-    """The first site, in the order of execution, with a number that is not finite, and where the number was."""
+class Break(NamedTuple):
+    """The first site, in the order of execution, with a number that is not finite, and where that number was."""
+
+    place: SitePlace
+    spot: TokenPlace | None
+
+
+class FirstBreak:
+    """Looks for the first site with a number that is not finite. A later prompt may break an earlier site."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.place: SitePlace | None = None
-        self.spot: TokenPlace | None = None
-
-    @classmethod
-    def among(cls, sites: Mapping[SitePlace, Extremes]) -> "FirstNonFinite":
-        """Of sites that have been measured."""
-        found = cls()
-        for place, extremes in sites.items():
-            if not extremes.finite:
-                found.take(place, extremes.spot)
-        return found
+        self.found: Break | None = None
 
     def look(self, place: SitePlace, tensor: Tensor, prompt: int = 0) -> None:
-        """Takes the site if a number of tensor (..., S, channels) is not finite. Of one prompt."""
-        if not self.precedes(place):
+        """Looks at tensor (1, S, channels) or (1, H, S, K), of one prompt, unless an earlier site is known."""
+        if not self._precedes(place):
             return
         rows = tensor.flatten(0, -2)
         if not all(bool(part.isfinite().all()) for part in torch.split(rows, ROWS_LOOKED_AT)):
@@ -110,12 +107,20 @@ class FirstNonFinite:
 
     def take(self, place: SitePlace, spot: TokenPlace | None) -> None:
         """Keeps a site that is not finite, unless an earlier one is known."""
-        if self.precedes(place):
-            self.place, self.spot = place, spot
+        if self._precedes(place):
+            self.found = Break(place, spot)
 
-    def precedes(self, place: SitePlace) -> bool:
-        """Whether the site comes before the first one that is known."""
-        return self.place is None or execution_order(place) < execution_order(self.place)
+    def _precedes(self, place: SitePlace) -> bool:
+        return self.found is None or execution_order(place) < execution_order(self.found.place)
+
+
+def first_break(sites: Mapping[SitePlace, Extremes]) -> Break | None:
+    """The break among sites that have been measured."""
+    first = FirstBreak()
+    for place, extremes in sites.items():
+        if not extremes.finite:
+            first.take(place, extremes.spot)
+    return first.found
 
 
 class Magnitudes(Watch):
@@ -129,7 +134,7 @@ class Magnitudes(Watch):
         layers: Any = next(module.layers for module in model.modules() if hasattr(module, "layers"))
         super().__init__(dict(enumerate(layers)), self.note)
         self.found: dict[str, float] = {}
-        self.first = FirstNonFinite()
+        self.first = FirstBreak()
 
     def note(self, place: SitePlace, tensor: Tensor) -> None:
         """Records the largest |tensor|, NaN where there is one."""
@@ -145,7 +150,7 @@ class Magnitudes(Watch):
 
     def first_overflow(self) -> str | None:
         """What messages call the first site, in the order of execution, that held a number that is not finite."""
-        return None if self.first.place is None else str(self.first.place)
+        return None if self.first.found is None else str(self.first.found.place)
 
 
 def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -130,7 +130,7 @@ class ModelOnDisk:
 
 
 class _Weightless(TorchFunctionMode):
-    """While entered, linears and embeddings are built without weights. What is computed, such as frequencies, is real."""
+    """While entered, linears and embeddings are built without weights. Whatever is computed is real."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

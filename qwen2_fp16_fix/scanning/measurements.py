@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..activations.extremes import Extremes, ScoreExtremes, TokenPlace
 from ..activations.layerwise import LayerwiseRun
-from ..activations.sites import ENDS, SITES, Attended, SitePlace, Watch
+from ..activations.sites import SCORES, Attended, SitePlace, Watch, execution_order
+from ..patches.architecture import QWEN2
 from .quantisation import CacheLoss, CacheSummary, LossSummary, MassiveActivations, RoundingLoss
 
 #: The inputs of linears, by the linears they feed: what a quantised matmul would round.
-LINEAR_INPUTS = {"input_norm": "q, k, v", "attention": "o_proj", "post_norm": "gate, up", "product": "down_proj"}
+FED = {site.name: QWEN2.fed_by(site.name) for site in QWEN2.sites}
+LINEAR_INPUTS = {site: ", ".join(linear.writes for linear in linears) for site, linears in FED.items() if linears}
 
 
 class Observer(Protocol):
@@ -62,7 +64,7 @@ class Survey:
 
     def see(self, place: SitePlace, tensor: Tensor) -> None:
         """Measures a site; scores are left to `attend`."""
-        if place.site in ("raw_scores", "scaled_scores"):
+        if place.site in SCORES.values():
             self._scores(place.layer).scaled.dtype = tensor.dtype
             return
         self.sites.setdefault(place, Extremes()).add(tensor, self.prompt)
@@ -97,8 +99,8 @@ class Survey:
 
     def _scores(self, number: int | None) -> ScoreExtremes:
         scores = self.scores.setdefault(number or 0, ScoreExtremes())
-        self.sites.setdefault(SitePlace(number, "raw_scores"), scores.raw)
-        self.sites.setdefault(SitePlace(number, "scaled_scores"), scores.scaled)
+        self.sites.setdefault(SitePlace(number, SCORES["raw"]), scores.raw)
+        self.sites.setdefault(SitePlace(number, SCORES["scaled"]), scores.scaled)
         return scores
 
     def start(self, stream: LayerwiseRun) -> None:
@@ -169,10 +171,3 @@ class FirstBreak:
             self.see(SitePlace(None, "final_norm"), normed)
             for _, part in stream.logits(normed):
                 self.see(SitePlace(None, "logits"), part)
-
-
-def execution_order(place: SitePlace) -> tuple[int, int]:
-    """Sorts places as they are computed."""
-    if place.layer is None:
-        return (-1, 0) if place.site == "embedding" else (10**9, list(ENDS).index(place.site))
-    return place.layer, list(SITES).index(place.site)

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from ..activations.extremes import Extremes, TokenPlace
-from ..activations.sites import SCORES, SitePlace
+from ..activations.sites import SCORES, SitePlace, execution_order
+from ..patches.architecture import QWEN2
 from ..patches.range_plan import FLOAT16_MAX, LIMIT
-from .measurements import LINEAR_INPUTS, FirstBreak, Survey, execution_order
+from .measurements import LINEAR_INPUTS, FirstBreak, Survey
 from .prompts import Readable
 from .quantisation import LOSS_LIMIT
 
 LISTED = 32  # massive channels and spikes at most, the largest first
 SMALLEST = 2.0**-149  # stands for a magnitude of 0 in headroom
 #: A site to the bound that certify gives it, and to the exponent that a fixed layer stores it with.
-BOUNDS = {name: name for name in ("q", "k", "v", "attention", "o_proj", "gate", "up", "product", "down_proj")}
-BOUNDS |= {"input_norm": "norm", "post_norm": "norm"}
-EXPONENTS = {"attention": "o_proj", "o_proj": "o_proj", "product": "mlp", "down_proj": "mlp"}
+BOUNDS = {site.name: site.bound for site in QWEN2.watched_sites() if site.bound}
+EXPONENTS = {site.name: site.exponent for site in QWEN2.watched_sites() if site.exponent}
 
 
 def findings(
@@ -105,8 +105,8 @@ def bound_of(place: SitePlace, certificate: dict[str, Any], fixed: bool) -> floa
         exponent = layer["exponents"].get(EXPONENTS.get(place.site, ""), 0) if fixed else 0
         return None if bound is None else float(bound * 2.0**-exponent)
     stock = layer["stock_headroom_bits"]
-    if place.site in ("raw_scores", "scaled_scores") and stock.get("scores") is not None:
-        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == "scaled_scores" else 1.0
+    if place.site in SCORES.values() and stock.get("scores") is not None:
+        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == SCORES["scaled"] else 1.0
         return float(LIMIT * 2.0 ** -stock["scores"] * scaling)
     if place.site.startswith("residual") and stock.get("residual") is not None:
         return float(FLOAT16_MAX * 2.0 ** -stock["residual"])
