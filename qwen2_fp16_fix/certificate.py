@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from .checkpoints.weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
+from .checkpoints.folder import FolderSource
+from .checkpoints.loaded_model import ModelSource
+from .checkpoints.weights import UnboundedWeightError, WeightSource, check_shape
 from .code_copies import code_of, sibling
 from .patches.range_plan import (
     FLOAT16_MAX,
@@ -176,7 +178,7 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
             full = f"{source.prefix}layers.{number}.{name}"
             weights[name] = check_shape(full, cast(full, source.read(full)), wanted[name])
         bounds = bound_layer(weights, source.shape)
-    except Unbounded as reason:
+    except UnboundedWeightError as reason:
         return LayerCertificate(number, {}, {}, {}, False, {}, False, [str(reason)]), math.inf
     exponents = plan_layer(bounds)
     unproven = unproven_sites(bounds, exponents)
@@ -248,7 +250,7 @@ def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float,
             bias = name.removesuffix("weight") + "bias"
             if name in heads and source.has(bias):
                 found += float(cast(bias, source.read(bias)).abs().max())
-        except Unbounded as reason:
+        except UnboundedWeightError as reason:
             reasons.append(str(reason))
             largest = math.inf if name == embedding else largest
             continue
@@ -264,7 +266,7 @@ def read_final_norm(source: WeightSource, cast: Cast) -> tuple[Tensor, list[str]
     hidden, name = source.shape.hidden, f"{source.prefix}norm.weight"
     try:
         gain = check_shape(name, cast(name, source.read(name)), (hidden,))
-    except Unbounded as reason:
+    except UnboundedWeightError as reason:
         return torch.full((hidden,), math.inf, dtype=torch.float32, device="cpu"), [str(reason)]
     bound = bound_norm(gain)
     return gain, [] if bound <= FLOAT16_MAX else [f"the final norm is bounded by {bound:.3g} only"]

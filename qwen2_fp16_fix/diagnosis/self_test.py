@@ -103,7 +103,7 @@ def self_test(place: str) -> Outcome:
     """
     rows: list[SelfTestRow] = []
     try:
-        from ..demo import quiet
+        from ..checkpoints.loading import quiet
 
         with quiet():
             oracle = _oracle()

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import huggingface_hub
 
 from .. import locking
-from ..checkpoints.weight_sources import FolderSource, reachable, read_config, read_json
+from ..checkpoints.config import reachable, read_config, read_json
+from ..checkpoints.folder import FolderSource
 from ..errors import CheckpointError, ExportError
+from ..files import whole_folder
 from ..patches import errors as patches_errors
-from ..whole_folder import whole_folder
 from . import model_card
 from .export_config import check_foreign_code, exported_config, heads_to_check
 
@@ -83,7 +84,7 @@ def export(
         has_weights=weights != "none",
         verification=findings,
     )
-    with whole_folder(target) as written:
+    with whole_folder(target, ExportError) as written:
         for file in files:
             _place(file, written / file.relative_to(folder), link=weights == "link" and file.suffix == ".safetensors")
         for name in () if code_name else CODE_FILES:

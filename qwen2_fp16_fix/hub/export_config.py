@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ExportError
+from ..patches.architecture import QWEN2
 from ..patches.configuration_qwen2_fp16 import Qwen2FP16Config
 
 MODELS = "modeling_qwen2_fp16"
@@ -13,13 +14,7 @@ STRICT = Qwen2FP16Config.model_type
 
 #: Auto class to what the names of its classes end in, and to the weight its head must have. vLLM builds `AutoModel`,
 #: and silently runs the stock class where `auto_map` lacks it.
-AUTO_CLASSES = {
-    "AutoModel": ("Model", None),
-    "AutoModelForCausalLM": ("ForCausalLM", "lm_head.weight"),
-    "AutoModelForSequenceClassification": ("ForSequenceClassification", "score.weight"),
-    "AutoModelForTokenClassification": ("ForTokenClassification", "score.weight"),
-    "AutoModelForQuestionAnswering": ("ForQuestionAnswering", "qa_outputs.weight"),
-}
+AUTO_CLASSES = {head.auto_class: (head.suffix, head.weight) for head in QWEN2.heads}
 HEADS = dict(AUTO_CLASSES.values())
 
 

@@ -17,7 +17,8 @@ from rich.console import Group
 from rich.text import Text
 
 from .._version import __version__
-from ..checkpoints.weight_sources import FolderSource, reachable, read_config
+from ..checkpoints.config import reachable, read_config
+from ..checkpoints.folder import FolderSource
 from ..errors import CheckpointError, PublishError
 from ..locking import FILE_NAME as LOCK
 from ..patches.errors import LockFileError

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ..activations.sites import FLOAT16_MAX
+from ..patches.range_plan import FLOAT16_MAX
 from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.sentences import bias_text, number
 from ..translations import SCAN_TEXTS as TEXTS

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..activations.sites import FLOAT16_MAX, SITES
+from ..activations.sites import SITES
 from ..errors import ScanError
+from ..patches.range_plan import FLOAT16_MAX
 from ..scanning.sentences import site_name, verdict
 from ..translations import SCAN_TEXTS as TEXTS
 from .style import BANDS, PALETTE, band_of, bits_text, is_past, log_ticks, scan_name

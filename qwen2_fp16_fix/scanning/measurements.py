@@ -7,13 +7,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..activations.extremes import Extremes, ScoreExtremes, Spot
-from ..activations.layerwise import Stream
-from ..activations.sites import ENDS, SITES, Attended, Place, Watch
+from ..activations.extremes import Extremes, ScoreExtremes, TokenPlace
+from ..activations.layerwise import LayerwiseRun
+from ..activations.sites import SCORES, Attended, SitePlace, Watch, execution_order
+from ..patches.architecture import QWEN2
 from .quantisation import CacheLoss, CacheSummary, LossSummary, MassiveActivations, RoundingLoss
 
 #: The inputs of linears, by the linears they feed: what a quantised matmul would round.
-LINEAR_INPUTS = {"input_norm": "q, k, v", "attention": "o_proj", "post_norm": "gate, up", "product": "down_proj"}
+FED = {site.name: QWEN2.fed_by(site.name) for site in QWEN2.sites}
+LINEAR_INPUTS = {site: ", ".join(linear.writes for linear in linears) for site, linears in FED.items() if linears}
 
 
 class Observer(Protocol):
@@ -23,7 +25,7 @@ class Observer(Protocol):
     def done(self) -> bool:
         """Whether the rest of the way says nothing more."""
 
-    def start(self, stream: Stream) -> None:
+    def start(self, stream: LayerwiseRun) -> None:
         """Looks at the embeddings."""
 
     def watching(self, number: int, layer: Any, prompt: int) -> AbstractContextManager[None]:
@@ -32,7 +34,7 @@ class Observer(Protocol):
     def close(self, number: int) -> None:
         """Has seen what a layer does to every prompt."""
 
-    def end(self, stream: Stream) -> None:
+    def end(self, stream: LayerwiseRun) -> None:
         """Looks at the final norm and the logits."""
 
 
@@ -43,11 +45,11 @@ class Survey:
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.sites: dict[Place, Extremes] = {}
+        self.sites: dict[SitePlace, Extremes] = {}
         self.scores: dict[int, ScoreExtremes] = {}
         self.inputs: dict[str, RoundingLoss] = {}  # of the layer that is running, as are keys and values
         self.keys, self.values = CacheLoss(), CacheLoss()
-        self.input_losses: dict[Place, LossSummary] = {}
+        self.input_losses: dict[SitePlace, LossSummary] = {}
         self.cache_losses: dict[int, CacheSummary] = {}
         self.massive = MassiveActivations()
         self.prompt = 0
@@ -60,9 +62,9 @@ class Survey:
         with Watch({number: layer}, self.see, self.attend):
             yield
 
-    def see(self, place: Place, tensor: Tensor) -> None:
+    def see(self, place: SitePlace, tensor: Tensor) -> None:
         """Measures a site; scores are left to `attend`."""
-        if place.site in ("raw_scores", "scaled_scores"):
+        if place.site in SCORES.values():
             self._scores(place.layer).scaled.dtype = tensor.dtype
             return
         self.sites.setdefault(place, Extremes()).add(tensor, self.prompt)
@@ -86,7 +88,7 @@ class Survey:
         The vectors they come from, were they kept, would lie scattered between the activations of later layers, which
         then fit nowhere twice: the process grew by 22 MB a layer.
         """
-        self.input_losses |= {Place(number, site): loss.summary() for site, loss in self.inputs.items()}
+        self.input_losses |= {SitePlace(number, site): loss.summary() for site, loss in self.inputs.items()}
         if self.values.seen:
             self.cache_losses[number] = CacheSummary(
                 self.keys.summary() if self.keys.seen else None,
@@ -97,16 +99,16 @@ class Survey:
 
     def _scores(self, number: int | None) -> ScoreExtremes:
         scores = self.scores.setdefault(number or 0, ScoreExtremes())
-        self.sites.setdefault(Place(number, "raw_scores"), scores.raw)
-        self.sites.setdefault(Place(number, "scaled_scores"), scores.scaled)
+        self.sites.setdefault(SitePlace(number, SCORES["raw"]), scores.raw)
+        self.sites.setdefault(SitePlace(number, SCORES["scaled"]), scores.scaled)
         return scores
 
-    def start(self, stream: Stream) -> None:
+    def start(self, stream: LayerwiseRun) -> None:
         """Measures the embeddings."""
         for prompt, hidden in enumerate(stream.hidden):
-            self.sites.setdefault(Place(None, "embedding"), Extremes()).add(hidden, prompt)
+            self.sites.setdefault(SitePlace(None, "embedding"), Extremes()).add(hidden, prompt)
 
-    def end(self, stream: Stream) -> None:
+    def end(self, stream: LayerwiseRun) -> None:
         """Measures the final norm and the logits, some tokens at a time."""
         norm, logits = Extremes(), Extremes()
         for prompt in range(len(stream.hidden)):
@@ -114,11 +116,11 @@ class Survey:
             norm.add(normed, prompt)
             for start, part in stream.logits(normed):
                 logits.add(part, prompt, first_position=start)
-        self.sites[Place(None, "final_norm")] = norm
+        self.sites[SitePlace(None, "final_norm")] = norm
         if logits.numbers:
-            self.sites[Place(None, "logits")] = logits
+            self.sites[SitePlace(None, "logits")] = logits
 
-    def first_break(self) -> Place | None:
+    def first_break(self) -> SitePlace | None:
         """The first site, in the order of execution, with a number that is not finite."""
         broken = [place for place, extremes in self.sites.items() if not extremes.finite]
         return min(broken, key=execution_order, default=None)
@@ -129,8 +131,8 @@ class FirstBreak:
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.found: Place | None = None
-        self.spot = Spot(0, 0, 0)
+        self.found: SitePlace | None = None
+        self.spot = TokenPlace(0, 0, 0)
         self.running = 0
 
     @property
@@ -138,10 +140,10 @@ class FirstBreak:
         """What comes after a number that is not finite says nothing. Asked between layers."""
         return self.found is not None
 
-    def start(self, stream: Stream) -> None:
+    def start(self, stream: LayerwiseRun) -> None:
         """Looks at the embeddings."""
         for self.running, hidden in enumerate(stream.hidden):
-            self.see(Place(None, "embedding"), hidden)
+            self.see(SitePlace(None, "embedding"), hidden)
 
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
@@ -153,26 +155,19 @@ class FirstBreak:
     def close(self, number: int) -> None:
         """Keeps what it has."""
 
-    def see(self, place: Place, tensor: Tensor) -> None:
+    def see(self, place: SitePlace, tensor: Tensor) -> None:
         """Notes a site that comes before the one that is known, and the first number in it that is not finite."""
         if self.found is not None and execution_order(place) >= execution_order(self.found):
             return
         if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(0, -2), 4096)):
             rows = tensor.flatten(0, -2)
             row, channel = divmod(int((~rows.isfinite()).byte().argmax()), rows.shape[1])
-            self.found, self.spot = place, Spot(self.running, row % tensor.shape[-2], channel)
+            self.found, self.spot = place, TokenPlace(self.running, row % tensor.shape[-2], channel)
 
-    def end(self, stream: Stream) -> None:
+    def end(self, stream: LayerwiseRun) -> None:
         """Looks at the final norm and the logits."""
         for self.running in range(len(stream.hidden)):
             normed = stream.normed(self.running)
-            self.see(Place(None, "final_norm"), normed)
+            self.see(SitePlace(None, "final_norm"), normed)
             for _, part in stream.logits(normed):
-                self.see(Place(None, "logits"), part)
-
-
-def execution_order(place: Place) -> tuple[int, int]:
-    """Sorts places as they are computed."""
-    if place.layer is None:
-        return (-1, 0) if place.site == "embedding" else (10**9, list(ENDS).index(place.site))
-    return place.layer, list(SITES).index(place.site)
+                self.see(SitePlace(None, "logits"), part)

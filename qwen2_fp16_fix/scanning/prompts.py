@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.layerwise import LoadedModel, ModelOnDisk, Subject, is_fixed
-from ..checkpoints.verification_inputs import first_line, open_tokenizer
-from ..demo import quiet
-from ..errors import CheckpointError, ScanError
+from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProvider, is_fixed
+from ..checkpoints.loading import quiet
+from ..checkpoints.tokenizer import open_tokenizer
+from ..errors import CheckpointError, ScanError, first_line
 from ..files import read_utf8
 from ..patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
 from ..patches.swap import base_models, check_weights
@@ -73,7 +73,9 @@ class Readable(NamedTuple):
         return token, str(self.tokenizer.convert_ids_to_tokens([token])[0]) if odd else text
 
 
-def readable(asked: list[str | Sequence[int] | Tensor], subject: Subject, tokenizer: Any, tokens: int) -> Readable:
+def readable(
+    asked: list[str | Sequence[int] | Tensor], subject: WeightProvider, tokenizer: Any, tokens: int
+) -> Readable:
     """The prompts, at most `tokens` of each, in the subject's own tokens. Raises ScanError or CheckpointError."""
     if tokenizer is None and isinstance(subject, ModelOnDisk) and any(isinstance(prompt, str) for prompt in asked):
         tokenizer = open_tokenizer(subject.folder)

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from ..activations.extremes import Extremes, Spot
-from ..activations.sites import FLOAT16_MAX, Place
-from ..patches.range_plan import LIMIT
-from .measurements import LINEAR_INPUTS, FirstBreak, Survey, execution_order
+from ..activations.extremes import Extremes, TokenPlace
+from ..activations.sites import SCORES, SitePlace, execution_order
+from ..patches.architecture import QWEN2
+from ..patches.range_plan import FLOAT16_MAX, LIMIT
+from .measurements import LINEAR_INPUTS, FirstBreak, Survey
 from .prompts import Readable
 from .quantisation import LOSS_LIMIT
 
 LISTED = 32  # massive channels and spikes at most, the largest first
 SMALLEST = 2.0**-149  # stands for a magnitude of 0 in headroom
 #: A site to the bound that certify gives it, and to the exponent that a fixed layer stores it with.
-BOUNDS = {name: name for name in ("q", "k", "v", "attention", "o_proj", "gate", "up", "product", "down_proj")}
-BOUNDS |= {"input_norm": "norm", "post_norm": "norm"}
-EXPONENTS = {"attention": "o_proj", "o_proj": "o_proj", "product": "mlp", "down_proj": "mlp"}
+BOUNDS = {site.name: site.bound for site in QWEN2.watched_sites() if site.bound}
+EXPONENTS = {site.name: site.exponent for site in QWEN2.watched_sites() if site.exponent}
 
 
 def findings(
@@ -52,14 +52,14 @@ def findings(
     }
 
 
-def stored_as(place: Place, extremes: Extremes, fixed: bool, attention: str) -> str | None:
+def stored_as(place: SitePlace, extremes: Extremes, fixed: bool, attention: str) -> str | None:
     """The type a site's numbers are kept in; stock's are measured in fp32, but kept in float16."""
-    if place.site in ("raw_scores", "scaled_scores") and (attention != "eager" or (fixed and place.site[0] == "r")):
+    if place.site in SCORES.values() and (attention != "eager" or (fixed and place.site == SCORES["raw"])):
         return None
     return str(extremes.dtype).removeprefix("torch.") if fixed else "float16"
 
 
-def site_found(place: Place, extremes: Extremes, stored: str | None, read: Readable) -> dict[str, Any]:
+def site_found(place: SitePlace, extremes: Extremes, stored: str | None, read: Readable) -> dict[str, Any]:
     """One site."""
     limit = FLOAT16_MAX if stored == "float16" else torch.finfo(torch.float32).max
     bits = math.log2(limit) - math.log2(max(extremes.largest, SMALLEST)) if extremes.finite else None
@@ -74,7 +74,7 @@ def site_found(place: Place, extremes: Extremes, stored: str | None, read: Reada
     }
 
 
-def spot_found(spot: Spot, read: Readable) -> dict[str, Any]:
+def spot_found(spot: TokenPlace, read: Readable) -> dict[str, Any]:
     """Where a number was, with the tokens there."""
     token_id, token = read.token(spot.prompt, spot.position)
     found = {"prompt": spot.prompt, "position": spot.position, "token_id": token_id, "token": token}
@@ -95,7 +95,7 @@ def all_finite(numbers: dict[str, float]) -> dict[str, float] | None:
     return numbers if all(math.isfinite(number) for number in numbers.values()) else None
 
 
-def bound_of(place: Place, certificate: dict[str, Any], fixed: bool) -> float | None:
+def bound_of(place: SitePlace, certificate: dict[str, Any], fixed: bool) -> float | None:
     """What certify proves of a site for any prompt, as the site is stored. None where it proves nothing."""
     if place.layer is None:
         return certificate["logits"] if place.site == "logits" else None
@@ -105,8 +105,8 @@ def bound_of(place: Place, certificate: dict[str, Any], fixed: bool) -> float | 
         exponent = layer["exponents"].get(EXPONENTS.get(place.site, ""), 0) if fixed else 0
         return None if bound is None else float(bound * 2.0**-exponent)
     stock = layer["stock_headroom_bits"]
-    if place.site in ("raw_scores", "scaled_scores") and stock.get("scores") is not None:
-        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == "scaled_scores" else 1.0
+    if place.site in SCORES.values() and stock.get("scores") is not None:
+        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == SCORES["scaled"] else 1.0
         return float(LIMIT * 2.0 ** -stock["scores"] * scaling)
     if place.site.startswith("residual") and stock.get("residual") is not None:
         return float(FLOAT16_MAX * 2.0 ** -stock["residual"])
@@ -148,7 +148,7 @@ def massive_found(survey: Survey, read: Readable) -> list[dict[str, Any]]:
     """The channels of the residual stream with massive activations, the largest first."""
     found = []
     for channel, massive in sorted(survey.massive.channels.items(), key=lambda item: -item[1].magnitude):
-        spot = spot_found(Spot(massive.prompt, massive.position, channel), read)
+        spot = spot_found(TokenPlace(massive.prompt, massive.position, channel), read)
         found.append(
             {"magnitude": finite(massive.magnitude), "layer": massive.layer, **spot, "layers": sorted(massive.layers)}
         )

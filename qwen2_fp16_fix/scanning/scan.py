@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..activations.layerwise import ModelOnDisk, Stream, Subject
+from ..activations.layerwise import LayerwiseRun
+from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certificate import certify
-from ..checkpoints.verification_inputs import open_checkpoint
+from ..checkpoints.folder import open_checkpoint
 from ..errors import ScanError
 from ..model_status import status
 from ..patches.modeling_qwen2_fp16 import is_switched_off
@@ -64,7 +65,7 @@ def scan(
     started = time.monotonic()
     _check_settings(attention, tokens)
     asked = read_prompts(prompts)
-    subject: Subject
+    subject: WeightProvider
     if isinstance(model_or_path, nn.Module):
         subject, fixed = check_loaded(model_or_path, fixed)
         name = type(model_or_path).__qualname__
@@ -104,7 +105,7 @@ def _open_folder(folder: Path, fixed: bool, attention: str, device: str | None) 
 
 
 def walk(
-    subject: Subject, ids: list[Tensor], fixed: bool, progress: Console | None
+    subject: WeightProvider, ids: list[Tensor], fixed: bool, progress: Console | None
 ) -> tuple[Survey, FirstBreak | None, list[dict[str, Any]]]:
     """Takes the prompts through the model: what was measured, where stock float16 broke, and the spikes of the biases.
 
@@ -113,9 +114,9 @@ def walk(
     survey, first = Survey(), None if fixed else FirstBreak()
     spikes: list[dict[str, Any]] = []
     with subject.embedding():
-        running: list[tuple[Stream, Observer]] = [(Stream(subject, ids, full_precision=not fixed), survey)]
+        running: list[tuple[LayerwiseRun, Observer]] = [(LayerwiseRun(subject, ids, full_precision=not fixed), survey)]
         if first is not None:
-            running.insert(0, (Stream(subject, ids), first))
+            running.insert(0, (LayerwiseRun(subject, ids), first))
     for stream, observer in running:
         observer.start(stream)
     numbers = range(len(subject.base.layers))

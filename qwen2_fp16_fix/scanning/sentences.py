@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..activations.sites import FLOAT16_MAX
+from ..patches.range_plan import FLOAT16_MAX
 from ..translations import SCAN_TEXTS as TEXTS
 
 LANGUAGES = tuple(TEXTS)

@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..checkpoints.verification_inputs import open_checkpoint, read_text, saved, tokens_of
-from ..checkpoints.weight_sources import FolderSource
+from ..checkpoints.folder import FolderSource, open_checkpoint
+from ..checkpoints.loaded_model import saved
+from ..checkpoints.tokenizer import read_text, tokens_of
 from ..demo import render_overflows
 from ..errors import CheckpointError, VerificationError
 from ..model_status import status

@@ -20,10 +20,12 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix import demo, translations
 from qwen2_fp16_fix.activations import extremes
 from qwen2_fp16_fix.activations.extremes import Extremes, ScoreExtremes
-from qwen2_fp16_fix.activations.layerwise import ModelOnDisk, Stream
-from qwen2_fp16_fix.activations.sites import FLOAT16_MAX, Attended
-from qwen2_fp16_fix.checkpoints.weight_sources import FolderSource
+from qwen2_fp16_fix.activations.layerwise import LayerwiseRun
+from qwen2_fp16_fix.activations.sites import Attended
+from qwen2_fp16_fix.activations.weights_on_demand import ModelOnDisk
+from qwen2_fp16_fix.checkpoints.folder import FolderSource
 from qwen2_fp16_fix.cli import commands as cli
+from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
 from qwen2_fp16_fix.report import files as scan_files
 from qwen2_fp16_fix.report import page as report
 from qwen2_fp16_fix.scanning import prompts as scan_inputs
@@ -191,7 +193,7 @@ def test_walking_and_watching_change_nothing(folders: Callable[..., Path], fixed
     disk = ModelOnDisk(folder, FolderSource(folder), fixed, "eager", torch.device("cpu"))
     prompts, survey = [PROMPT, PROMPT[:, 5:19]], Survey()
     with disk.embedding():
-        stream = Stream(disk, prompts, full_precision=full)
+        stream = LayerwiseRun(disk, prompts, full_precision=full)
     survey.start(stream)
     for number, layer in enumerate(disk.base.layers):
         with disk.layer(number):
@@ -209,21 +211,21 @@ def test_one_layer_is_in_memory_at_a_time_and_each_tensor_is_read_once(
 ) -> None:
     """What makes a checkpoint larger than memory possible."""
     reads: list[str] = []
-    plain_read, plain_step = FolderSource.read, Stream.step
+    plain_read, plain_step = FolderSource.read, LayerwiseRun.step
 
     def read(self: FolderSource, name: str) -> Tensor:
         reads.append(name)
         return plain_read(self, name)
 
-    def step(self: Stream, number: int, around: Any) -> None:
-        real = {name for name, weight in self.subject.base.named_parameters() if not weight.is_meta}
+    def step(self: LayerwiseRun, number: int, around: Any) -> None:
+        real = {name for name, weight in self.provider.base.named_parameters() if not weight.is_meta}
         assert {name.partition(".self")[0].partition(".mlp")[0] for name in real if "norm" not in name} == {
             f"layers.{number}"
         }
         plain_step(self, number, around)
 
     monkeypatch.setattr(FolderSource, "read", read)
-    monkeypatch.setattr(Stream, "step", step)
+    monkeypatch.setattr(LayerwiseRun, "step", step)
     monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.certify", lambda *_: EMPTY_CERTIFICATE)
     qwen2_fp16_fix.scan(folders("massive"), [PROMPT, PROMPT[:, :9]], device="cpu")
     assert len(reads) == len(set(reads)) == len(load_file(folders("massive") / "model.safetensors"))
@@ -241,9 +243,9 @@ def test_what_broke_is_not_run_on_and_keys_are_measured_once(
     """A float16 stream of NaN costs minutes and says nothing; stock hands its attention each key head several times."""
     steps: list[tuple[bool, int]] = []
     heads: set[int] = set()
-    plain_step, plain_attend = Stream.step, Survey.attend
+    plain_step, plain_attend = LayerwiseRun.step, Survey.attend
 
-    def step(self: Stream, number: int, around: Any) -> None:
+    def step(self: LayerwiseRun, number: int, around: Any) -> None:
         steps.append((self.full_precision, number))
         plain_step(self, number, around)
 
@@ -251,7 +253,7 @@ def test_what_broke_is_not_run_on_and_keys_are_measured_once(
         heads.add(attended.key.shape[1])
         plain_attend(self, attended)
 
-    monkeypatch.setattr(Stream, "step", step)
+    monkeypatch.setattr(LayerwiseRun, "step", step)
     monkeypatch.setattr(Survey, "attend", attend)
     qwen2_fp16_fix.scan(folders("scores"), [PROMPT], device="cpu")
     assert steps == [(False, 0), *((True, number) for number in range(TINY.layers))]
@@ -301,11 +303,11 @@ def test_extremes_are_the_direct_formulas(monkeypatch: pytest.MonkeyPatch) -> No
     found = Extremes()
     found.add(tensor, prompt=1)
     assert (found.largest, found.numbers, found.subnormal, found.subnormal_share) == (50, 63, 4, 4 / 63)
-    assert found.spot == extremes.Spot(1, 6, 5)
+    assert found.spot == extremes.TokenPlace(1, 6, 5)
     for odd in (math.nan, math.inf, -math.inf):
         tensor[0, 7, 1] = odd
         found.add(tensor, prompt=3)
-        assert found.spot == extremes.Spot(3, 7, 1)
+        assert found.spot == extremes.TokenPlace(3, 7, 1)
         assert not found.finite
         found = Extremes()
 
