@@ -134,7 +134,11 @@ def verify(
         resume=resume,
         progress=Notices(),
     )
-    _show(found.to_dict(), found, as_json)
+    with printing() as page:
+        if as_json:
+            print(json.dumps(found, indent=2, allow_nan=False))
+        else:
+            room.render(found, page)
     raise typer.Exit(0 if found["passed"] else 1)
 
 

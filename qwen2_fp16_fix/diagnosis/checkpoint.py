@@ -101,7 +101,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
             return facts, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
         return facts, [], [remark("checkpoint.not_qwen2", kind=facts["model_type"])]
     notes = [*code_warnings(facts), *_quantised(facts["quantised"])]
-    foreign = foreigncode_named(config)
+    foreign = foreign_code(config)
     problems = [] if foreign is None else [remark("checkpoint.foreign_code", module=foreign.partition(".")[0])]
     if _only_pickles(path):
         return facts, [*notes, remark("checkpoint.bin")], problems
