@@ -12,6 +12,7 @@ from ..checkpoints.config import (
     MODEL_TYPES,
     check_architectures,
     code_named,
+    foreign_code,
     generates,
     is_exported,
     read_json,
