@@ -55,8 +55,8 @@ def changed(locked: Path, tmp_path: Path, **fields: Any) -> Path:
 
 
 def test_what_is_locked_here_checks_clean(locked: Path, folder: Path) -> None:
-    assert q.check(locked) == []
-    assert q.check(locked, folder) == []
+    assert q.check(locked).passed
+    assert q.check(locked, folder).passed
 
 
 def test_a_lock_holds_what_decides_the_numbers(locked: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_lock_holds_what_decides_the_numbers(locked: Path) -> None:
     relied_on |= {"ALL_ATTENTION_FUNCTIONS[sdpa]", "ROPE_INIT_FUNCTIONS[yarn]"}
     own = {name for name, thing in vars(stock).items() if getattr(thing, "__module__", "") == stock.__name__}
     assert {name for name in own if name.startswith("Qwen2")} | relied_on <= set(found["upstream"])
-    assert q.status()["numerics"] == version_map.NUMERICS
+    assert q.status().numerics == version_map.NUMERICS
 
 
 def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: P
     (folder / "keys.so").touch()  # would be imported in place of keys.py
     (folder / "blocks").mkdir()
     (folder / "blocks" / "__init__.py").touch()  # likewise
-    assert q.check(locked, folder) == [
+    assert q.check(locked, folder).differences == [
         "keys.so is not in the lock.",
         "numerics.py is not the file that was locked.",
         "v4_37.py is locked and missing.",
@@ -100,7 +100,7 @@ def test_a_configuration_that_runs_other_code_is_named(locked: Path, folder: Pat
     """Whole patch files are no use where the configuration has transformers import something else."""
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": reference}}))
     text = reference.rpartition("--")[2] if isinstance(reference, str) else "other.Slow"  # not whose: doctor prints it
-    assert q.check(locked, folder) == [f"{name} names {text}, which is not in the lock."]
+    assert q.check(locked, folder).differences == [f"{name} names {text}, which is not in the lock."]
 
 
 DRIFTED_PACKAGE = """
@@ -114,9 +114,9 @@ def error(**options):
     except q.LockError as caught:
         return str(caught)
 os.environ["QWEN2_FP16_FIX_LOCK"] = sys.argv[1]
-found = {"asked": error(), "problem": q.status()["problem"]}
+found = {"asked": error(), "problem": q.status().problem}
 del os.environ["QWEN2_FP16_FIX_LOCK"]
-found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]), "registered": q.status()["registered"]}
+found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]).differences, "registered": q.status().registered}
 print(json.dumps(found))
 """
 
@@ -144,9 +144,9 @@ import json, sys
 import qwen2_fp16_fix as q
 from qwen2_fp16_fix.patches import lock
 assert lock.transformers.__file__.startswith(sys.argv[2]), lock.transformers.__file__
-edited = q.check(sys.argv[1])
+edited = q.check(sys.argv[1]).differences
 lock.transformers.__version__ = "4.37.0"
-print(json.dumps({"edited": edited, "older": q.check(sys.argv[1])}))
+print(json.dumps({"edited": edited, "older": q.check(sys.argv[1]).differences}))
 """
 
 
@@ -184,7 +184,7 @@ def test_a_class_that_another_tool_has_replaced_is_named(locked: Path, monkeypat
     monkeypatch.setattr(stock, "Qwen2RMSNorm", LigerRMSNorm)
     monkeypatch.setattr(stock, "Qwen2MLP", FasterMLP)
     monkeypatch.setattr(stock, "apply_rotary_pos_emb", lambda *args: args)
-    assert q.check(locked) == [
+    assert q.check(locked).differences == [
         f"{name} of transformers is not there." for name in ("Qwen2MLP", "Qwen2RMSNorm", "apply_rotary_pos_emb")
     ]
 
@@ -192,7 +192,7 @@ def test_a_class_that_another_tool_has_replaced_is_named(locked: Path, monkeypat
 def test_our_own_classes_under_stock_names_are_no_drift(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`qwen2-fp16-fix run` puts them there; what they stand in for is still what was locked."""
     monkeypatch.setattr(stock, "Qwen2ForCausalLM", q.Qwen2ForCausalLM)
-    assert q.check(locked) == []
+    assert q.check(locked).passed
 
 
 @pytest.mark.parametrize(
@@ -204,18 +204,18 @@ def test_our_own_classes_under_stock_names_are_no_drift(locked: Path, monkeypatc
     ],
 )
 def test_another_version_is_named(locked: Path, tmp_path: Path, field: str, value: Any, sentence: str) -> None:
-    assert q.check(changed(locked, tmp_path, **{field: value})) == [sentence]
+    assert q.check(changed(locked, tmp_path, **{field: value})).differences == [sentence]
 
 
 def test_another_torch_is_named(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked_torch = str(torch.__version__)
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
-    assert q.check(locked) == [f"torch 2.99.0+cu999 is installed, {locked_torch} is locked."]
+    assert q.check(locked).differences == [f"torch 2.99.0+cu999 is installed, {locked_torch} is locked."]
 
 
 def test_another_release_without_changes_says_so(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock.transformers, "__version__", "4.37.1")
-    assert q.check(locked)[1].endswith("that matter here, none differs.")
+    assert q.check(locked).differences[1].endswith("that matter here, none differs.")
 
 
 def test_fingerprints_do_without_sources() -> None:
@@ -237,12 +237,12 @@ def test_fingerprints_do_without_sources() -> None:
 def test_register_takes_a_lock(locked: Path, tmp_path: Path) -> None:
     with pytest.raises(q.LockError, match=r"numerics are version \d+, 99 is locked\..* lock anew"):
         q.register(lock=changed(locked, tmp_path, numerics=99))
-    assert not any(q.status()["registered"].values())
+    assert not any(q.status().registered.values())
     q.register(lock=locked)
-    assert all(q.status()["registered"].values())
+    assert all(q.status().registered.values())
     q.unregister()
     with q.registered(lock=locked):
-        assert all(q.status()["registered"].values())
+        assert all(q.status().registered.values())
 
 
 def test_the_environment_can_ask(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_the_environment_can_ask(locked: Path, tmp_path: Path, monkeypatch: pyte
             build_fixed()
     assert [type(module) for module in stock_model.modules()] == before
     monkeypatch.setenv(lock.VARIABLE, str(locked))
-    assert q.status(q.fix(stock_model))["model"]["fixed"]
+    assert q.status(q.fix(stock_model)).model.fixed
     monkeypatch.setenv(lock.VARIABLE, str(tmp_path / "absent.json"))
     with pytest.raises(q.LockFileError, match=r"absent\.json cannot be read as a lock"):
         q.Qwen2ForCausalLM(config(TINY))

@@ -194,7 +194,7 @@ def test_the_lines_of_code_run(way: str) -> None:
     exec(code.replace("PATH", str(CHECKPOINT)), names)
     model, chosen = names["model"], advice.WAYS[way]
     assert model.dtype == getattr(torch, chosen.dtype)
-    assert qwen2_fp16_fix.status(model)["model"]["fixed"] is chosen.takes_fix
+    assert qwen2_fp16_fix.status(model).model.fixed is chosen.takes_fix
     assert ("qwen2_fp16_fix" in code) is chosen.takes_fix
 
 
@@ -283,9 +283,9 @@ def test_the_self_test_draws_no_random_numbers() -> None:
 def test_the_model_of_the_self_test_needs_every_repair() -> None:
     """Layers with an exponent hand on fp32: were the residual's layers scaled, nothing would test its promotion."""
     model = qwen2_fp16_fix.fix(self_test_model.stock_model("eager").half())
-    ranges = qwen2_fp16_fix.status(model)["model"]["ranges"]
-    assert [layer["mlp"] > 0 for layer in ranges] == [False, False, False, True]
-    assert all(layer["keys"] == "centred" for layer in ranges)
+    ranges = qwen2_fp16_fix.status(model).model.ranges
+    assert [layer.mlp > 0 for layer in ranges] == [False, False, False, True]
+    assert all(layer.keys == "centred" for layer in ranges)
 
 
 # --- the whole report ---

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_the_folder_holds_code_weights_and_tokenizer(strict: bool, tmp_path: Pat
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert qwen2_fp16_fix.check(out / "qwen2_fp16_fix.lock.json", out) == []
+    assert qwen2_fp16_fix.check(out / "qwen2_fp16_fix.lock.json", out).passed
     for name in set(found) - {"README.md", "config.json", "qwen2_fp16_fix.lock.json"}:
         assert found[name] == source[name]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -230,11 +231,11 @@ def test_a_quantised_checkpoint_is_exported(checkpoint: Path, tmp_path: Path) ->
 def test_certify_and_verify_take_exports(tmp_path: Path) -> None:
     out = qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out", strict=True)
     of_export, of_source = qwen2_fp16_fix.certify(out), qwen2_fp16_fix.certify(CHECKPOINT)
-    assert of_export | {"seconds": 0} == of_source | {"seconds": 0}
+    assert replace(of_export, seconds=0) == replace(of_source, seconds=0)
     assert open_checkpoint(out).config["model_type"] == "qwen2_fp16"
     stock = demo.load(out, fixed=False, dtype=torch.float16, attention="eager")
     assert type(stock).__module__.startswith("transformers.")
-    assert qwen2_fp16_fix.status(demo.load(out, fixed=True, dtype=torch.float16, attention="eager"))["model"]["fixed"]
+    assert qwen2_fp16_fix.status(demo.load(out, fixed=True, dtype=torch.float16, attention="eager")).model.fixed
 
 
 # What is refused
@@ -675,7 +676,7 @@ def remote(tmp_path: Path) -> Any:
 
 
 def test_certify_knows_the_linears_of_remote_code(remote: Any) -> None:
-    assert qwen2_fp16_fix.certify(remote)["proven"]
+    assert qwen2_fp16_fix.certify(remote).proven
 
 
 def test_errors_of_remote_code_are_the_packages(remote: Any) -> None:
@@ -684,17 +685,17 @@ def test_errors_of_remote_code_are_the_packages(remote: Any) -> None:
     for act in (qwen2_fp16_fix.fix, qwen2_fp16_fix.unfix):
         with pytest.raises(PatchConflictError, match="norm is a torch"):
             act(remote)
-    found = qwen2_fp16_fix.status(remote)["model"]
-    assert not found["fixed"]
-    assert "another tool" in found["problem"]
+    found = qwen2_fp16_fix.status(remote).model
+    assert not found.fixed
+    assert "another tool" in found.problem
 
 
 def test_the_switch_is_remote_codes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     out = qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "off")
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    found = qwen2_fp16_fix.status(model)["model"]
-    assert (found["fixed"], found["code"]) == (False, None)
+    found = qwen2_fp16_fix.status(model).model
+    assert (found.fixed, found.code) == (False, None)
 
 
 RUN = """
@@ -704,10 +705,10 @@ for folder in sys.argv[1:]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float16, attn_implementation="eager"
     )
-    found = qwen2_fp16_fix.status(model)["model"]
-    exponents = {layer["mlp"] for layer in found["ranges"]}
+    found = qwen2_fp16_fix.status(model).model
+    exponents = {layer.mlp for layer in found.ranges}
     finite = bool(torch.isfinite(model(torch.arange(20)[None]).logits).all())
-    print(found["fixed"], found["code"], "by token" in exponents, finite)
+    print(found.fixed, found.code, "by token" in exponents, finite)
 """
 
 

@@ -131,7 +131,7 @@ def test_a_push_makes_a_private_repository(exported: Path, hub: Hub) -> None:
     }
     (message,) = [arguments["message"] for method, arguments in hub.log if method == "upload_folder"]
     assert message == found["message"]
-    for version in (qwen2_fp16_fix.__version__, "4.37.0", qwen2_fp16_fix.status()["supported"]):
+    for version in (qwen2_fp16_fix.__version__, "4.37.0", qwen2_fp16_fix.status().supported):
         assert version in message
     push(exported, "me/open", private=False, api=hub)
     assert not hub.private["me/open"]
