@@ -116,7 +116,8 @@ def error(**options):
 os.environ["QWEN2_FP16_FIX_LOCK"] = sys.argv[1]
 found = {"asked": error(), "problem": q.status().problem}
 del os.environ["QWEN2_FP16_FIX_LOCK"]
-found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]).differences, "registered": q.status().registered}
+found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]).differences}
+found["registered"] = q.status().registered
 print(json.dumps(found))
 """
 
