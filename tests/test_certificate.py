@@ -304,6 +304,7 @@ def test_another_architecture(folder: Path) -> None:
         qwen2_fp16_fix.certify(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.process
 def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any]) -> None:
     command = ("-m", "qwen2_fp16_fix", "certify")
     done = python(*command, str(folder))
@@ -322,6 +323,7 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])  # ru
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of the peak")
 def test_memory_is_about_one_layer(tmp_path: Path) -> None:
     """A layer here is 25 MB; six more of them in a model would be 150 MB."""

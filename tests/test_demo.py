@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
-from qwen2_fp16_fix.cli import commands as cli
+from qwen2_fp16_fix.cli import commands
 from tests.helpers import kl_to
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
@@ -63,7 +63,7 @@ def test_the_demo_says_what_was_wrong_where(findings: dict[str, Any]) -> None:
 def test_the_checkpoint_can_be_saved_to_a_new_folder(tmp_path: Path) -> None:
     """scan, certify and verify take a folder, and where the package lies nobody should have to find out."""
     out = tmp_path / "new" / "demo"
-    done = CliRunner().invoke(cli.app, ["demo", "--save", str(out)])
+    done = CliRunner().invoke(commands.app, ["demo", "--save", str(out)])
     assert (done.exit_code, done.stdout) == (0, "")
     names = [path.name for path in demo.CHECKPOINT.iterdir()]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -82,6 +82,7 @@ def test_fixed_logits_are_close_on_the_held_out_chapter(attention: str) -> None:
     assert kl_to(oracle, fixed) < 1e-5  # measured 1.4e-6; stock float16 on the healthy twin is at 3e-5
 
 
+@pytest.mark.process
 def test_a_demo_that_does_not_show_it_exits_1(python: Callable[..., Any]) -> None:
     """Switched off, the fixed rows print `!!!!` as well: exit code 0 would be a lie."""
     done = python("-m", "qwen2_fp16_fix", "demo", "--json", QWEN2_FP16_FIX="0")
@@ -91,6 +92,7 @@ def test_a_demo_that_does_not_show_it_exits_1(python: Callable[..., Any]) -> Non
     assert not found["versions"]["enabled"]
 
 
+@pytest.mark.process
 def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
     done = python("-m", "qwen2_fp16_fix", "demo")
     assert done.returncode == 0, done.stderr
@@ -101,7 +103,7 @@ def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
 
 def test_saving_prints_json_where_that_is_asked(tmp_path: Path) -> None:
     """`demo --save X --json` printed nothing that a program could read."""
-    done = CliRunner().invoke(cli.app, ["demo", "--save", str(tmp_path / "x"), "--json"])
+    done = CliRunner().invoke(commands.app, ["demo", "--save", str(tmp_path / "x"), "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout) == {"saved": str(tmp_path / "x")}
 
