@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.checkpoints.folder import open_checkpoint
 from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.demo import CHECKPOINT
@@ -27,8 +26,8 @@ from tests.hub.examples import SHARDS, change_config, config_of, contents
 
 
 def test_no_public_name_is_a_module() -> None:
-    """A module of a function's name takes its place in the package once it is imported."""
-    modules = {path.stem for path in Path(qwen2_fp16_fix.__file__).parent.glob("*.py")}
+    """A module or room of a function's name takes its place in the package once it is imported."""
+    modules = {path.stem for path in Path(qwen2_fp16_fix.__file__).parent.iterdir()}
     assert not modules & set(qwen2_fp16_fix.__all__)
 
 
@@ -188,9 +187,9 @@ def test_certify_and_verify_take_exports(tmp_path: Path) -> None:
     of_export, of_source = qwen2_fp16_fix.certify(out), qwen2_fp16_fix.certify(CHECKPOINT)
     assert replace(of_export, seconds=0) == replace(of_source, seconds=0)
     assert open_checkpoint(out).config["model_type"] == "qwen2_fp16"
-    stock = demo.load(out, fixed=False, dtype=torch.float16, attention="eager")
+    stock = loading.load(out, fixed=False, dtype=torch.float16, attention="eager")
     assert type(stock).__module__.startswith("transformers.")
-    assert qwen2_fp16_fix.status(demo.load(out, fixed=True, dtype=torch.float16, attention="eager")).model.fixed
+    assert qwen2_fp16_fix.status(loading.load(out, fixed=True, dtype=torch.float16, attention="eager")).model.fixed
 
 
 def snapshot(cache: Path, repo: str = "some/model") -> Path:
