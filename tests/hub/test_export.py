@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
+from qwen2_fp16_fix.checkpoints import loading
 from qwen2_fp16_fix.checkpoints.folder import open_checkpoint
 from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.demo import CHECKPOINT
