@@ -40,7 +40,7 @@ def execution_order(place: SitePlace) -> tuple[int, int]:
 
 
 class Attended(NamedTuple):
-    """What scores are made of. query (B, H, S, D), key (B, G, K, D) of one head per G, both rotated."""
+    """The operands of the scores. query (B, H, S, D), key (B, G, K, D) of one head per G, both rotated."""
 
     layer: int
     query: Tensor
