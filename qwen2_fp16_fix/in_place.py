@@ -44,7 +44,7 @@ def unfix(model: ModelT) -> ModelT:
 
 
 def adopt_cache(cache: Any, model: nn.Module, centred: bool = True) -> Any:
-    """Marks a cache that lost its mark with whose keys it holds: one rebuilt from tensors or a file. Returns `cache`.
+    """Marks whose keys a cache holds, if it lost its mark: rebuilt from tensors, or read from a file. Returns `cache`.
 
     cache: a cache object of transformers; model: the fixed model it is for. centred: whether a model with this fix and
     the same weights has filled it, in float16 or bf16. If not, its keys come from a stock model, from an fp32 model or

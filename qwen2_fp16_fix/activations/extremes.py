@@ -36,7 +36,7 @@ class TokenPlace:
 
 @dataclass
 class Extremes:
-    """What is kept of one site. After the first NaN or infinity `largest` stays that, and `spot` says where it was."""
+    """The extremes of one site. After the first NaN or infinity `largest` stays that, and `spot` says where it was."""
 
     largest: float = 0.0
     spot: TokenPlace | None = None
@@ -124,7 +124,7 @@ def first_break(sites: Mapping[SitePlace, Extremes]) -> Break | None:
 
 
 class Magnitudes(Watch):
-    """While entered, records |x| at every site of every layer of `model`, by what messages call the site.
+    """While entered, records |x| at every site of every layer of `model`, by the site's name in messages.
 
     The largest magnitude of a site is NaN or infinite once a number there is.
     """
@@ -149,7 +149,7 @@ class Magnitudes(Watch):
         return [{"site": site, "magnitude": magnitude} for site, magnitude in ranked]
 
     def first_overflow(self) -> str | None:
-        """What messages call the first site, in the order of execution, that held a number that is not finite."""
+        """The first site with a number that is not finite, in the order of execution, by its name in messages."""
         return None if self.first.found is None else str(self.first.found.place)
 
 

@@ -40,7 +40,7 @@ def execution_order(place: SitePlace) -> tuple[int, int]:
 
 
 class Attended(NamedTuple):
-    """What scores are made of. query (B, H, S, D), key (B, G, K, D) of one head per G, both rotated."""
+    """The operands of the scores. query (B, H, S, D), key (B, G, K, D) of one head per G, both rotated."""
 
     layer: int
     query: Tensor
@@ -135,7 +135,7 @@ class Watch(TorchFunctionMode):
             elif function is torch.baddbmm:
                 self._fixed_scores(*self._ending(), args[1], args[2].transpose(-1, -2), result)
             elif function is nn.functional.scaled_dot_product_attention:
-                self._query_and_key(*self._ending(), *args, **kwargs)
+                self._note_heads(*self._ending(), *args, **kwargs)
         return result
 
     def _ending(self) -> tuple[int, Any]:
@@ -147,7 +147,7 @@ class Watch(TorchFunctionMode):
     def _stock_scores(self, number: int, attention: Any, query: Tensor, key: Tensor, scores: Tensor) -> None:
         """Eager attention as stock has it: q by k of its own head, not yet scaled."""
         self._hand_over(SitePlace(number, SCORES["raw"]), scores)
-        self._query_and_key(number, attention, query, key)
+        self._note_heads(number, attention, query, key)
 
     def _fixed_scores(self, number: int, attention: Any, query: Tensor, key: Tensor, scores: Tensor) -> None:
         """Eager attention as the fix has it: all queries of a key head at once, in one list with the batch, scaled."""
@@ -155,9 +155,9 @@ class Watch(TorchFunctionMode):
         config = attention.config
         batch = len(key) // config.num_key_value_heads
         query = query.reshape(batch, config.num_attention_heads, -1, query.shape[-1])
-        self._query_and_key(number, attention, query, key.view(batch, -1, *key.shape[1:]))
+        self._note_heads(number, attention, query, key.view(batch, -1, *key.shape[1:]))
 
-    def _query_and_key(
+    def _note_heads(
         self, number: int, attention: Any, query: Tensor, key: Tensor, *others: Any, **options: Any
     ) -> None:
         """Hands over the operands of eager or fused attention; others, options: what else a fused kernel is given."""

@@ -130,7 +130,10 @@ class ModelOnDisk:
 
 
 class _Weightless(TorchFunctionMode):
-    """While entered, linears and embeddings are built without weights. Whatever is computed is real."""
+    """While entered, linears and embeddings are built without weights.
+
+    Tensors that a constructor computes, such as the frequencies of the rotation, are real.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -117,7 +117,7 @@ def builds_own_model(config: Mapping[str, Any]) -> bool:
 
 
 def dtype_keyword(transformers_version: str) -> str:
-    """What that release of transformers calls the dtype that a model is loaded in."""
+    """The keyword by which from_pretrained of that transformers release takes the dtype of a model."""
     return "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
 
 

@@ -111,7 +111,7 @@ def saved(model: nn.Module) -> Iterator[Path]:
 
 
 def _check_loaded(model: Any) -> None:
-    """Raises where saving the model would lose what it computes with."""
+    """Raises CheckpointError or NotQwen2Error where the saved model would not compute what this one does."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError("this model has a PEFT adapter: merge it (merge_and_unload), then verify the model.")
     if not isinstance(model, ORIGINAL.Qwen2ForCausalLM):

@@ -34,7 +34,7 @@ def causal_class(fixed: bool) -> Any:
 
 
 def load_options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
-    """The keyword arguments of from_pretrained and _from_config, as the installed transformers calls them."""
+    """Keyword arguments of from_pretrained and _from_config, by their names in the installed transformers."""
     return {"attn_implementation": attention, dtype_keyword(transformers.__version__): dtype}
 
 

@@ -38,7 +38,7 @@ class WeightSource(Protocol):
         """Whether there is such a weight."""
 
     def read(self, name: str) -> Tensor:
-        """A weight. Raises CheckpointError, or UnboundedWeightError where its values are not those of a weight."""
+        """A weight. Raises CheckpointError, or UnboundedWeightError where its values cannot be bounded."""
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """The same, some rows at a time."""
@@ -62,7 +62,7 @@ def compare_shapes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -
 
 
 def check_values(name: str, weight: Tensor) -> Tensor:
-    """The weight. Raises UnboundedWeightError where its numbers are not all that its values depend on."""
+    """The weight. Raises UnboundedWeightError unless it is loaded and a plain tensor of a floating-point type."""
     if weight.is_meta:
         raise UnboundedWeightError(f"{name} is not loaded")
     if type(weight) not in (nn.Parameter, Tensor):

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from packaging.version import Version
-
+from ..checkpoints.config import dtype_keyword
 from ..results import Record
 from .devices import Device
 from .remarks import Remark, in_words, remark
@@ -117,7 +116,7 @@ def lines_of_code(way: str, device: Device, transformers_version: str, among_oth
 
     among_others: other devices here should be used in another way, so the code names this one.
     """
-    keyword = "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
+    keyword = dtype_keyword(transformers_version)
     target = device.place if among_others else device.place.partition(":")[0]
     load = f'"PATH", {keyword}=torch.{WAYS[way].dtype}, attn_implementation="sdpa"'
     fix = ["import qwen2_fp16_fix", "", "qwen2_fp16_fix.register()"] if WAYS[way].takes_fix else [""]

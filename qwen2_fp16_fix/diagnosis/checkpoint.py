@@ -17,7 +17,7 @@ from ..checkpoints.config import (
     is_exported,
     read_json,
 )
-from ..checkpoints.folder import FolderSource
+from ..checkpoints.folder import LM_HEAD, FolderSource
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
 from ..results import Record
@@ -108,7 +108,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         return facts, [*notes, remark("checkpoint.bin")], problems
     try:
         source = FolderSource(path)
-        source.check_complete("lm_head.weight" if generates(config, unnamed=True) else None)
+        source.check_complete(LM_HEAD if generates(config, unnamed=True) else None)
         facts |= sizes(source)
         notes.append(_certificate(path, facts, progress))
     except Qwen2FP16FixError as error:

@@ -16,7 +16,7 @@ import huggingface_hub
 
 from .. import locking
 from ..checkpoints.config import reachable, read_config, read_json
-from ..checkpoints.folder import FolderSource
+from ..checkpoints.folder import FolderSource, check_no_adapter
 from ..errors import CheckpointError, ExportError
 from ..files import whole_folder
 from ..patches import errors as patches_errors
@@ -154,8 +154,7 @@ def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Pa
     """The shards and their index, checked: nothing is missing, and all of it is what transformers would load."""
     if weights == "none":
         return []
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
+    check_no_adapter(folder)
     source = FolderSource(folder)
     shards, index = set(source.files.values()), folder / INDEX
     for shard in shards:

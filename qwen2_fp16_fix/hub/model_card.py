@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..errors import ExportError
 from ..patches.version_map import SUPPORTED
+from ..verification.saved import read_saved
 from .export_config import STRICT, heads_of
 
 TASKS = {
@@ -152,20 +153,15 @@ def read_verification(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """What `verify` returned, or a file with it. Raises ExportError for anything else."""
     name = "the verification" if isinstance(given, Mapping) else str(given)
     try:
-        found = dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text(encoding="utf-8"))
+        found = read_saved(given, fields=("versions", "checkpoint", "settings", "verdict"), row=MEASURED)
+        _measured(found)
     except OSError as error:
         raise ExportError(f"{name} cannot be read ({error.strerror}): give what `verify --json` printed.") from None
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ExportError(f"{name} is not JSON: give what `verify --json` printed.") from None
-    try:
-        whole = all(key in found for key in ("versions", "checkpoint", "settings", "verdict"))
-        whole = whole and bool(found["rows"]) and all(key in row for row in found["rows"] for key in MEASURED)
-        _measured(found)
-    except (TypeError, KeyError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.")
-    return dict(found)
+    except (TypeError, LookupError, ValueError, AttributeError):
+        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.") from None
+    return found
 
 
 def _measured(verification: Mapping[str, Any] | None) -> str:
