@@ -51,6 +51,7 @@ bench: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(call install,-e ".[docs]")
+	$(BIN)/python tools/draw_rooms.py
 	rm -rf build/handbook
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it

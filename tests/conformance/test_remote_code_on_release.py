@@ -15,6 +15,7 @@ import transformers
 import qwen2_fp16_fix
 from tests.conformance.models import ATTENTIONS, DTYPE, answer_of, expected_release
 
+pytestmark = pytest.mark.process
 CHECKPOINT = Path(qwen2_fp16_fix.__file__).parent / "demo_checkpoint"
 PROMPT = "And the LORD said unto Moses,"
 NEW_TOKENS = 48

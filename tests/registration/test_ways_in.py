@@ -106,6 +106,7 @@ def test_drop_in_classes(folder: Path) -> None:
     assert is_fixed(load(qwen2_fp16_fix.Qwen2Model, folder))
 
 
+@pytest.mark.process
 def test_importing_auto_registers(folder: Path, python: Callable[..., Any]) -> None:
     program = f"""
 import qwen2_fp16_fix.auto, torch
@@ -272,42 +273,6 @@ def test_copies_and_pickles_stay_fixed(tmp_path: Path) -> None:
     model = qwen2_fp16_fix.fix(stress())
     assert is_fixed(copy.deepcopy(model))
     assert is_fixed(pickle.loads(pickle.dumps(model)))
-
-
-RUN = ("-m", "qwen2_fp16_fix", "run")
-LOADS = """
-import sys, torch
-from transformers import {name}
-model = {name}.from_pretrained(sys.argv[1], dtype=torch.float16, attn_implementation="eager")
-with torch.no_grad():
-    print(bool(torch.isfinite(model(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])).logits).all()))
-"""
-
-
-@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "Qwen2ForCausalLM"])
-def test_run_fixes_an_unchanged_program(folder: Path, tmp_path: Path, python: Callable[..., Any], name: str) -> None:
-    """Through the Auto class or by the class's own name: the program cannot be asked."""
-    script = tmp_path / "eval.py"
-    script.write_text(LOADS.format(name=name))
-    assert python(str(script), str(folder)).stdout.strip() == "False"
-    done = python(*RUN, "--", str(script), str(folder))
-    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
-
-
-def test_run_fixes_child_processes_and_modules(folder: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
-    (tmp_path / "child.py").write_text(LOADS.format(name="AutoModelForCausalLM"))
-    (tmp_path / "parent.py").write_text(
-        "import subprocess, sys\nsys.exit(subprocess.call([sys.executable, '-m', 'child', *sys.argv[1:]]))"
-    )
-    done = python(*RUN, "--", "-m", "parent", str(folder), PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
-    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
-
-
-def test_run_keeps_the_environments_own_sitecustomize(tmp_path: Path, python: Callable[..., Any]) -> None:
-    """Coverage tools and distributions use one; the first on the path hides the others."""
-    (tmp_path / "sitecustomize.py").write_text("print('theirs')")
-    done = python(*RUN, "--", "python", "-c", "0", PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
-    assert done.stdout.split() == ["theirs", "theirs"], done.stderr  # our own process, then the program
 
 
 def test_switched_off_by_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
