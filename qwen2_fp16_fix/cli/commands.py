@@ -101,7 +101,7 @@ def certify(
 
 
 @app.command()
-def verify(
+def verify(  # noqa: PLR0913, options of a command
     path: Annotated[Path, typer.Argument(help="A checkpoint folder, with its tokenizer.")],
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text; else a passage that comes with this package.")
@@ -220,7 +220,7 @@ def doctor(
 
 
 @app.command()
-def scan(
+def scan(  # noqa: PLR0913, options of a command
     path: Annotated[
         Path, typer.Argument(help="A checkpoint folder, with its tokenizer; it may be larger than memory.")
     ],
