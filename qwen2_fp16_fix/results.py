@@ -4,6 +4,8 @@
     found.proven             # an attribute, which an editor completes
     found.to_dict()          # what `certify --json` prints
     rich.print(found)        # what `certify` prints
+
+A derived class lists its fields in the order of the JSON.
 """
 
 import dataclasses

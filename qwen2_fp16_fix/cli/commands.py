@@ -134,8 +134,8 @@ def verify(
         resume=resume,
         progress=Notices(),
     )
-    _show(found, as_json, room.render)
-    raise typer.Exit(0 if found["passed"] else 1)
+    _show(found.to_dict(), as_json, lambda _, page: page.print(found))
+    raise typer.Exit(0 if found.passed else 1)
 
 
 class WeightsChoice(str, Enum):
@@ -239,32 +239,28 @@ def scan(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
 ) -> None:
     """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
-    from ..report.files import ScanFiles
-    from ..scanning import scan as room
-    from ..scanning.sentences import render
+    from ..report.files import ScanFiles, scan_to_files
+    from ..scanning.sentences import rendered
 
-    files = ScanFiles(report, json_file, png, verification, lang.value)
-    verified = files.check(force)
-    both = fixed is None and (report is not None or png is not None)
-    if both or fixed:
-        room.check_switch()  # before stock runs
-    options: dict[str, Any] = {
-        "attention": attention.value,
-        "tokens": tokens,
-        "device": device,
-        "progress": Notices(),
-    }
-    found = []
-    for wanted in (False, True) if both else (bool(fixed),):
-        found.append(room.scan(path, prompts, fixed=wanted, **options))
-    try:
-        for written in files.write(found, verified):
-            stderr.print(f"wrote {written}", markup=False)
-    finally:  # of minutes of work, what cannot be written is at least shown, and what cannot be shown is written
+    def show(scans: list[Any]) -> None:
         with printing() as page:
-            for each in found:
-                render(each, page, lang.value)
-    raise typer.Exit(0 if all(scan["finite"] for scan in found) else 1)
+            for each in scans:
+                page.print(rendered(each, lang.value))
+
+    found = scan_to_files(
+        path,
+        ScanFiles(report, json_file, png, verification, lang.value),
+        fixed=fixed,
+        force=force,
+        wrote=lambda written: stderr.print(f"wrote {written}", markup=False),
+        show=show,
+        prompts=prompts,
+        attention=attention.value,
+        tokens=tokens,
+        device=device,
+        progress=Notices(),
+    )
+    raise typer.Exit(0 if all(scan.finite for scan in found) else 1)
 
 
 @app.command(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..doctor_texts import Remark, remark
-from ..verification.divergence import Closeness
+from ..verification.divergence import Divergence
 
 #: Nats, mean over tokens. Roundings of a whole fix cost 1.6e-7 here; keys that are not centred 2e-2, bfloat16 3e-5.
 KL_LIMIT = 2e-6
@@ -78,7 +78,7 @@ def _row(place: str, fixed: bool, attention: str, oracle: Tensor) -> dict[str, A
 
 
 def _kl(logits: Tensor, oracle: Tensor) -> float:
-    closeness = Closeness()
-    closeness.add(logits, oracle, oracle.argmax(-1))
-    found = float(closeness.summary()["kl_mean"])
+    divergence = Divergence()
+    divergence.add(logits, oracle, oracle.argmax(-1))
+    found = float(divergence.summary()["kl_mean"])
     return found if math.isfinite(found) else math.inf
