@@ -1,0 +1,84 @@
+"""What is taken out of `patches/blocks.py`."""
+
+from tests.repository.mutations.mutation import Mutation
+
+FILE = "patches/blocks.py"
+MUTATIONS = (
+    Mutation(
+        "norm ignores the dtype asked for",
+        FILE,
+        "normed = stock if out_dtype is None else stock.to(out_dtype)",
+        "normed = stock",
+        "tests/patches/test_blocks.py::test_the_norm_takes_an_output_dtype",
+    ),
+    Mutation(
+        "norm is stock's",
+        FILE,
+        "if weight.dtype != torch.float16:",
+        "if True:",
+        "tests/registration/test_ways_in.py::test_fix",
+    ),
+    Mutation(
+        "rotation tables in float16",
+        FILE,
+        "self.frequencies().to(x.device, torch.float32)",
+        "self.frequencies().to(x.device, torch.float16)",
+        "tests/patches/test_blocks.py::test_rotation_tables_are_fp32",
+    ),
+    Mutation(
+        "frequencies that follow the length do so in torch's default dtype",
+        FILE,
+        "position_ids.amax().view(1, 1).float()",
+        "position_ids.amax().view(1, 1)",
+        "tests/patches/test_default_dtype.py::test_frequencies_that_a_cast_has_rounded_are_found_again[dynamic-torch.float16]",
+    ),
+    Mutation(
+        "a cast rounds the frequencies",
+        FILE,
+        "after.dtype != exact.dtype",
+        "False",
+        "tests/patches/test_blocks.py::test_a_cast_after_the_fix_does_not_reach_the_tables",
+    ),
+    Mutation(
+        "frequencies rounded before the fix stay so",
+        FILE,
+        "buffer.dtype != torch.float32 and buffer.device.type",
+        "False and buffer.device.type",
+        "tests/patches/test_blocks.py::test_a_cast_before_the_fix_does_not_reach_the_tables",
+    ),
+    Mutation(
+        "SwiGLU product by token in float16",
+        FILE,
+        "gate.float() * up.float()",
+        "(gate * up).float()",
+        "tests/patches/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
+    ),
+    Mutation(
+        "output projection by token in float16",
+        FILE,
+        "linear_by_token(attention.o_proj, output.float(), width)",
+        "linear_by_token(attention.o_proj, output, width)",
+        "tests/patches/test_planning.py::test_scaling_by_token_is_handed_fp32",
+    ),
+    Mutation(
+        "a kernel of the user's is handed an fp32 query",
+        FILE,
+        "return laid_out_by_token(query, value.dtype), key, value, mask",
+        "return query, key, value, mask",
+        "tests/patches/test_blocks.py::test_a_fused_kernel_is_called_with_keys_rounded_once",
+    ),
+    Mutation(
+        "eager hands fp32 on",
+        FILE,
+        "output.transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format)",
+        "output.transpose(1, 2).contiguous()",
+        "tests/patches/test_blocks.py::test_eager_attention_hands_on_the_dtype_of_the_values",
+    ),
+    Mutation(
+        "the output projection is handed fp32",
+        FILE,
+        "output, scale = output.to(dtype), attention.scale",
+        "scale = attention.scale",
+        "tests/patches/test_blocks.py::test_the_output_projection_is_handed_the_models_dtype",
+    ),
+)

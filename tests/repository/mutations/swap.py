@@ -1,0 +1,14 @@
+"""What is taken out of `patches/swap.py`."""
+
+from tests.repository.mutations.mutation import Mutation
+
+FILE = "patches/swap.py"
+MUTATIONS = (
+    Mutation(
+        "accelerate's hook keeps stock's forward",
+        FILE,
+        "    for name in kept:\n",
+        "    for name in ():\n",
+        "tests/registration/test_ways_in.py::test_device_map[fixed after loading]",
+    ),
+)
