@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qwen2_fp16_fix
-from tests.stress import models as stress
+from tests import stress
 
 from . import rivals
 

@@ -1,4 +1,4 @@
-"""What stands in for something in several test files: a replica without a second GPU, a model with one plain answer."""
+"""What several test files share: the measure of divergence, and stand-ins: a second GPU, a quantised linear."""
 
 import sys
 from pathlib import Path
@@ -30,12 +30,36 @@ class Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
 
-def kl_to(oracle: torch.Tensor, logits: torch.Tensor) -> float:
+class Quantised(nn.Linear):
+    """Stands for bitsandbytes': int8 weights, rows with a scale each, a bias that is added last, if there is one."""
+
+    __module__ = "bitsandbytes.nn.stands_for"
+
+    @classmethod
+    def of(cls, linear: Any) -> Any:
+        """`linear`'s weights quantised, its bias as it is."""
+        made = cls(linear.in_features, linear.out_features, device="meta")
+        scale = linear.weight.detach().abs().amax(1, keepdim=True).float() / 127
+        made.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        made.bias = linear.bias
+        made.register_buffer("scale", scale)
+        return made
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weights that it computes with."""
+        return (self.weight * self.scale).to(dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]  # nn.Linear calls it input
+        product = nn.functional.linear(hidden, self.dequantised(hidden.dtype))
+        return product if self.bias is None else product + self.bias
+
+
+def kl_to(oracle: Tensor, logits: Tensor) -> float:
     """Mean over tokens of KL(oracle || logits), in nats, over logits (..., vocabulary)."""
     p, q = torch.log_softmax(oracle.double(), -1), torch.log_softmax(logits.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())

@@ -43,7 +43,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.stress.models import peaks
+from tests.stress import peaks
 
 VERSES = "gen1:1-rev22:21"
 HELD_OUT_BOOK = "Ruth"

@@ -15,7 +15,7 @@ from benchmarks import layer_cost, report, workloads
 from benchmarks.cost import Cost, cost_of
 from benchmarks.layer_cost import cost_of_layer
 from benchmarks.models import VOCABULARY, WIDTHS, Workshop
-from tests.stress import models as stress
+from tests import stress
 
 pytestmark = pytest.mark.xdist_group("cost")  # one worker counts, for all
 WORKSHOP = Workshop(torch.device("cpu"))

@@ -6,22 +6,17 @@ It does all a release needs at once, since an import of transformers costs more 
 logits beside the request and what it found to standard output, as JSON.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import child
 import torch
 import transformers
-from packaging.version import Version
 
-DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-
-
-def load(auto: str, where: str, **how: Any) -> Any:
-    loader = getattr(transformers, auto)
-    how = {"attn_implementation": "eager", "trust_remote_code": True, DTYPE: torch.float16, **how}
-    return loader.from_pretrained(where, **how).eval()
+load = functools.partial(child.load, trust_remote_code=True)
 
 
 def facts(model: Any) -> dict[str, Any]:
@@ -49,13 +44,7 @@ def attempt(act: Any) -> str:
 def answer(model: Any, tokens: torch.Tensor, new: int, out: Path) -> dict[str, Any]:
     """The facts, whether the class is the code's own or built around it, and the greedy tokens; logits to a file."""
     torch.save(model(input_ids=tokens).logits, out)
-    said = model.generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    said = child.say(model, tokens, new)
     own = type(model) is getattr(sys.modules[type(model).__module__], type(model).__name__)
     return {**facts(model), "own": own, "tokens": said[0].tolist()}
 
@@ -73,7 +62,9 @@ def main(request: dict[str, Any], out: Path) -> dict[str, Any]:
         for auto in ("AutoModel", "AutoModelForSequenceClassification"):
             found[f"{kind} {auto}"] = facts(load(auto, folder))
         found[f"{kind} first"] = facts(model)  # still, after other loads have run the code anew
-        pipe = transformers.pipeline("text-generation", model=folder, trust_remote_code=True, **{DTYPE: torch.float16})
+        pipe = transformers.pipeline(
+            "text-generation", model=folder, trust_remote_code=True, **{child.DTYPE: torch.float16}
+        )
         said = pipe(request["prompt"], max_new_tokens=new, do_sample=False)[0]["generated_text"]
         found[f"{kind} pipeline"] = {**facts(pipe.model), "text": said}
         again = out / f"again-{kind}"
@@ -93,5 +84,4 @@ def main(request: dict[str, Any], out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     sys.modules["qwen2_fp16_fix"] = None  # type: ignore[assignment]  # where it is installed all the same
     transformers.logging.set_verbosity_error()
-    request = Path(sys.argv[1])
-    print(json.dumps(main(json.loads(request.read_text()), request.parent)))
+    child.answer_request(main)

@@ -6,22 +6,13 @@ It does all a release needs at once, since an import of transformers costs more 
 the models computed beside the request and what it found to standard output, as JSON.
 """
 
-import json
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
-
-DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-
-
-def load(name: str, folder: str, dtype: torch.dtype, **how: Any) -> Any:
-    loader = getattr(transformers, name)
-    return loader.from_pretrained(folder, attn_implementation="eager", **{DTYPE: dtype}, **how).eval()
+from child import answer_request, load, say
 
 
 @torch.no_grad()
@@ -31,14 +22,7 @@ def facts(model: Any, tokens: torch.Tensor, out: Path) -> dict[str, Any]:
     torch.save({"output": output[0], "states": output.hidden_states, "attentions": output.attentions}, out)
     found = {"class": type(model).__name__, "module": type(model).__module__, "own": "ran" in model.__dict__}
     if hasattr(model, "lm_head"):
-        said = model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            pad_token_id=0,
-            min_new_tokens=8,
-            max_new_tokens=8,
-            do_sample=False,
-        )
+        said = say(model, tokens, 8, min_new_tokens=8)
         found["said"] = said[:, tokens.shape[1] :].tolist()
     return found
 
@@ -59,5 +43,4 @@ def main(request: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    request = Path(sys.argv[1])
-    print(json.dumps(main(json.loads(request.read_text()), request.parent)))
+    answer_request(main)

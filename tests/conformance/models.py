@@ -1,6 +1,10 @@
 """Models, prompts and measures that the files of the conformance suite share."""
 
+import json
 import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +12,8 @@ import transformers
 from packaging.version import Version
 
 import qwen2_fp16_fix
-from tests.stress.models import KINDS, TINY, build, random_prompt
+from tests.helpers import kl_to
+from tests.stress import KINDS, TINY, build, random_prompt
 
 RELEASE = Version(Version(transformers.__version__).base_version)
 CACHE = "cache" if RELEASE >= Version("5.24") else "past_key_values"  # what a model calls its cache
@@ -45,8 +50,7 @@ def logits(model: Any, tokens: torch.Tensor = PROMPT, **inputs: Any) -> torch.Te
 def kl(oracle: torch.Tensor, found: torch.Tensor) -> float:
     """Mean over tokens of KL(oracle || found) in nats; both are logits (…, vocabulary) and must be finite."""
     assert torch.isfinite(found).all()
-    p, q = torch.log_softmax(oracle.double(), -1), torch.log_softmax(found.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return kl_to(oracle, found)
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +58,22 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones_like(PROMPT)
     mask[0, :5] = 0
     return PROMPT * mask, mask
+
+
+def answer_of(command: Sequence[str], out: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a program of its own says about `request.json` in `out`, where it is started and leaves its files."""
+    done = subprocess.run(
+        [*command, str(out / "request.json")],
+        cwd=out,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return {**json.loads(done.stdout.splitlines()[-1]), "out": out}
 
 
 def expected_release() -> str | None:

@@ -9,7 +9,7 @@ from packaging.version import Version
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
 from tests.conformance.models import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
-from tests.stress.models import TINY
+from tests.stress import TINY
 
 STRESS = ("scores", "residual")
 CACHES: tuple[dict[str, Any], ...] = ({},) if RELEASE < Version("4.45") else ({}, {"cache_implementation": "static"})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qwen2_fp16_fix
 from tests.conformance.models import ATTENTIONS, PROMPT
-from tests.stress.models import TINY, build
+from tests.stress import TINY, build
 
 #: An ordinary model, two with exponents, and one whose keys lose in stock what they say. Not "scores": its bias of keys
 #: says the same to every token, so its gradient is 0 but for rounding, in fp32 as well.

@@ -12,32 +12,11 @@ from transformers.models.qwen2 import modeling_qwen2
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import linears
 from tests.conformance.models import ATTENTIONS, DTYPE, fixed_half, kl, logits, stress
-from tests.stress.models import TINY
+from tests.helpers import Quantised
+from tests.stress import TINY
 
 #: KL to fp32, nats. Exact biases beside spikes of 300 are at 3e-7, rounded ones at 1e-3.
 EXACT, ROUNDED = 2e-5, 1e-2
-
-
-class Quantised(nn.Linear):
-    """Stands for bitsandbytes': int8 weights, rows with a scale each, a bias that is added last, if there is one."""
-
-    __module__ = "bitsandbytes.nn.stands_for"
-
-    @classmethod
-    def of(cls, linear: Any) -> Any:
-        made = cls(linear.in_features, linear.out_features, device="meta")
-        scale = linear.weight.detach().abs().amax(1, keepdim=True).float() / 127
-        made.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        made.bias = linear.bias
-        made.register_buffer("scale", scale, persistent=False)
-        return made
-
-    def dequantised(self) -> Tensor:
-        return self.weight * self.scale
-
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]  # nn.Linear calls it input
-        product = nn.functional.linear(hidden, self.dequantised().to(hidden.dtype))
-        return product if self.bias is None else product + self.bias
 
 
 def asks_for_the_type(model: nn.Module) -> list[str]:
@@ -84,7 +63,7 @@ def test_a_loader_finds_every_linear_and_its_biases_stay_exact(
     reference = stress(("keys",))
     for layer, other in zip(reference.model.layers, model.model.layers, strict=True):
         for name in ("q_proj", "k_proj"):
-            getattr(layer.self_attn, name).weight.data = getattr(other.self_attn, name).dequantised().float()
+            getattr(layer.self_attn, name).weight.data = getattr(other.self_attn, name).dequantised(torch.float32)
     assert kl(logits(reference), logits(model)) < EXACT
 
 

@@ -21,7 +21,7 @@ from tests.conformance.models import (
     padded,
     stress,
 )
-from tests.stress.models import KINDS, ROPE_THETA, TINY, random_prompt
+from tests.stress import KINDS, ROPE_THETA, TINY, random_prompt
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -15,7 +15,7 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import errors, version_map
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, PARTS, RANGE
 from tests.conformance.models import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, logits, stress
-from tests.stress.models import TINY, config
+from tests.stress import TINY, config
 
 HEADS = {
     "AutoModel": "Qwen2Model",

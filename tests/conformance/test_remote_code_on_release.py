@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import transformers
 
 import qwen2_fp16_fix
-from tests.conformance.models import ATTENTIONS, DTYPE, expected_release
+from tests.conformance.models import ATTENTIONS, DTYPE, answer_of, expected_release
 
 CHECKPOINT = Path(qwen2_fp16_fix.__file__).parent / "demo_checkpoint"
 PROMPT = "And the LORD said unto Moses,"
@@ -89,18 +88,8 @@ def found(folders: dict[str, Path], prompt: torch.Tensor, tmp_path_factory: pyte
     (out / "request.json").write_text(json.dumps(request | {kind: str(path) for kind, path in folders.items()}))
     script = Path(__file__).with_name("load_remotely.py")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "QWEN2_"))}
-    done = subprocess.run(
-        [sys.executable, str(script), str(out / "request.json")],
-        cwd=out,
-        env={**environment, "HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return {**json.loads(done.stdout.splitlines()[-1]), "out": out}
+    environment |= {"HF_HOME": str(out / "home"), "HF_HUB_OFFLINE": "1"}
+    return answer_of([sys.executable, str(script)], out, environment)
 
 
 def load(model_class: Any, folder: Path, attention: str = "eager", dtype: Any = torch.float16, **how: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 import transformers
 
 import qwen2_fp16_fix
-from tests.conformance.models import CLOSE, DTYPE, PROMPT, kl, stress
-from tests.stress.models import TINY
+from tests.conformance.models import CLOSE, DTYPE, PROMPT, answer_of, kl, stress
+from tests.stress import TINY
 
 NAMES = ("AutoModelForCausalLM", "Qwen2ForCausalLM", "AutoModel", "Qwen2Model")
 #: What the command line does with the words after `run --`; a matrix's environment has nothing to read it with.
-RUN = "import sys; from qwen2_fp16_fix import launch; sys.exit(launch.run(sys.argv[1:]))"
+RUN = "import sys; from qwen2_fp16_fix.launch import launcher; sys.exit(launcher.run(sys.argv[1:]))"
 OWN_CODE = """
 from transformers import Qwen2Model as Stock
 
@@ -51,18 +50,8 @@ def found(folder: Path) -> dict[str, Any]:
     script = Path(__file__).with_name("load_under_run.py")
     package = str(Path(qwen2_fp16_fix.__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, sys.executable, str(script), str(out / "request.json")],
-        cwd=out,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return {**json.loads(done.stdout.splitlines()[-1]), "out": out}
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    return answer_of([sys.executable, "-c", RUN, sys.executable, str(script)], out, environment)
 
 
 @pytest.fixture(scope="module")

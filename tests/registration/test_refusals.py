@@ -18,7 +18,7 @@ import qwen2_fp16_fix as q
 from qwen2_fp16_fix.launch import launcher as launch
 from qwen2_fp16_fix.patches import structure, version_map
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL, PARTS
-from tests.stress.models import TINY, build, config
+from tests.stress import TINY, build, config
 
 
 def classes_of(model: nn.Module) -> list[type]:

@@ -1,37 +1,16 @@
-"""Stress checkpoints: random Qwen2 models that reach the magnitudes published for the real ones.
-
-Every kind is one row of the published table (`KINDS`); kinds combine. Weights are random but well behaved:
-unit embeddings, unit queries and keys, logits of standard deviation 1.5, so that a KL divergence between two
-runs means something. What a kind adds is built, not found: the magnitude is the same for every seed and width.
-
-Two constructions do all of it:
-
-- *Spikes*: biases of k_proj and q_proj in one rotary pair of the first and the last layer.
-- *Markers*: some tokens carry a marker in a residual channel of their own, sixteen times longer than the rest of
-  their embedding. An RMSNorm makes it √hidden, whatever else the token says, so a neuron that reads only this
-  channel has a known activation (and exactly 0 on every other token), and its down_proj column writes the
-  massive value. Nothing else writes to these channels.
-
-Runs on transformers 4.37.0 and later. All weights are exact in float16.
-
-    python -m tests.stress.models --shape tiny --kind scores --kind residual --seed 0 [--check] OUT
-"""
+"""Shapes, kinds, prompts and models. What a kind is: see the package."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-FP16_MAX = 65504.0
 KINDS: tuple[str, ...] = ("scores", "keys", "keys_fast", "massive", "residual", "swiglu", "moe57")
 MARKED = ("massive", "residual", "swiglu", "moe57")  # kinds whose spike appears at marker tokens
 MARKER_PERIOD = 32  # token t carries the marker of MARKED[m] where t % MARKER_PERIOD == 1 + m
@@ -119,9 +98,6 @@ def random_prompt(shape: Shape, batch: int, length: int, seed: int = 0) -> Tenso
     return ids
 
 
-# --- weights ---
-
-
 def _fill(model: Qwen2ForCausalLM, generator: torch.Generator) -> None:
     """Unit embeddings, matrices scaled by fan-in, residual writers small enough to keep the stream near 1."""
     depth = math.sqrt(2 * model.config.num_hidden_layers)
@@ -141,7 +117,8 @@ def _fill(model: Qwen2ForCausalLM, generator: torch.Generator) -> None:
         # k_proj.bias stays at 1 per number: a norm of 22 at the 512 numbers Qwen2-7B has
 
 
-def _head_dim(model: Qwen2ForCausalLM) -> int:
+def head_dim_of(model: Qwen2ForCausalLM) -> int:
+    """Width of one attention head."""
     return int(model.config.hidden_size // model.config.num_attention_heads)
 
 
@@ -155,7 +132,7 @@ def _spike_attention(model: Qwen2ForCausalLM, kind: str) -> None:
         rounds away: only accuracy is lost.
     keys_fast: the same in two faster pairs, those of frequency base^-0.75 and base^-0.625.
     """
-    head_dim, half = _head_dim(model), _head_dim(model) // 2
+    head_dim, half = head_dim_of(model), head_dim_of(model) // 2
     layers = model.model.layers
     for index, strength in ((0, 302.0), (len(layers) - 1, 460.0)):
         attention = layers[index].self_attn
@@ -244,125 +221,3 @@ class _Spikes:
             block.mlp.down_proj.weight[:, neuron] = 0
             for channel, value in targets.items():
                 block.mlp.down_proj.weight[channel, neuron] = value / (copies * activation)
-
-
-# --- measuring ---
-
-
-def rotate(states: Tensor, base: float) -> Tensor:
-    """Rotate (batch, heads, length, head_dim) states at positions 0, 1, ...; dim i pairs with i + head_dim / 2."""
-    half = states.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.outer(torch.arange(states.shape[-2], dtype=torch.float64), frequency)
-    cos, sin = angle.cos().to(states.dtype), angle.sin().to(states.dtype)
-    first, second = states[..., :half], states[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _partial_sum_peak(weight: Tensor, vector: Tensor) -> float:
-    """Largest |partial sum|, in index order, of weight (out, in) times vector (in,)."""
-    return max(float((rows * vector).cumsum(dim=-1).abs().max()) for rows in torch.split(weight, 512))
-
-
-@torch.no_grad()
-def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
-    """Largest magnitudes of one forward pass over (batch, length) token ids without padding.
-
-    Keys: scores (q·k unscaled), residual, block (what an attention or MLP block adds), act_up, down (output of
-    down_proj) and partial (its partial sums, for the token with the largest act·up).
-    """
-    found = dict.fromkeys(("scores", "residual", "block", "act_up", "down", "partial"), 0.0)
-    head_dim = _head_dim(model)
-    pending: dict[str, Tensor] = {}
-
-    def note(key: str, value: Tensor | float) -> None:
-        size = float(value.abs().max()) if isinstance(value, Tensor) else value
-        found[key] = max(found[key], size) if math.isfinite(size) else math.inf
-
-    def heads(output: Tensor) -> Tensor:
-        batch, length, _ = output.shape
-        return rotate(output.view(batch, length, -1, head_dim).transpose(1, 2).float(), ROPE_THETA)
-
-    def on_query(module: nn.Module, args: Any, output: Tensor) -> None:
-        pending["query"] = heads(output)
-
-    def on_key(module: nn.Module, args: Any, output: Tensor) -> None:
-        query = pending.pop("query")
-        key = heads(output)
-        note("scores", query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2))
-
-    def on_block(module: nn.Module, args: Any, output: Tensor) -> None:
-        note("block", output)
-
-    def on_down(module: nn.Module, args: Any, output: Tensor) -> None:
-        assert isinstance(module, nn.Linear)
-        activation = args[0].float().flatten(0, -2)
-        note("act_up", activation)
-        note("down", output)
-        note("block", output)
-        largest = activation[activation.abs().amax(-1).argmax()]
-        note("partial", _partial_sum_peak(module.weight.float(), largest))
-
-    hooks = [model.model.norm.register_forward_pre_hook(lambda module, args: note("residual", args[0]))]
-    for layer in model.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            hooks.append(norm.register_forward_pre_hook(lambda module, args: note("residual", args[0])))
-        hooks.append(layer.self_attn.q_proj.register_forward_hook(on_query))
-        hooks.append(layer.self_attn.k_proj.register_forward_hook(on_key))
-        hooks.append(layer.self_attn.o_proj.register_forward_hook(on_block))
-        hooks.append(layer.mlp.down_proj.register_forward_hook(on_down))
-    try:
-        model(input_ids=input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def check(shape: Shape, kinds: Sequence[str], seed: int) -> str:
-    """Peaks of the stock float32 model and whether stock float16 stays finite, for each kind and all together."""
-    ids = random_prompt(shape, 1, 48, seed)
-    groups = [[kind] for kind in kinds] + ([list(kinds)] if len(kinds) > 1 else [])
-    lines = []
-    for group in groups:
-        model = build(shape, group, seed, attn_implementation="eager")
-        sizes = ", ".join(f"{key} {value:,.0f}" for key, value in peaks(model, ids).items())
-        state = model.state_dict()
-        verdicts = []
-        for attention in ("eager", "sdpa"):
-            half = Qwen2ForCausalLM._from_config(model.config, attn_implementation=attention).eval()
-            half.load_state_dict(state)
-            with torch.no_grad():
-                finite = bool(half.half()(input_ids=ids).logits.isfinite().all())
-            verdicts.append(f"stock float16 {attention} {'finite' if finite else 'NOT finite'}")
-        lines.append(f"{'+'.join(group)}: {sizes}; {', '.join(verdicts)}")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Build a stress checkpoint and save it in float16.")
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--layers", type=int, help="number of layers instead of the shape's own")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; all if left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", action="store_true", help="print measured peaks of every kind")
-    parser.add_argument("out", nargs="?", type=Path, help="folder to save to")
-    options = parser.parse_args(arguments)
-    if options.out is None and not options.check:
-        parser.error("give a folder to save to, or --check")
-    shape: Shape = SHAPES[options.shape]
-    if options.layers is not None:
-        shape = replace(shape, layers=options.layers)
-    kinds: list[str] = options.kind or list(KINDS)
-    if options.check:
-        print(check(shape, kinds, options.seed))
-    if options.out is not None:
-        model = build(shape, kinds, options.seed).half()
-        model.config.rope_theta = ROPE_THETA  # what transformers 4 reads; 5 alone would save rope_parameters only
-        model.save_pretrained(options.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from tests.stress import models as stress
+from tests import stress
+from tests.helpers import kl_to
+from tests.stress.__main__ import main
 
 IDS = stress.random_prompt(stress.TINY, 2, 48, seed=7)
 # kind: {peak: (at least, at most)}, the published magnitude give or take what the random rest adds
@@ -65,8 +67,7 @@ def test_key_kinds_lose_accuracy_without_overflow(kind: str) -> None:
 
 def _kl_of_float16(kinds: tuple[str, ...]) -> float:
     model = stock(kinds, "sdpa")
-    reference = logits(model).log_softmax(-1)
-    return float((reference.exp() * (reference - logits(model.half()).log_softmax(-1))).sum(-1).mean())
+    return kl_to(logits(model), logits(model.half()))
 
 
 def test_kinds_combine() -> None:
@@ -112,7 +113,7 @@ def test_unknown_kind_is_refused() -> None:
 
 def test_command_saves_a_float16_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command line builds, checks and saves in one go."""
-    assert stress.main(["--kind", "scores", "--check", str(tmp_path)]) == 0
+    assert main(["--kind", "scores", "--check", str(tmp_path)]) == 0
     assert "eager NOT finite" in capsys.readouterr().out
     weights = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
