@@ -18,6 +18,7 @@ from .. import locking
 from ..checkpoints.weight_sources import FolderSource, reachable, read_config, read_json
 from ..errors import CheckpointError, ExportError
 from ..patches import errors as patches_errors
+from ..results import Result
 from ..whole_folder import whole_folder
 from . import model_card
 from .export_config import check_foreign_code, exported_config, heads_to_check
@@ -50,7 +51,7 @@ def export(
     weights: Weights = "link",
     code_repo: str | None = None,
     strict: bool = False,
-    verification: dict[str, Any] | str | Path | None = None,
+    verification: Result | dict[str, Any] | str | Path | None = None,
 ) -> Path:
     """Writes a folder that loads fixed with `trust_remote_code=True`, and returns its path.
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..errors import ExportError
 from ..patches.version_map import SUPPORTED
+from ..results import Result
 from .export_config import STRICT, heads_of
 
 TASKS = {
@@ -148,8 +149,9 @@ def _licence_of(folder: Path) -> dict[str, str]:
     return known if known["license"] != "other" else known | {"license_link": "LICENSE"}
 
 
-def read_verification(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+def read_verification(given: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """What `verify` returned, or a file with it. Raises ExportError for anything else."""
+    given = given.to_dict() if isinstance(given, Result) else given
     name = "the verification" if isinstance(given, Mapping) else str(given)
     try:
         found = dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text(encoding="utf-8"))
