@@ -1,12 +1,35 @@
-"""What can go wrong, each with a sentence that says what was found, what is supported and what to do.
+"""The errors and warnings of the fix. Each message says what was found, what is supported and what to do.
 
-None of these derive from OSError, ValueError, TypeError or RuntimeError: transformers' `pipeline()` catches those four
-and goes on with the stock class, which would switch the fix off without a word.
+With the exit code of the command line, 1 for a finding, 2 for wrong usage, 3 for what is not supported:
+
+    Qwen2FP16FixError                3
+    ├── UnsupportedTransformersError 3
+    ├── NotQwen2Error                2
+    ├── PatchConflictError           3
+    ├── MetaTensorError              2
+    ├── HalfPrecisionScoresError     3
+    ├── ForeignCacheError            3
+    ├── ShardedRangeError            3
+    ├── RegistrationError            3
+    └── LockError                    1
+        └── LockFileError            2
+
+    UserWarning
+    ├── UntestedTransformersWarning
+    ├── StalePlanWarning
+    └── NotFixedWarning
+
+None of them derives from OSError, ValueError, TypeError or RuntimeError: transformers' `pipeline()` catches those four
+and goes on with the stock class, which would switch the fix off silently.
 """
+
+from typing import ClassVar
 
 
 class Qwen2FP16FixError(Exception):
     """Base of every error this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 3
 
 
 class UnsupportedTransformersError(Qwen2FP16FixError):
@@ -16,13 +39,17 @@ class UnsupportedTransformersError(Qwen2FP16FixError):
 class NotQwen2Error(Qwen2FP16FixError):
     """The object or folder holds no Qwen2 model."""
 
+    exit_code = 2
+
 
 class PatchConflictError(Qwen2FP16FixError):
     """Another tool (Liger, Unsloth, a hand-written patch) has already replaced parts of the Qwen2 classes."""
 
 
 class MetaTensorError(Qwen2FP16FixError):
-    """The model has weights on the meta device and nothing that would load them."""
+    """The model has weights on the meta device, and no hook that loads them."""
+
+    exit_code = 2
 
 
 class HalfPrecisionScoresError(Qwen2FP16FixError):
@@ -30,23 +57,27 @@ class HalfPrecisionScoresError(Qwen2FP16FixError):
 
 
 class ForeignCacheError(Qwen2FP16FixError):
-    """A key/value cache holds keys that are not centred as this model's are, or the other way round, or may do so."""
+    """A cache holds centred keys and the model's are not, or the other way round, or the cache does not tell."""
 
 
 class ShardedRangeError(Qwen2FP16FixError):
-    """A sharded activation must be scaled in step with its other shards, and they cannot be found."""
+    """A sharded activation must be scaled like its other shards, and the ranks that hold them are unknown."""
 
 
 class RegistrationError(Qwen2FP16FixError):
-    """transformers did not take the fixed class: a look-up after registering still answers with another one."""
+    """transformers did not take the fixed class: a look-up after registering still returns another one."""
 
 
 class LockError(Qwen2FP16FixError):
     """Something that decides a model's numbers is not as its lock says."""
 
+    exit_code = 1
+
 
 class LockFileError(LockError):
-    """A lock file is missing, broken or no lock, cannot be written, or would be lost."""
+    """A lock file is missing, broken or no lock, cannot be written, or would be overwritten."""
+
+    exit_code = 2
 
 
 class UntestedTransformersWarning(UserWarning):
@@ -54,8 +85,8 @@ class UntestedTransformersWarning(UserWarning):
 
 
 class StalePlanWarning(UserWarning):
-    """A forward was not finite, so that the exponents of every layer are no longer trusted."""
+    """A forward was not finite, so the exponents of all layers are no longer trusted."""
 
 
 class NotFixedWarning(UserWarning):
-    """A Qwen2 was built by code of its own that changes the parts, so the fix leaves it as it is."""
+    """A Qwen2 was built by other code that changes its parts, so the fix leaves it as it is."""

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 # Every sibling is imported here: as remote code from a local folder, transformers before 5.10 copies only these.
+from .architecture import Architecture  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .caches import mark_cache

@@ -17,7 +17,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from .checkpoints.weight_sources import FolderSource, ModelSource, Unbounded, WeightSource, check_shape
+from .checkpoints.folder import FolderSource
+from .checkpoints.loaded_model import ModelSource
+from .checkpoints.weights import UnboundedWeightError, WeightSource, check_shape
 from .code_copies import code_of, sibling
 from .patches.range_plan import (
     FLOAT16_MAX,
@@ -122,7 +124,7 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
             full = f"{source.prefix}layers.{number}.{name}"
             weights[name] = check_shape(full, cast(full, source.read(full)), wanted[name])
         bounds = bound_layer(weights, source.shape)
-    except Unbounded as reason:
+    except UnboundedWeightError as reason:
         empty: dict[str, Any] = {"exponents": {}, "bounds": {}, "headroom_bits": {}, "stock_headroom_bits": {}}
         unknown = {"proven": False, "stock_proven": False, "residual": math.inf}
         return {"layer": number, **empty, **unknown, "reasons": [str(reason)]}
@@ -192,7 +194,7 @@ def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float,
         gain = check_shape(norm, cast(norm, source.read(norm)), (hidden,))
         if not bound_norm(gain) <= FLOAT16_MAX:
             reasons.append(f"the final norm is bounded by {bound_norm(gain):.3g} only")
-    except Unbounded as reason:
+    except UnboundedWeightError as reason:
         reasons.append(str(reason))
     for name in dict.fromkeys((embedding, *heads)):
         try:
@@ -206,7 +208,7 @@ def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float,
             bias = name.removesuffix("weight") + "bias"
             if name in heads and source.has(bias):
                 found += float(cast(bias, source.read(bias)).abs().max())
-        except Unbounded as reason:
+        except UnboundedWeightError as reason:
             reasons.append(str(reason))
             largest = math.inf if name == embedding else largest
             continue

@@ -3,31 +3,27 @@
 `measure` returns plain data; `render` shows it. The checkpoint lies beside this file, so nothing is downloaded.
 """
 
-import contextvars
 import gc
 import math
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
-from .activations.magnitudes import FLOAT16_MAX, Magnitudes
-from .errors import CheckpointError
+from .activations.extremes import Magnitudes
+from .checkpoints.loading import forward, load, quiet
+from .errors import CheckpointError, ExportError
+from .files import DEMO_CHECKPOINT as CHECKPOINT
+from .files import whole_folder
 from .model_status import status
-from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM, stock_models
-from .whole_folder import whole_folder
+from .patches.range_plan import FLOAT16_MAX
 
-CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 PROMPT = "And the LORD said unto Moses,"
 NEW_TOKENS = 48
 WINDOW = 256  # tokens scored together for the perplexity
@@ -77,7 +73,7 @@ def measure(folder: Path = CHECKPOINT, progress: Console | None = None) -> dict[
 
 def save(folder: Path) -> None:
     """Puts the checkpoint into a new folder, for commands that take one. Raises ExportError where that cannot be."""
-    with whole_folder(folder.absolute()) as written:
+    with whole_folder(folder.absolute(), ExportError) as written:
         shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
 
 
@@ -87,31 +83,6 @@ def _as_promised(rows: list[dict[str, Any]]) -> bool:
     broke = all(not row["finite"] and set(row["text"]) == {"!"} for row in stock)
     agrees = all(row["finite"] and row["text"] == oracle["text"] for row in fixed)
     return bool(oracle["finite"]) and broke and agrees
-
-
-def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The checkpoint as a stock or a fixed Qwen2ForCausalLM, ready to run."""
-    keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    model_class = Qwen2ForCausalLM if fixed else ORIGINAL.Qwen2ForCausalLM
-    with quiet():
-        loaded = build(fixed, model_class.from_pretrained, folder, attn_implementation=attention, **{keyword: dtype})
-    model: nn.Module = loaded.eval()
-    return model
-
-
-def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """make(*args, **kwargs), a fixed or a stock model, whatever is registered or the caller's thread wants."""
-    if fixed:
-        return contextvars.Context().run(make, *args, **kwargs)  # in which nobody wants stock models
-    with stock_models():
-        return make(*args, **kwargs)
-
-
-@torch.no_grad()
-def forward(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (1, S, vocabulary) of tokens (1, S)."""
-    logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-    return logits
 
 
 @torch.no_grad()
@@ -148,21 +119,6 @@ def _load_text(folder: Path) -> tuple[Any, Tensor]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         text = (folder / "held_out.txt").read_text(encoding="utf-8")
         return tokenizer, tokenizer(text, return_tensors="pt")["input_ids"]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' notices and progress bars out of the demo's own output; errors still raise."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
 
 
 def render(findings: dict[str, Any], console: Console) -> None:

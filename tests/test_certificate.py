@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.certificate import bound_scores, casting_losses
-from qwen2_fp16_fix.checkpoints.weight_sources import rotation_scale
+from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
 from qwen2_fp16_fix.patches.range_plan import LayerShape
 from tests.stress.models import KINDS, TINY, build

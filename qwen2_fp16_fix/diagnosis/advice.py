@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from packaging.version import Version
-
+from ..checkpoints.config import dtype_keyword
 from ..doctor_texts import Remark, remark
 from .devices import Device
 
@@ -76,7 +75,7 @@ def lines_of_code(way: str, device: Device, transformers_version: str, among_oth
 
     among_others: other devices here are better run in another way, so the code names this one.
     """
-    keyword = "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
+    keyword = dtype_keyword(transformers_version)
     target = device.place if among_others else device.place.partition(":")[0]
     load = f'"PATH", {keyword}=torch.{WAYS[way].dtype}, attn_implementation="sdpa"'
     fix = ["import qwen2_fp16_fix", "", "qwen2_fp16_fix.register()"] if WAYS[way].takes_fix else [""]

@@ -7,14 +7,16 @@ from typing import Any
 import safetensors
 from rich.console import Console
 
-from ..checkpoints.weight_sources import (
+from ..checkpoints.config import (
     MODEL_TYPES,
-    OWN_CODE,
-    FolderSource,
     check_architectures,
+    code_named,
     foreign_code,
+    generates,
+    is_exported,
     read_json,
 )
+from ..checkpoints.folder import LM_HEAD, FolderSource
 from ..doctor_texts import Remark, remark
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
@@ -50,8 +52,8 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
     facts: dict[str, Any] = {
         "model_type": str(config.get("model_type")),
         "architectures": [str(name) for name in config.get("architectures") or ()],
-        "auto_map": _code(config),
-        "exported": _is_exported(config),
+        "auto_map": code_named(config),
+        "exported": is_exported(config),
         "quantised": quantisation(config),
         "layers": config.get("num_hidden_layers"),
         "hidden": config.get("hidden_size"),
@@ -67,8 +69,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         return facts, [*notes, remark("checkpoint.bin")], problems
     try:
         source = FolderSource(path)
-        generates = any("CausalLM" in name for name in facts["architectures"]) or not facts["architectures"]
-        source.check_complete("lm_head.weight" if generates else None)
+        source.check_complete(LM_HEAD if generates(config, unnamed=True) else None)
         facts |= sizes(source)
         notes.append(_certificate(path, facts, progress))
     except Qwen2FP16FixError as error:
@@ -137,18 +138,6 @@ def _quantised(method: str | None) -> list[Remark]:
         return []
     known = next((name for name in QUANTISATIONS if method.startswith(name)), "other")
     return [remark(f"quantised.{known}", method=method)]
-
-
-def _code(config: dict[str, Any]) -> dict[str, str]:
-    """Auto class to the module and class that auto_map names, without the repository, whose owner is a user."""
-    found = config.get("auto_map")
-    named = found if isinstance(found, dict) else {}
-    return {str(auto): str(target).rpartition("--")[2] for auto, target in named.items()}
-
-
-def _is_exported(config: dict[str, Any]) -> bool:
-    modules = {target.partition(".")[0] for target in _code(config).values()}
-    return config.get("model_type") == "qwen2_fp16" or OWN_CODE[0] in modules
 
 
 def _only_pickles(path: Path) -> bool:

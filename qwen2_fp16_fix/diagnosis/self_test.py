@@ -23,7 +23,7 @@ def self_test(place: str) -> tuple[dict[str, Any], Remark]:
     """
     rows: list[dict[str, Any]] = []
     try:
-        from ..demo import quiet
+        from ..checkpoints.loading import quiet
 
         with quiet():
             oracle = _oracle()

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import huggingface_hub
 
 from .. import locking
-from ..checkpoints.weight_sources import FolderSource, reachable, read_config, read_json
+from ..checkpoints.config import reachable, read_config, read_json
+from ..checkpoints.folder import FolderSource, check_no_adapter
 from ..errors import CheckpointError, ExportError
+from ..files import whole_folder
 from ..patches import errors as patches_errors
 from ..results import Result
-from ..whole_folder import whole_folder
 from . import model_card
 from .export_config import check_foreign_code, exported_config, heads_to_check
 
@@ -84,7 +85,7 @@ def export(
         has_weights=weights != "none",
         verification=findings,
     )
-    with whole_folder(target) as written:
+    with whole_folder(target, ExportError) as written:
         for file in files:
             _place(file, written / file.relative_to(folder), link=weights == "link" and file.suffix == ".safetensors")
         for name in () if code_name else CODE_FILES:
@@ -154,8 +155,7 @@ def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Pa
     """The shards and their index, checked: nothing is missing, and all of it is what transformers would load."""
     if weights == "none":
         return []
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
+    check_no_adapter(folder)
     source = FolderSource(folder)
     shards, index = set(source.files.values()), folder / INDEX
     for shard in shards:

@@ -4,22 +4,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoints.config import OWN_CODE
 from ..errors import ExportError
+from ..patches.architecture import QWEN2
 from ..patches.configuration_qwen2_fp16 import Qwen2FP16Config
 
-MODELS = "modeling_qwen2_fp16"
-CONFIGURATION = "configuration_qwen2_fp16"
+MODELS, CONFIGURATION = OWN_CODE
 STRICT = Qwen2FP16Config.model_type
 
 #: Auto class to what the names of its classes end in, and to the weight its head must have. vLLM builds `AutoModel`,
 #: and silently runs the stock class where `auto_map` lacks it.
-AUTO_CLASSES = {
-    "AutoModel": ("Model", None),
-    "AutoModelForCausalLM": ("ForCausalLM", "lm_head.weight"),
-    "AutoModelForSequenceClassification": ("ForSequenceClassification", "score.weight"),
-    "AutoModelForTokenClassification": ("ForTokenClassification", "score.weight"),
-    "AutoModelForQuestionAnswering": ("ForQuestionAnswering", "qa_outputs.weight"),
-}
+AUTO_CLASSES = {head.auto_class: (head.suffix, head.weight) for head in QWEN2.heads}
 HEADS = dict(AUTO_CLASSES.values())
 
 
@@ -67,12 +62,6 @@ def heads_of(config: Mapping[str, Any]) -> list[str]:
 def heads_to_check(config: Mapping[str, Any]) -> list[str | None]:
     """The weight that each architecture's head must have, or None for a model without a head."""
     return [HEADS[head] for head in heads_of(config)]
-
-
-def is_exported(config: Mapping[str, Any]) -> bool:
-    """Whether the config is one that `exported_config` writes."""
-    auto_map = config.get("auto_map")
-    return isinstance(auto_map, dict) and _module(auto_map.get("AutoModel")) == MODELS
 
 
 def has_own_code(config: Mapping[str, Any]) -> bool:

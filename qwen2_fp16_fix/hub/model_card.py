@@ -11,6 +11,7 @@ from .._version import __version__
 from ..errors import ExportError
 from ..patches.version_map import SUPPORTED
 from ..results import Result
+from ..verification.saved import read_saved
 from .export_config import STRICT, heads_of
 
 TASKS = {
@@ -151,23 +152,17 @@ def _licence_of(folder: Path) -> dict[str, str]:
 
 def read_verification(given: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """What `verify` returned, or a file with it. Raises ExportError for anything else."""
-    given = given.to_dict() if isinstance(given, Result) else given
-    name = "the verification" if isinstance(given, Mapping) else str(given)
+    name = "the verification" if isinstance(given, Result | Mapping) else str(given)
     try:
-        found = dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text(encoding="utf-8"))
+        found = read_saved(given, fields=("versions", "checkpoint", "settings", "verdict"), row=MEASURED)
+        _measured(found)
     except OSError as error:
         raise ExportError(f"{name} cannot be read ({error.strerror}): give what `verify --json` printed.") from None
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ExportError(f"{name} is not JSON: give what `verify --json` printed.") from None
-    try:
-        whole = all(key in found for key in ("versions", "checkpoint", "settings", "verdict"))
-        whole = whole and bool(found["rows"]) and all(key in row for row in found["rows"] for key in MEASURED)
-        _measured(found)
-    except (TypeError, KeyError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.")
-    return dict(found)
+    except (TypeError, LookupError, ValueError, AttributeError):
+        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.") from None
+    return found
 
 
 def _measured(verification: Mapping[str, Any] | None) -> str:

@@ -16,14 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from rich.console import Console
 
 from .._version import __version__
-from ..checkpoints.weight_sources import FolderSource, reachable, read_config
+from ..checkpoints.config import builds_own_model, reachable, read_config
+from ..checkpoints.folder import FolderSource
 from ..errors import CheckpointError, PublishError
 from ..locking import FILE_NAME as LOCK
 from ..patches.errors import LockFileError
 from ..patches.lock import read_lock
 from ..patches.version_map import SUPPORTED
 from .export import CODE_FILES, is_repo_id
-from .export_config import has_own_code, heads_to_check, is_exported
+from .export_config import has_own_code, heads_to_check
 
 WEIGHTS = "*.safetensors"
 MARK = "Pushed by qwen2-fp16-fix."  # in every commit, by which a push that goes on knows what is its own
@@ -81,7 +82,7 @@ def check_export(folder: Path) -> list[str]:
     if not found:
         raise CheckpointError(f"there is no folder {folder}: give one that `qwen2-fp16-fix export` has written.")
     config = read_config(folder)
-    if not is_exported(config):
+    if not builds_own_model(config):
         raise PublishError(f"{folder} is no export: run `qwen2-fp16-fix export` first, and push what it writes.")
     missing = [name for name in CODE_FILES if not (folder / name).is_file()] if has_own_code(config) else []
     if missing:
@@ -155,7 +156,7 @@ def _is_ours(api: HfApi, repo: str, revision: str | None, files: list[str]) -> b
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(config, dict) and is_exported(config)
+    return isinstance(config, dict) and builds_own_model(config)
 
 
 def _is_loaded(path: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from ..activations.sites import FLOAT16_MAX
+from ..patches.range_plan import FLOAT16_MAX
 from ..report_texts import TEXTS
 from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.result import ScanResult

@@ -13,6 +13,7 @@ from ..errors import ScanError
 from ..files import write_whole
 from ..scanning.result import ScanResult
 from ..scanning.scan import check_switch, scan
+from ..verification.saved import read_saved
 
 #: What each kind of file is made with, from the `report` extra.
 NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
@@ -134,10 +135,8 @@ def read_verification(path: Path) -> dict[str, Any]:
     wanted = {"name", "finite", "perplexity", "drift", "kl_mean", "kl_max", "top1_agreement", "first_overflow"}
     wanted |= {"largest_logit_difference"}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        good = {"tokens", "window"} <= set(found["settings"]) and all(wanted <= set(row) for row in found["rows"])
-    except (OSError, ValueError, TypeError, KeyError):
-        good = False
-    if not good or not found["rows"]:
-        raise ScanError(f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json.")
-    return found
+        return read_saved(path, settings=("tokens", "window"), row=wanted)
+    except (OSError, ValueError, LookupError):
+        raise ScanError(
+            f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json."
+        ) from None

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..activations.sites import FLOAT16_MAX, SITES
+from ..activations.sites import SITES
 from ..errors import ScanError
+from ..patches.range_plan import FLOAT16_MAX
 from ..report_texts import TEXTS
 from ..scanning.result import ScanResult
 from ..scanning.sentences import site_name, verdict

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..activations.extremes import Extremes
-from ..activations.extremes import Spot as TokenPlace
-from ..activations.sites import FLOAT16_MAX
-from ..activations.sites import Place as SitePlace
-from ..patches.range_plan import LIMIT
-from .measurements import LINEAR_INPUTS, Break, Measurements, execution_order
+from ..activations.extremes import Break, Extremes, TokenPlace
+from ..activations.sites import SCORES, SitePlace, execution_order
+from ..patches.architecture import QWEN2
+from ..patches.range_plan import FLOAT16_MAX, LIMIT
+from .measurements import LINEAR_INPUTS, Measurements
 from .prompts import TokenisedPrompts
 from .quantisation import LOSS_LIMIT
 from .result import (
@@ -32,9 +31,8 @@ from .result import (
 LISTED = 32  # massive channels and spikes at most, the largest first
 SMALLEST = 2.0**-149  # stands for a magnitude of 0 in headroom
 #: A site to the bound that certify gives it, and to the exponent that a fixed layer stores it with.
-BOUNDS = {name: name for name in ("q", "k", "v", "attention", "o_proj", "gate", "up", "product", "down_proj")}
-BOUNDS |= {"input_norm": "norm", "post_norm": "norm"}
-EXPONENTS = {"attention": "o_proj", "o_proj": "o_proj", "product": "mlp", "down_proj": "mlp"}
+BOUNDS = {site.name: site.bound for site in QWEN2.watched_sites() if site.bound}
+EXPONENTS = {site.name: site.exponent for site in QWEN2.watched_sites() if site.exponent}
 
 
 class Findings(NamedTuple):
@@ -105,9 +103,7 @@ def stored_as(place: SitePlace, extremes: Extremes, fixed: bool, attention: str)
 
     Only eager attention stores scores, and a fixed model stores them after they are scaled.
     """
-    if place.site == "raw_scores" and (fixed or attention != "eager"):
-        return None
-    if place.site == "scaled_scores" and attention != "eager":
+    if place.site in SCORES.values() and (attention != "eager" or (fixed and place.site == SCORES["raw"])):
         return None
     return str(extremes.dtype).removeprefix("torch.") if fixed else "float16"
 
@@ -152,8 +148,8 @@ def bound_of(place: SitePlace, certificate: Mapping[str, Any], fixed: bool) -> f
         exponent = layer["exponents"].get(EXPONENTS.get(place.site, ""), 0) if fixed else 0
         return None if bound is None else float(bound * 2.0**-exponent)
     stock = layer["stock_headroom_bits"]
-    if place.site in ("raw_scores", "scaled_scores") and stock.get("scores") is not None:
-        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == "scaled_scores" else 1.0
+    if place.site in SCORES.values() and stock.get("scores") is not None:
+        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == SCORES["scaled"] else 1.0
         return float(LIMIT * 2.0 ** -stock["scores"] * scaling)
     if place.site.startswith("residual") and stock.get("residual") is not None:
         return float(FLOAT16_MAX * 2.0 ** -stock["residual"])

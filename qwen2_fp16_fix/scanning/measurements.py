@@ -1,42 +1,20 @@
 """What a scan keeps of the tensors it sees: extremes by site, losses by layer, and where float16 first breaks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..activations.extremes import Extremes, ScoreExtremes
-from ..activations.extremes import Spot as TokenPlace
-from ..activations.layerwise import Stream as LayerwiseRun
-from ..activations.sites import ENDS, SITES, Attended, Watch
-from ..activations.sites import Place as SitePlace
+from ..activations.extremes import Break, Extremes, FirstBreak, ScoreExtremes, first_break
+from ..activations.layerwise import LayerwiseRun
+from ..activations.sites import SCORES, Attended, SitePlace, Watch
+from ..patches.architecture import QWEN2
 from .quantisation import CacheLoss, CacheSummary, LossSummary, MassiveActivations, RoundingLoss
 
 #: The inputs of linears, by the linears they feed: what a quantised matmul would round.
-LINEAR_INPUTS = {"input_norm": "q, k, v", "attention": "o_proj", "post_norm": "gate, up", "product": "down_proj"}
-ROWS = 4096  # looked at together for a number that is not finite
-
-
-class Break(NamedTuple):
-    """The first site with a number that is not finite, and where the first such number was."""
-
-    place: SitePlace
-    spot: TokenPlace | None
-
-
-def first_break(nonfinite: Mapping[SitePlace, TokenPlace | None]) -> Break | None:
-    """The first, in the order of execution, of sites that are not finite. A later prompt may break an earlier site."""
-    place = min(nonfinite, key=execution_order, default=None)
-    return None if place is None else Break(place, nonfinite[place])
-
-
-def execution_order(place: SitePlace) -> tuple[int, int]:
-    """Sorts places as they are computed."""
-    if place.layer is None:
-        return (-1, 0) if place.site == "embedding" else (10**9, list(ENDS).index(place.site))
-    return place.layer, list(SITES).index(place.site)
+FED = {site.name: QWEN2.fed_by(site.name) for site in QWEN2.sites}
+LINEAR_INPUTS = {site: ", ".join(linear.writes for linear in linears) for site, linears in FED.items() if linears}
 
 
 class Measurements:
@@ -73,7 +51,7 @@ class Measurements:
 
     def on_site(self, place: SitePlace, tensor: Tensor) -> None:
         """Measures a site. Scores are left to `on_attention`."""
-        if place.site in ("raw_scores", "scaled_scores"):
+        if place.site in SCORES.values():
             self._scores(place.layer).scaled.dtype = tensor.dtype
             return
         self.sites.setdefault(place, Extremes()).add(tensor, self.prompt)
@@ -117,27 +95,33 @@ class Measurements:
         if logits.numbers:
             self.sites[SitePlace(None, "logits")] = logits
 
-    def nonfinite(self) -> dict[SitePlace, TokenPlace | None]:
-        """The sites with a number that is not finite, and where the first such number was."""
-        return {place: extremes.spot for place, extremes in self.sites.items() if not extremes.finite}
+    @property
+    def broken(self) -> Break | None:
+        """The first site with a number that is not finite."""
+        return first_break(self.sites)
 
     def _scores(self, number: int | None) -> ScoreExtremes:
         scores = self.scores.setdefault(number or 0, ScoreExtremes())
-        self.sites.setdefault(SitePlace(number, "raw_scores"), scores.raw)
-        self.sites.setdefault(SitePlace(number, "scaled_scores"), scores.scaled)
+        self.sites.setdefault(SitePlace(number, SCORES["raw"]), scores.raw)
+        self.sites.setdefault(SitePlace(number, SCORES["scaled"]), scores.scaled)
         return scores
 
 
-class NonfiniteSites:
-    """The sites of a run that are not finite. Measures nothing else, so that the run costs little more than a forward.
+class BreakSearch:
+    """Looks where a run breaks first, and measures nothing else: it costs little more than the forward.
 
-    A run of several prompts goes to the end of the layer in which a number is not finite first.
+    All prompts go through the layer in which one of them breaks: another may break at an earlier site of it.
     """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.found: dict[SitePlace, TokenPlace | None] = {}
+        self.first = FirstBreak()
         self.prompt = 0
+
+    @property
+    def broken(self) -> Break | None:
+        """The first site with a number that is not finite, so far."""
+        return self.first.found
 
     def start(self, run: LayerwiseRun) -> None:
         """Looks at the embeddings."""
@@ -156,14 +140,8 @@ class NonfiniteSites:
             yield
 
     def on_site(self, place: SitePlace, tensor: Tensor) -> None:
-        """Notes a site that comes before those known, and the first number in it that is not finite."""
-        known = first_break(self.found)
-        if known is not None and execution_order(place) >= execution_order(known.place):
-            return
-        if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(0, -2), ROWS)):
-            rows = tensor.flatten(0, -2)
-            row, channel = divmod(int((~rows.isfinite()).byte().argmax()), rows.shape[1])
-            self.found[place] = TokenPlace(self.prompt, row % tensor.shape[-2], channel)
+        """Looks at a site."""
+        self.first.look(place, tensor, self.prompt)
 
     def end(self, run: LayerwiseRun) -> None:
         """Looks at the final norm and the logits."""

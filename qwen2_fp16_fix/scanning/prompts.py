@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.layerwise import LoadedModel, ModelOnDisk, is_fixed
-from ..activations.layerwise import Subject as WeightProvider
-from ..checkpoints.verification_inputs import first_line, open_tokenizer
-from ..demo import quiet
-from ..errors import CheckpointError, ScanError
+from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProvider, is_fixed
+from ..checkpoints.loading import default_device, device_problem, quiet
+from ..checkpoints.tokenizer import open_tokenizer
+from ..errors import CheckpointError, ScanError, first_line
 from ..files import read_utf8
 from ..patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
 from ..patches.swap import base_models, check_weights
@@ -134,12 +133,11 @@ def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
 
 def choose_device(device: str | None) -> torch.device:
     """The device by its name; cuda where there is one. Raises ScanError."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    try:
-        chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ScanError(f"{name} is no device here ({first_line(error)}): give cpu, or leave it away.") from None
+    name = default_device() if device is None else device
+    problem = device_problem(name)
+    if problem is not None:
+        raise ScanError(f"{name} is no device here ({first_line(problem)}): give cpu, or leave it away.")
+    chosen = torch.device(name)
     if chosen.type == "meta":
         raise ScanError("the meta device computes nothing: give cpu, or leave it away.")
     return chosen

@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..activations.layerwise import ModelOnDisk
-from ..activations.layerwise import Stream as LayerwiseRun
-from ..activations.layerwise import Subject as WeightProvider
+from ..activations.extremes import Break
+from ..activations.layerwise import LayerwiseRun
+from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certificate import certify
-from ..checkpoints.verification_inputs import open_checkpoint
+from ..checkpoints.folder import open_checkpoint
 from ..errors import ScanError
 from ..model_status import status
 from ..patches.modeling_qwen2_fp16 import is_switched_off
 from ..progress import Progress, console_of, with_bar
 from .findings import Findings
-from .measurements import Break, Measurements, NonfiniteSites, first_break
+from .measurements import BreakSearch, Measurements
 from .prompts import Prompts, check_loaded, choose_device, read_prompts, tokenise
 from .quantisation import bias_spikes
 from .result import BiasSpike, ScanResult, ScanSettings
@@ -109,27 +109,26 @@ def measure(
 
     A stock model that breaks is not run on in float16: what comes after a number that is not finite means nothing.
     """
-    measured, spikes = Measurements(), list[BiasSpike]()
-    nonfinite = NonfiniteSites()
+    measured, search, spikes = Measurements(), BreakSearch(), list[BiasSpike]()
     half: LayerwiseRun | None = None  # stock in float16, until it breaks
     with weights.embedding():
         if not fixed:
             half = LayerwiseRun(weights, ids)
         run = LayerwiseRun(weights, ids, full_precision=not fixed)
     if half is not None:
-        nonfinite.start(half)
+        search.start(half)
     measured.start(run)
     for number in with_bar(range(len(weights.base.layers)), "scanning layers", progress):
         with weights.layer(number):
             layer = weights.base.layers[number]
             spikes += bias_spikes(number, layer.self_attn)
-            if half is not None and not nonfinite.found:
-                nonfinite.step(half, number, layer)
+            if half is not None and search.broken is None:
+                search.step(half, number, layer)
             measured.step(run, number, layer)
-        if nonfinite.found:
+        if search.broken is not None:
             half = None
     with weights.end():
-        if half is not None and not nonfinite.found:
-            nonfinite.end(half)
+        if half is not None:
+            search.end(half)
         measured.end(run)
-    return measured, first_break(measured.nonfinite() if fixed else nonfinite.found), spikes
+    return measured, measured.broken if fixed else search.broken, spikes

@@ -4,7 +4,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..activations.sites import FLOAT16_MAX
+from ..patches.range_plan import FLOAT16_MAX
 from ..report_texts import TEXTS
 from .result import BiasSpike, CacheLosses, FirstNonfinite, MeasuredSite, ScanResult, Where, headroom
 

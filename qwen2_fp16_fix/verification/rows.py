@@ -11,10 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..activations.magnitudes import Magnitudes
-from ..checkpoints.verification_inputs import first_line
-from ..demo import forward, load, quiet
-from ..errors import CheckpointError
+from ..activations.extremes import Magnitudes
+from ..checkpoints.loading import forward, load, quiet
+from ..errors import CheckpointError, first_line
 from ..model_status import model_status
 from ..patches.errors import PatchConflictError, Qwen2FP16FixError
 from .divergence import Divergence, OracleLogits, Window

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from ..checkpoints.loading import default_device, device_problem
 from ..errors import VerificationError
 from ..results import Record
 
@@ -65,11 +65,9 @@ class Request:
 
 def choose_device(device: str | None) -> str:
     """The device by its name; cuda where there is one. Raises VerificationError for one that is not there."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    name = default_device() if device is None else device
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise VerificationError(f"{name!r} is no device to verify on: give cpu or cuda.")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise VerificationError(f"there is no {name} here: give cpu, or leave the device away.") from None
+    if device_problem(name) is not None:
+        raise VerificationError(f"there is no {name} here: give cpu, or leave the device away.")
     return name

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
-from ..checkpoints.verification_inputs import open_checkpoint, read_text, saved, tokens_of
-from ..checkpoints.weight_sources import FolderSource
+from ..checkpoints.folder import FolderSource, open_checkpoint
+from ..checkpoints.loaded_model import saved
+from ..checkpoints.tokenizer import read_text, tokens_of
 from ..errors import CheckpointError, VerificationError
 from ..model_status import status
 from ..patches.modeling_qwen2_fp16 import is_switched_off

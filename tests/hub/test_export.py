@@ -20,8 +20,8 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import demo, whole_folder
-from qwen2_fp16_fix.checkpoints.verification_inputs import open_checkpoint
+from qwen2_fp16_fix import demo, files
+from qwen2_fp16_fix.checkpoints.folder import open_checkpoint
 from qwen2_fp16_fix.cli import commands as cli
 from qwen2_fp16_fix.cli import main
 from qwen2_fp16_fix.demo import CHECKPOINT
@@ -398,7 +398,7 @@ def test_a_folder_that_fills_meanwhile_is_left_alone(tmp_path: Path, monkeypatch
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
 
-    monkeypatch.setattr(whole_folder, "_flush", fill)
+    monkeypatch.setattr(files, "flush", fill)
     with pytest.raises(ExportError, match="something else is there"):
         qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out")
     assert contents(tmp_path) == {"out/theirs": b""}
@@ -510,7 +510,7 @@ def test_kill_leaves_nothing_or_a_whole_folder(
 
 def test_only_what_is_dead_is_cleaned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The temporary folder of an export that still runs, here or on another machine, must not be taken from it."""
-    prefix = f".out.exporting-{whole_folder.HOST}-"
+    prefix = f".out.exporting-{files.HOST}-"
     done = 2**22 + 1  # past the largest number of a process
     dead, alive, other = f"{prefix}{done}-abc", f"{prefix}{os.getppid()}-abc", ".out.exporting-elsewhere-1-abc"
     for name in (dead, alive, other):

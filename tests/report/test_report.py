@@ -16,7 +16,7 @@ from PIL import Image
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import SITES
-from qwen2_fp16_fix.demo import CHECKPOINT
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
 from qwen2_fp16_fix.report import picture as report_picture
 from qwen2_fp16_fix.report import style as report_style
 from qwen2_fp16_fix.report.files import ScanFiles, read_verification

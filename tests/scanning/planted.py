@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.cli import commands
-from qwen2_fp16_fix.demo import CHECKPOINT
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
 from qwen2_fp16_fix.scanning.result import MeasuredSite, ScanResult
 from tests import stress
 from tests.stress import TINY, random_prompt

@@ -12,8 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.activations.sites import FLOAT16_MAX
-from qwen2_fp16_fix.demo import forward, load
+from qwen2_fp16_fix.checkpoints.loading import forward, load
+from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
 from qwen2_fp16_fix.report.page import page
 from qwen2_fp16_fix.report_texts import TEXTS
 from qwen2_fp16_fix.scanning import sentences

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations import extremes
 from qwen2_fp16_fix.activations.extremes import Extremes, ScoreExtremes
-from qwen2_fp16_fix.activations.layerwise import ModelOnDisk
-from qwen2_fp16_fix.activations.layerwise import Stream as LayerwiseRun
+from qwen2_fp16_fix.activations.layerwise import LayerwiseRun
 from qwen2_fp16_fix.activations.sites import Attended
-from qwen2_fp16_fix.checkpoints.weight_sources import FolderSource
-from qwen2_fp16_fix.demo import forward, load
+from qwen2_fp16_fix.activations.weights_on_demand import ModelOnDisk
+from qwen2_fp16_fix.checkpoints.folder import FolderSource
+from qwen2_fp16_fix.checkpoints.loading import forward, load
 from qwen2_fp16_fix.scanning.measurements import Measurements
 from qwen2_fp16_fix.scanning.quantisation import CacheLoss, RoundingLoss
 from tests import stress
@@ -72,7 +72,7 @@ def test_one_layer_is_in_memory_at_a_time_and_each_tensor_is_read_once(
         return plain_read(self, name)
 
     def step(self: LayerwiseRun, number: int, around: Any) -> None:
-        real = {name for name, weight in self.subject.base.named_parameters() if not weight.is_meta}
+        real = {name for name, weight in self.provider.base.named_parameters() if not weight.is_meta}
         assert {name.partition(".self")[0].partition(".mlp")[0] for name in real if "norm" not in name} == {
             f"layers.{number}"
         }
@@ -157,11 +157,11 @@ def test_extremes_are_the_direct_formulas(monkeypatch: pytest.MonkeyPatch) -> No
     found = Extremes()
     found.add(tensor, prompt=1)
     assert (found.largest, found.numbers, found.subnormal, found.subnormal_share) == (50, 63, 4, 4 / 63)
-    assert found.spot == extremes.Spot(1, 6, 5)
+    assert found.spot == extremes.TokenPlace(1, 6, 5)
     for odd in (math.nan, math.inf, -math.inf):
         tensor[0, 7, 1] = odd
         found.add(tensor, prompt=3)
-        assert found.spot == extremes.Spot(3, 7, 1)
+        assert found.spot == extremes.TokenPlace(3, 7, 1)
         assert not found.finite
         found = Extremes()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.demo import load
+from qwen2_fp16_fix.checkpoints.loading import load
 from qwen2_fp16_fix.scanning.prompts import read_prompts
 from qwen2_fp16_fix.scanning.result import ScannedPrompt
 from tests.scanning.planted import PROMPT, refused

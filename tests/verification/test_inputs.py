@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.demo import CHECKPOINT, load
+from qwen2_fp16_fix.checkpoints.loading import load
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
 from tests.stress import TINY, build
 from tests.verification.letters import TEXT, table, tokenizer
 

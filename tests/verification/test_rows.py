@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.demo import forward, load
+from qwen2_fp16_fix.checkpoints.loading import forward, load
 from qwen2_fp16_fix.verification import rows, verify
 from qwen2_fp16_fix.verification.result import VerificationResult
 from tests.helpers import kl_to
