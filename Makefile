@@ -3,7 +3,11 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/runs-torch-$(TORCH)
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
+# uv where it is there. It does not read pip's settings, so where it fails pip tries. Python compiles what it imports.
+UV := $(shell command -v uv)
+install = $(if $(UV),$(UV) pip install -q --python $(BIN)/python $(1) ||) $(BIN)/python -m pip install -q --no-compile $(1)
 
 .PHONY: help demo test lint chromium matrix matrix-ci bench docs dist clean
 
@@ -17,7 +21,7 @@ help:
 	@echo "make dist       the wheel and the sdist of a release, the same bits wherever they are built"
 	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
 
-demo: $(INSTALLED)
+demo: $(RUNS)
 	$(BIN)/qwen2-fp16-fix demo
 
 test: lint chromium
@@ -33,6 +37,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 matrix: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --torch $(TORCH)
@@ -41,26 +46,33 @@ matrix-ci: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --torch $(TORCH) --ci
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install -q -e ".[bench]"
+	$(call install,-e ".[bench]")
 	$(BIN)/python -m benchmarks $(if $(filter full,$(BENCH)),--full)
 
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install -q -e ".[docs]"
+	$(call install,-e ".[docs]")
+	$(BIN)/python tools/draw_rooms.py
 	rm -rf build/handbook
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it
 
 dist: $(INSTALLED)
 	rm -rf dist
-	$(BIN)/python -m build -q
+	$(BIN)/python -m build -q --no-isolation
 	$(BIN)/twine check --strict dist/*
 
 # torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.
-$(INSTALLED): pyproject.toml
+$(RUNS): pyproject.toml
+	@echo "installing torch $(TORCH) and transformers into $(VENV) (a minute or more, and a gigabyte)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "torch==$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[dev]"
-	touch $@
+	@$(call install,"torch==$(TORCH)")
+	@$(call install,-e .)
+	@touch $@
+
+$(INSTALLED): $(RUNS)
+	@echo "installing what the tests and checks need into $(VENV)"
+	@$(call install,-e ".[dev]")
+	@touch $@
 
 clean:
-	rm -rf $(VENV) .matrix build dist *.egg-info
+	rm -rf $(VENV) .matrix build dist

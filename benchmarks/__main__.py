@@ -20,7 +20,7 @@ Values = Annotated[list[str] | None, typer.Option(help="May be given several tim
 
 
 @app.callback(invoke_without_command=True)
-def run(
+def run(  # noqa: PLR0913  # the options of a command
     context: typer.Context,
     only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SECTIONS)}.")] = None,
     width: Values = None,

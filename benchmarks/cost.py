@@ -6,7 +6,7 @@ that returns another view of the same numbers, or memory without numbers in it, 
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from qwen2_fp16_fix.patches import numerics
+
+from .counting_rules import (
+    flops_of,
+    is_one_kernel_on_gpus,
+    launches_kernel,
+    made,
+    tensors,
+    traffic,
+    waits_for_host,
+    without_out,
+)
 
 aten = torch.ops.aten
 #: Operators whose last two arguments are the factors of a product in their dtype.
 MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-#: Operators that read of their first input as much as they return.
-GATHERS = {"embedding", "index", "index_select", "gather"}
-#: In-place operators that write as much as their last input has and read nothing of what they write to.
-STORES = {"copy_", "index_copy_", "index_put_", "_index_put_impl_"}
-#: In-place operators that read nothing.
-FILLS = {"fill_", "zero_", "uniform_", "normal_"}
 #: Calls that read a result on the host. On the CPU no operator shows it.
 HOST_READS = {"tolist", "numpy", "cpu", "__array__"}
 
@@ -133,16 +136,6 @@ class Calls(TorchFunctionMode):
         return result
 
 
-def is_one_kernel_on_gpus(name: str, inputs: list[Tensor]) -> bool:
-    """A softmax widens its input as it reads it; an RMSNorm of one dtype is fused where torch has the kernel.
-
-    The CPU runs both in parts. The counts are for GPUs, where launches are what costs.
-    """
-    if name == "rms_norm":
-        return hasattr(torch.ops.aten, "_fused_rms_norm") and len({tensor.dtype for tensor in inputs}) == 1
-    return name == "softmax"
-
-
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
     """Sees every operator below autograd, composite ones in the parts they run as."""
 
@@ -200,75 +193,6 @@ class Held:
 def empty_product(left: Tensor, right: Tensor) -> Tensor:
     """Zeros in place of left @ right."""
     return left.new_zeros((*left.shape[:-1], right.shape[-1]))
-
-
-def without_out(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments but for `out`, which is written to and not read."""
-    return {name: value for name, value in kwargs.items() if name != "out"}
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in a tree of arguments or results."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def launches_kernel(function: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether numbers were made: into new memory, or in place."""
-    if function._schema.is_mutable:
-        return True
-    if name.startswith(("empty", "new_empty")):
-        return False
-    return bool(made(inputs, outputs))
-
-
-def made(inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-    """The outputs that lie in memory of their own."""
-    old = {tensor.untyped_storage()._cdata for tensor in inputs}
-    return [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in old]
-
-
-def waits_for_host(function: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether the host has to see a number before it can go on: one it is handed, or the size of what it is handed."""
-    if torch.Tag.data_dependent_output in function.tags:
-        return True
-    if torch.Tag.dynamic_output_shape in function.tags:
-        return name != "index" or any(tensor.dtype in (torch.bool, torch.uint8) for tensor in inputs[1:])
-    leaves = {tensor.device.type for tensor in inputs} - {"cpu"}
-    return bool(leaves) and any(tensor.device.type == "cpu" for tensor in outputs)
-
-
-def traffic(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[int, int]:
-    """Bytes read and written. What is read twice by one kernel is read once; so is what is broadcast."""
-    if name in STORES:
-        return sum_of(inputs[1:]), addressed(inputs[-1])
-    if name in GATHERS:
-        return sum_of(outputs) + sum_of(inputs[1:]), sum_of(outputs)
-    return 0 if name in FILLS else sum_of(inputs), sum_of(outputs)
-
-
-def sum_of(operands: Iterable[Tensor]) -> int:
-    """Bytes of the operands, each part of memory once."""
-    places = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): addressed(t) for t in operands}
-    return sum(places.values())
-
-
-def addressed(tensor: Tensor) -> int:
-    """Bytes that a tensor's strides reach: its numbers, without what is broadcast."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    count = 1 if tensor.numel() else 0
-    for size, stride in sizes:
-        count *= size if stride else 1
-    return count * tensor.element_size()
-
-
-def flops_of(function: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """By torch's own formulas, and for fused attention by 4·B·H·Q·K·D, which theirs does not know for the CPU."""
-    packet = function.overloadpacket
-    if packet.__name__.startswith("_scaled_dot_product"):
-        query, key = args[0], args[1]
-        return int(4 * query.numel() * key.shape[-2])
-    formula = flop_registry.get(packet)
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 def describe(inputs: list[Tensor]) -> str:

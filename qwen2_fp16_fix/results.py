@@ -1,11 +1,9 @@
 """What the public functions return: attributes for a program, a table for a terminal or a notebook, plain data as JSON.
 
-    found = qwen2_fp16_fix.certify("checkpoint")
-    found.proven             # an attribute, which an editor completes
-    found.to_dict()          # what `certify --json` prints
-    rich.print(found)        # what `certify` prints
-
-A derived class lists its fields in the order of the JSON.
+found = qwen2_fp16_fix.certify("checkpoint")
+found.proven             # an attribute, which an editor completes
+found.to_dict()          # what `certify --json` prints
+rich.print(found)        # what `certify` prints
 """
 
 import dataclasses

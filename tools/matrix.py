@@ -14,19 +14,15 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -40,6 +36,8 @@ LIMIT = 900  # seconds for one release; a slow machine takes 60
 
 sys.path.insert(0, str(ROOT))
 from qwen2_fp16_fix.patches.version_map import RANGES, Range, range_for  # noqa: E402
+from tools.matrix_environments import Environments  # noqa: E402
+from tools.used_sources import used_by  # noqa: E402
 
 
 class Release(NamedTuple):
@@ -65,100 +63,33 @@ def listed() -> list[Release]:
     return [Release(**line) for line in json.loads((ROOT / "tools" / "releases.json").read_text())]
 
 
+def decisive() -> list[Path]:
+    """Every file that the outcome depends on: the patches, the suite, and what of the package it uses."""
+    suite = [*SUITE.glob("*.py"), ROOT / "tests" / "conftest.py"]
+    return sorted({*(ROOT / "patches").glob("*.py"), *used_by(suite, ROOT)})
+
+
 def digest() -> str:
-    """Of everything the outcome depends on: the patches, what applies them, and the suite."""
-    package = (
-        "__init__",
-        "registration/register",
-        "registration/construction",
-        "in_place",
-        "model_status",
-        "code_copies",
-    )
-    package += ("hub/export", "hub/export_config", "locking")
-    files = [
-        *(ROOT / "patches").glob("*.py"),
-        *(ROOT / "qwen2_fp16_fix" / f"{name}.py" for name in package),
-        *SUITE.glob("*.py"),
-        ROOT / "tests" / "conftest.py",
-        ROOT / "tests" / "stress" / "models.py",
-    ]
+    """Of all those files."""
     state = hashlib.sha256()
-    for path in sorted(files):
-        state.update(f"{path.relative_to(ROOT)}\0".encode())
+    for path in decisive():
+        state.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         state.update(path.read_bytes())
     return state.hexdigest()[:16]
 
 
-class Workshop:
-    """The folder with the base environment, the layers, the releases and the results."""
-
-    def __init__(self, folder: Path, torch: str) -> None:
-        """folder: made if missing. torch: the version to install into the base environment."""
-        self.folder, self.torch = folder, torch
-        self.python = folder / "base" / ("Scripts" if os.name == "nt" else "bin") / "python"
-        self.lock = threading.Lock()
-
-    def base(self) -> None:
-        """An environment with torch and pytest and nothing else that transformers could pick up."""
-        mark = self.folder / "base" / f"torch-{self.torch}"
-        if not mark.exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder / "base")], check=True)
-            self._pip(f"torch=={self.torch}")
-            self._pip("pytest>=8", "packaging")
-            mark.touch()
-
-    def release(self, version: str) -> tuple[Path, Path]:
-        """The folder of a release and the folder of its dependencies."""
-        release = self.folder / "releases" / version
-        self._install(release, "--no-deps", f"transformers=={version}")
-        metadata = next(release.glob("transformers-*.dist-info/METADATA")).read_text(encoding="utf-8")
-        required = core_requirements(metadata)
-        layer = self.folder / "layers" / hashlib.sha256("\n".join(required).encode()).hexdigest()[:12]
-        with self.lock:  # two releases may need the same layer
-            self._install(layer, *required)
-        return release, layer
-
-    def discard(self, version: str) -> None:
-        """Deletes the folder of a release."""
-        shutil.rmtree(self.folder / "releases" / version, ignore_errors=True)
-
-    def result(self, version: str) -> Path:
-        """Where the outcome of a release is kept."""
-        return self.folder / "results" / f"{version}.json"
-
-    def _install(self, target: Path, *what: str) -> None:
-        if not (target / ".complete").exists():
-            shutil.rmtree(target, ignore_errors=True)
-            self._pip("--no-compile", "--target", str(target), *what)
-            (target / ".complete").touch()
-
-    def _pip(self, *arguments: str) -> None:
-        command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"pip install {' '.join(arguments)}: {done.stderr.strip()[-500:]}")
-
-
-def core_requirements(metadata: str) -> list[str]:
-    """What a release requires without any extra, from its METADATA file."""
-    lines = HeaderParser().parsestr(metadata).get_all("Requires-Dist") or []
-    needed = [Requirement(line) for line in lines]
-    return sorted(str(r) for r in needed if r.marker is None or r.marker.evaluate({"extra": ""}))
-
-
-def run_suite(workshop: Workshop, version: str, threads: int) -> Outcome:
+def run_suite(environments: Environments, version: str, threads: int) -> Outcome:
     """Installs a release and runs the conformance suite on it."""
     started = time.monotonic()
-    release, layer = workshop.release(version)
-    report = workshop.folder / "results" / f"{version}.xml"
+    release, layer = environments.release(version)
+    report = environments.folder / "results" / f"{version}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     path = os.pathsep.join(map(str, (release, layer)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "QWEN2_"))}
     environment |= {"PYTHONPATH": path, "QWEN2_FP16_FIX_MATRIX": version, "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [str(workshop.python), "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider"]
+    command = [str(environments.python), "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider"]
     command += ["-o", "filterwarnings=default", f"--junitxml={report}"]  # old releases warn about much in a new torch
     try:
         done = subprocess.run(
@@ -191,9 +122,9 @@ def read_report(report: Path, expected: set[str]) -> tuple[int, str]:
     return len(cases), ", ".join(problems)
 
 
-def kept(workshop: Workshop, version: str, state: str) -> Outcome | None:
+def kept(environments: Environments, version: str, state: str) -> Outcome | None:
     """The outcome of an earlier run on the same sources, if it passed."""
-    path = workshop.result(version)
+    path = environments.result(version)
     if not path.exists():
         return None
     found = json.loads(path.read_text())
@@ -251,8 +182,8 @@ def write_tables(record: dict[str, Any]) -> None:
             readme.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{after}", encoding="utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if every release that was asked for reported and passed, 1 if not, 2 for a release that is not listed."""
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ci", action="store_true", help="one release of each family, and the newest")
     parser.add_argument("--only", nargs="+", metavar="VERSION", help="these releases alone")
@@ -261,7 +192,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="where to work (default .matrix)")
     parser.add_argument("--keep", action="store_true", help="keep the folders of the releases")
     parser.add_argument("--table", action="store_true", help="print the support table of the last full run and stop")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def chosen(options: argparse.Namespace, releases: Sequence[Release]) -> list[Release]:
+    """Those asked for that this Python can run; says which are left out."""
+    if options.only:
+        asked = [release for release in releases if release.version in options.only]
+    else:
+        asked = [release for release in releases if release.ci or not options.ci]
+    here = Version(platform.python_version())
+    for release in asked:
+        if here not in SpecifierSet(release.python):
+            print(f"{release.version:>8}  left out: needs Python {release.python}, this is {here}")
+    return [release for release in asked if here in SpecifierSet(release.python)]
+
+
+def run_or_keep(environments: Environments, version: str, state: str, options: argparse.Namespace) -> Outcome:
+    """The outcome of a release: an earlier one on the same sources, or that of a run now."""
+    outcome = kept(environments, version, state)
+    if outcome is None:
+        outcome = run_suite(environments, version, max(1, (os.cpu_count() or 1) // options.jobs))
+        found = {"state": state, "outcome": outcome._asdict()}
+        environments.result(version).write_text(json.dumps(found, indent=2))
+        if not options.keep:
+            environments.discard(version)
+    return outcome
+
+
+def write_record(outcomes: Sequence[Outcome], sources: str, torch: str) -> None:
+    """Writes tests/matrix.json, and the tables of the READMEs."""
+    record = {
+        "digest": sources,
+        "torch": torch,
+        "python": platform.python_version(),
+        "releases": {o.version: {"tests": o.tests, "problem": o.problem.partition("\n")[0]} for o in outcomes},
+    }
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    write_tables(record)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every release that was asked for reported and passed, 1 if not, 2 for a release that is not listed."""
+    options = options_of(arguments)
     if options.table:
         print(table(json.loads(RECORD.read_text())))
         return 0
@@ -270,48 +243,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"not in releases.json: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    asked = (
-        [r for r in releases if r.version in options.only]
-        if options.only
-        else [r for r in releases if r.ci or not options.ci]
-    )
-    wanted = [r for r in asked if Version(platform.python_version()) in SpecifierSet(r.python)]
-    for r in asked:
-        if r not in wanted:
-            print(f"{r.version:>8}  left out: needs Python {r.python}, this is {platform.python_version()}")
-    workshop = Workshop(options.folder.resolve(), options.torch)
-    workshop.base()
+    wanted = chosen(options, releases)
+    environments = Environments(options.folder.resolve(), options.torch)
+    environments.base()
     sources = digest()
     state = f"{sources} torch {options.torch} python {platform.python_version()}"
-
-    def run(version: str) -> Outcome:
-        outcome = kept(workshop, version, state)
-        if outcome is None:
-            outcome = run_suite(workshop, version, max(1, (os.cpu_count() or 1) // options.jobs))
-            found = {"state": state, "outcome": outcome._asdict()}
-            workshop.result(version).write_text(json.dumps(found, indent=2))
-            if not options.keep:
-                workshop.discard(version)
-        return outcome
-
-    outcomes = run_all(wanted, run, options.jobs)
+    outcomes = run_all(wanted, lambda version: run_or_keep(environments, version, state, options), options.jobs)
     if digest() != sources:
         print("the patches or the suite have changed during the run: run it again", file=sys.stderr)
         return 1
     if not options.ci and not options.only and wanted == releases:
-        record = {
-            "digest": sources,
-            "torch": options.torch,
-            "python": platform.python_version(),
-            "releases": {o.version: {"tests": o.tests, "problem": o.problem.partition("\n")[0]} for o in outcomes},
-        }
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        write_tables(record)
-    failed = [o.version for o in outcomes if o.problem]
-    print(
-        f"{len(outcomes) - len(failed)} of {len(outcomes)} releases passed"
-        + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+        write_record(outcomes, sources, options.torch)
+    failed = [outcome.version for outcome in outcomes if outcome.problem]
+    verdict = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} releases passed{verdict}")
     return 1 if failed or not outcomes else 0
 
 

@@ -1,6 +1,7 @@
-"""What a checkpoint is, from its config.json and the headers of its shards; weights are read for a quick proof only."""
+"""Facts of a checkpoint, from its config.json and the headers of its shards. Only a quick proof reads weights."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,58 @@ from ..checkpoints.config import (
     read_json,
 )
 from ..checkpoints.folder import LM_HEAD, FolderSource
-from ..doctor_texts import Remark, remark
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
+from ..results import Record
+from .remarks import Remark, in_words, remark
 
-QUICK = 2**26  # bytes of weights that are bounded in about a second
-BYTES_A_SECOND = 5e8  # bounded on two cores: 15 GB in half a minute
-TRAPS = ("checkpoint.stock_name", "checkpoint.no_auto_model", "checkpoint.not_proven")  # notes that are warnings
-QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # with a sentence of their own
+QUICK = 2**26  # bytes of weights, which `certify` bounds in about a second
+BYTES_A_SECOND = 5e8  # of weights that `certify` bounds on two cores: 15 GB in half a minute
+#: Notes that are warnings as well.
+WARNING_CODES = ("checkpoint.stock_name", "checkpoint.no_auto_model", "checkpoint.not_proven")
+QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # each has a sentence of its own
+
+
+@dataclass(frozen=True)
+class CheckpointFacts(Record):
+    """What a checkpoint is."""
+
+    model_type: str
+    architectures: list[str]
+    auto_map: dict[str, str]  # Auto class to module and class, without the repository
+    exported: bool  # it carries the fix as remote code
+    quantised: str | None  # the method
+    layers: int | None
+    hidden: int | None
+    notes: list[str]  # what is wrong with it, and what else to know
+    bytes: int | None = None  # this and the next two only if the weights could be read
+    parameters: int | None = None
+    stored: dict[str, int] | None = None  # parameters by dtype
+    proven: bool | None = None  # by `certify`, only if that was quick
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, without what is not known, and with the notes last."""
+        found = super().to_dict()
+        notes = found.pop("notes")
+        unknown = [name for name in ("bytes", "parameters", "stored", "proven") if found[name] is None]
+        return {name: value for name, value in found.items() if name not in unknown} | {"notes": notes}
+
+
+def examine_checkpoint(
+    path: Path | None, language: str, progress: Console | None
+) -> tuple[CheckpointFacts | None, list[Remark], list[Remark]]:
+    """The facts, problems as findings, and some of the notes as warnings. Nothing without a path."""
+    if path is None:
+        return None, [], []
+    facts, notes, problems = examine(path, progress)
+    found = CheckpointFacts(**facts, notes=[in_words(each, language) for each in (*problems, *notes)])
+    return found, problems, [note for note in notes if note.code in WARNING_CODES]
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, or of the folder a file is in, whatever model it is of.
+    """The config.json of a checkpoint folder, or of the folder that holds the file `path`. Any model's.
 
-    Raises CheckpointError, without the path in its sentence, where there is none to read.
+    Raises CheckpointError if it cannot be read. Its sentence does not contain the path.
     """
     try:
         found, folder = path.exists(), path if path.is_dir() else path.parent
@@ -44,9 +83,9 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any], list[Remark], list[Remark]]:
-    """What the checkpoint is, fit for JSON; what is worth knowing about it; and what makes it unusable.
+    """The fields of CheckpointFacts, notes, and problems that make the checkpoint unusable.
 
-    Raises CheckpointError for what is no checkpoint at all.
+    Raises CheckpointError if there is no checkpoint at all.
     """
     config = config_of(path)
     facts: dict[str, Any] = {
@@ -62,7 +101,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         if any(isinstance(part, dict) and part.get("model_type") == "qwen2" for part in config.values()):
             return facts, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
         return facts, [], [remark("checkpoint.not_qwen2", kind=facts["model_type"])]
-    notes = [*traps(facts), *_quantised(facts["quantised"])]
+    notes = [*code_warnings(facts), *_quantised(facts["quantised"])]
     foreign = foreign_code(config)
     problems = [] if foreign is None else [remark("checkpoint.foreign_code", module=foreign.partition(".")[0])]
     if _only_pickles(path):
@@ -85,8 +124,8 @@ def quantisation(config: dict[str, Any]) -> str | None:
     return str(found.get("quant_method") or "unnamed") if isinstance(found, dict) else "unnamed"
 
 
-def traps(facts: dict[str, Any]) -> list[Remark]:
-    """Ways in which this checkpoint's code or names lead a loader or an engine to a model without the fix."""
+def code_warnings(facts: dict[str, Any]) -> list[Remark]:
+    """Why a loader or an engine may build a model without the fix: the checkpoint's code and its class names."""
     code, stock = facts["auto_map"], "Qwen2ForCausalLM" in facts["architectures"]
     found = []
     if facts["exported"]:
@@ -99,7 +138,7 @@ def traps(facts: dict[str, Any]) -> list[Remark]:
 
 
 def sizes(source: FolderSource) -> dict[str, Any]:
-    """Bytes, parameters and bytes by stored dtype, from the headers of the shards."""
+    """Bytes, parameters, and parameters by stored dtype, from the headers of the shards."""
     stored, parameters = Counter[str](), 0
     for file in sorted(set(source.files.values())):
         try:
@@ -118,7 +157,7 @@ def sizes(source: FolderSource) -> dict[str, Any]:
 
 
 def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) -> Remark:
-    """The verdict of `certify` where that is quick, or the command."""
+    """The verdict of `certify` if that is quick, or else the command to run."""
     if facts["quantised"]:
         return remark("checkpoint.never_proven")
     if facts["bytes"] > QUICK:
@@ -127,10 +166,10 @@ def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) ->
     from ..certificate import certify
 
     found = certify(path, progress)
-    facts["proven"] = found["proven"]
-    if found["proven"]:
-        return remark("checkpoint.proven", layers=len(found["layers"]), scaled=found["scaled_layers"])
-    return remark("checkpoint.not_proven", reason=found["reasons"][0])
+    facts["proven"] = found.proven
+    if found.proven:
+        return remark("checkpoint.proven", layers=len(found.layers), scaled=found.scaled_layers)
+    return remark("checkpoint.not_proven", reason=found.reasons[0])
 
 
 def _quantised(method: str | None) -> list[Remark]:

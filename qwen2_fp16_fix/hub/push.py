@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from rich.console import Console
+from rich.console import Group
+from rich.text import Text
 
 from .._version import __version__
 from ..checkpoints.config import builds_own_model, reachable, read_config
@@ -193,14 +194,12 @@ def _answer(repo: str, status: int | None) -> str:
     return f"the Hub answered {status} for {repo}: nothing more was pushed; push again later to go on."
 
 
-def render(found: dict[str, Any], console: Console) -> None:
-    """Prints what was or would be pushed, and where."""
-    for file in found["files"]:
-        console.print(f"{file['bytes']:>14,}  {file['path']}", highlight=False, markup=False)
-    for path in found["deleted"]:
-        console.print(f"{'deleted':>14}  {path}", highlight=False, markup=False)
+def as_table(found: dict[str, Any]) -> Group:
+    """What was or would be pushed, and where, for a terminal."""
+    lines = [f"{file['bytes']:>14,}  {file['path']}" for file in found["files"]]
+    lines += [f"{'deleted':>14}  {path}" for path in found["deleted"]]
     size = sum(file["bytes"] for file in found["files"])
     text = f"{len(found['files'])} files, {size:,} bytes, {'private' if found['private'] else 'public'} if new"
     where = f"{found['repo']} at {found['revision']}"
     verb = f"would go to {where}" if found["commit"] is None else f"are at {where}: {found['commit']}"
-    console.print(f"{text}, {verb} ({found['message']})", highlight=False, markup=False)
+    return Group(*map(Text, [*lines, f"{text}, {verb} ({found['message']})"]))

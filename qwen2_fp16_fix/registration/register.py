@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.models.auto import auto_factory, modeling_auto
 
-from ..locking import refuse_drift
+from ..locking import require_lock
 from ..patches.errors import RegistrationError
 from ..patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, is_switched_off
 from . import construction
@@ -82,7 +82,7 @@ def registered(lock: str | Path | None = None) -> Iterator[None]:
 def _may_apply(lock: str | Path | None) -> bool:
     """Whether the environment allows the fix. Raises LockError or LockFileError where the lock does not."""
     if lock is not None:
-        refuse_drift(lock)
+        require_lock(lock)
     if is_switched_off():
         logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
         return False

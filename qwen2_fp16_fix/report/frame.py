@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from ..report_texts import TEXTS
 from ..scanning.result import ScanResult
+from ..translations import SCAN_TEXTS as TEXTS
 from .style import STAND_INS, colour_of, log_ticks
 
 

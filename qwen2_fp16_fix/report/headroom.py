@@ -6,9 +6,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ..activations.sites import SITES
-from ..report_texts import TEXTS
 from ..scanning.result import ScanResult
 from ..scanning.sentences import place_name, site_name
+from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, layout, marker
 from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, cells_of, hover_text, layers_of, scan_name
 

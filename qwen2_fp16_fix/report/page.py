@@ -12,14 +12,15 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup, escape
 
-from ..report_texts import PAGE, TEXTS
 from ..scanning.result import ScanResult
 from ..scanning.sentences import consequences, number, site_in_layer, verdict
+from ..translations import SCAN_TEXTS as TEXTS
 from .charts import charts
 from .frame import Chart
 from .style import PALETTE, scan_name, stand_ins
 from .tables import all_numbers, cache_table, massive_table, spike_table, verification_table
 
+TEMPLATE = Path(__file__).parent / "template"
 TERMS = ("headroom", "site", "measured", "bound", "subnormal", "massive", "spike", "loss", "score_error")
 
 
@@ -27,14 +28,14 @@ def page(scans: Sequence[ScanResult], verification: dict[str, Any] | None = None
     """The page. scans: one, or stock's and fixed's; verification: what `verify --json` prints."""
     texts, first = TEXTS[lang], scans[0]
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     templates.filters["ticked"] = ticked
     drawn = charts(scans, lang)
     return templates.get_template("report.html").render(
         t=texts,
         css=Markup(templates.get_template("report.css").render(palette=PALETTE)),
-        js=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
+        js=Markup((TEMPLATE / "report.js").read_text(encoding="utf-8")),
         plotly=packed_plotly(),
         data=Markup(_json({"palette": stand_ins(), "figures": figures(drawn), "tooOld": texts["too_old"]})),
         name=Path(first.checkpoint).resolve().name,  # of ".", too
@@ -119,9 +120,9 @@ def versions(scans: Sequence[ScanResult], lang: str) -> list[dict[str, str]]:
     found, settings, model = first.versions, first.settings, first.model
     sizes = texts["sizes"].format(**{key: model[key] for key in ("layers", "hidden", "heads", "kv_heads", "head_dim")})
     named = [
-        ("qwen2-fp16-fix", f"{found['package']} ({found['patch']})"),
-        ("transformers", found["transformers"]),
-        ("torch", found["torch"]),
+        ("qwen2-fp16-fix", f"{found.package} ({found.patch})"),
+        ("transformers", found.transformers),
+        ("torch", found.torch),
         (texts["model"], sizes),
         (
             texts["ran"],

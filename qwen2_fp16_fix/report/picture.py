@@ -15,9 +15,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from ..activations.sites import SITES
 from ..errors import ScanError
 from ..patches.range_plan import FLOAT16_MAX
-from ..report_texts import TEXTS
 from ..scanning.result import ScanResult
 from ..scanning.sentences import site_name, verdict
+from ..translations import SCAN_TEXTS as TEXTS
 from .style import BANDS, PALETTE, band_of, bits_text, cells_of, kind_of, layers_of, log_ticks, residuals, scan_name
 
 #: Fonts with Chinese letters, as Linux, macOS and Windows call theirs.

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from ..activations.sites import SITES
-from ..report_texts import TEXTS
 from ..scanning.result import MeasuredSite, ScanResult
 from ..scanning.sentences import number, place_name
+from ..translations import SCAN_TEXTS as TEXTS
 
 #: Stand-ins for colours that differ by theme: plotly wants colours, the page replaces these by its own.
 PALETTE = {

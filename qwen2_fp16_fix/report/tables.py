@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..report_texts import TEXTS
 from ..scanning.result import CacheLosses, Losses, MeasuredSite, ScanResult
 from ..scanning.sentences import bias_text, number, site_name, token_name, where_text
+from ..translations import SCAN_TEXTS as TEXTS
 from .style import kind_of, scan_name
 
 CALM = 8.0  # bits of headroom from which a row is left out on paper

@@ -9,6 +9,7 @@ import torch
 
 from ..activations.extremes import Break, Extremes, TokenPlace
 from ..activations.sites import SCORES, SitePlace, execution_order
+from ..certificate import Certificate
 from ..patches.architecture import QWEN2
 from ..patches.range_plan import FLOAT16_MAX, LIMIT
 from .measurements import LINEAR_INPUTS, Measurements
@@ -48,13 +49,13 @@ class Findings(NamedTuple):
     fixed: bool
     attention: str
 
-    def fields(self, certificate: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, certificate: Certificate) -> dict[str, Any]:
         """The fields of a ScanResult that come from measuring. certificate: of the same model."""
         sites = tuple(self.sites(certificate))
         first = self.first_nonfinite(sites)
         spikes = sorted(self.spikes, key=lambda spike: -abs(spike.bias or 0.0))
         return {
-            "model": certificate["config"],
+            "model": certificate.config,
             "prompts": tuple(scanned_prompts(self.read)),
             "sites": sites,
             "first_nonfinite": first,
@@ -64,11 +65,11 @@ class Findings(NamedTuple):
             "bias_spikes_found": len(spikes),
             "quantisation": quantisation(self.measured),
             "certificate": Proof(
-                **{key: certificate[key] for key in ("proven", "verdict", "scaled_layers", "max_exponent")}
+                certificate.proven, certificate.verdict, certificate.scaled_layers, certificate.max_exponent
             ),
         }
 
-    def sites(self, certificate: Mapping[str, Any]) -> Iterator[MeasuredSite]:
+    def sites(self, certificate: Certificate) -> Iterator[MeasuredSite]:
         """Every site, in the order of execution."""
         for place in sorted(self.measured.sites, key=execution_order):
             extremes = self.measured.sites[place]
@@ -137,22 +138,21 @@ def losses(numbers: Mapping[str, float] | None) -> Losses | None:
     return Losses(**numbers) if numbers is not None and all(map(math.isfinite, numbers.values())) else None
 
 
-def bound_of(place: SitePlace, certificate: Mapping[str, Any], fixed: bool) -> float | None:
+def bound_of(place: SitePlace, certificate: Certificate, fixed: bool) -> float | None:
     """What certify proves of a site for any prompt, as the site is stored. None where it proves nothing."""
     if place.layer is None:
-        logits: float | None = certificate["logits"]
-        return logits if place.site == "logits" else None
-    layer = certificate["layers"][place.layer]
+        return certificate.logits if place.site == "logits" else None
+    layer = certificate.layers[place.layer]
     if place.site in BOUNDS:
-        bound = layer["bounds"].get(BOUNDS[place.site])
-        exponent = layer["exponents"].get(EXPONENTS.get(place.site, ""), 0) if fixed else 0
+        bound = layer.bounds.get(BOUNDS[place.site])
+        exponent = layer.exponents.get(EXPONENTS.get(place.site, ""), 0) if fixed else 0
         return None if bound is None else float(bound * 2.0**-exponent)
-    stock = layer["stock_headroom_bits"]
-    if place.site in SCORES.values() and stock.get("scores") is not None:
-        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == SCORES["scaled"] else 1.0
-        return float(LIMIT * 2.0 ** -stock["scores"] * scaling)
-    if place.site.startswith("residual") and stock.get("residual") is not None:
-        return float(FLOAT16_MAX * 2.0 ** -stock["residual"])
+    scores, residual = (layer.stock_headroom_bits.get(name) for name in ("scores", "residual"))
+    if place.site in SCORES.values() and scores is not None:
+        scaling = certificate.config["head_dim"] ** -0.5 if place.site == SCORES["scaled"] else 1.0
+        return float(LIMIT * 2.0**-scores * scaling)
+    if place.site.startswith("residual") and residual is not None:
+        return float(FLOAT16_MAX * 2.0**-residual)
     return None
 
 

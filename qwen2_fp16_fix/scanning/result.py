@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..model_status import Status
 from ..results import Record, Result
 
 if TYPE_CHECKING:
@@ -183,15 +184,15 @@ class ScannedPrompt(Record):
 class ScanResult(Result):
     """What `scan` returns.
 
-    versions: as `status()`. foreign_code: the class of the checkpoint's own code that loads in place of what was
+    versions: what ran. foreign_code: the class of the checkpoint's own code that loads in place of what was
     scanned, or None. model: the sizes. bias_spikes: the largest of the `bias_spikes_found`. verdict: a sentence.
     """
 
-    versions: dict[str, Any]
+    versions: Status
     checkpoint: str
     foreign_code: str | None
     settings: ScanSettings
-    model: dict[str, Any]
+    model: dict[str, int | float]
     prompts: tuple[ScannedPrompt, ...]
     sites: tuple[MeasuredSite, ...]
     first_nonfinite: FirstNonfinite | None

@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..patches.range_plan import FLOAT16_MAX
-from ..report_texts import TEXTS
+from ..translations import SCAN_TEXTS as TEXTS
 from .result import BiasSpike, CacheLosses, FirstNonfinite, MeasuredSite, ScanResult, Where, headroom
 
 LANGUAGES = tuple(TEXTS)

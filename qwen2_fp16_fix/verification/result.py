@@ -4,8 +4,9 @@ Attributes are named as the keys of the JSON. Lists are tuples here. What is not
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..model_status import Status
 from ..results import Record, Result
 from .settings import Settings
 
@@ -48,9 +49,9 @@ class VerifiedRow(MeasuredRow):
 
 @dataclass(frozen=True, repr=False)
 class VerificationResult(Result):
-    """What `verify` returns. versions: as `status()`. reasons: why it does not pass, if so. verdict: a sentence."""
+    """What `verify` returns. versions: what ran. reasons: why it does not pass, if so. verdict: a sentence."""
 
-    versions: dict[str, Any]
+    versions: Status
     checkpoint: str
     settings: Settings
     rows: tuple[VerifiedRow, ...]

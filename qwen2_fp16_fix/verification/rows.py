@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..activations.extremes import Magnitudes
 from ..checkpoints.loading import forward, load, quiet
 from ..errors import CheckpointError, first_line
-from ..model_status import model_status
+from ..model_status import examine_model
 from ..patches.errors import PatchConflictError, Qwen2FP16FixError
 from .divergence import Divergence, OracleLogits, Window
 from .peak_memory import PeakMemory
@@ -124,7 +124,7 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
     except Exception as error:  # as many kinds as there are ways for a config to be wrong
         raise CheckpointError(f"transformers cannot load {folder} as {row.name} ({first_line(error)}).") from None
     model = model.to(device)
-    found = model_status(model)
+    found = examine_model(model).to_dict()
     asked = (row.fixed, row.dtype, row.attention)
     partly = not row.fixed and any(part["fixed"] for part in found["parts"].values())
     if found["problem"] or partly or (found["fixed"], found["dtype"], found["attention"]) != asked:

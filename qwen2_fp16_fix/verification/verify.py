@@ -125,7 +125,7 @@ def _key(
     if console is not None:
         console.print("hashing the checkpoint, so that --resume can recognise it …", highlight=False)
     own = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
-    found = status()
+    found = status().to_dict()
     gpu = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else ""
     numbers = hashlib.sha256(str(tokens.tolist()).encode()).hexdigest()
     return {

@@ -33,7 +33,7 @@ def fixed(*kinds: str, **settings: Any) -> Any:
 
 
 def ranges(model: Any, site: str = "mlp") -> list[Any]:
-    return [row[site] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]]
+    return [getattr(row, site) for row in qwen2_fp16_fix.status(model).model.ranges]
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -176,4 +176,4 @@ def test_a_fused_step_ends_every_plan() -> None:
     model.eval()
     assert torch.isfinite(logits(model)).all()
     assert all(layer.plan is not None for layer in model.model.layers)
-    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert qwen2_fp16_fix.status(model).model.fixed

@@ -14,6 +14,7 @@ import qwen2_fp16_fix
 from tests.conformance.models import CLOSE, DTYPE, PROMPT, answer_of, kl, stress
 from tests.stress import TINY
 
+pytestmark = pytest.mark.process
 NAMES = ("AutoModelForCausalLM", "Qwen2ForCausalLM", "AutoModel", "Qwen2Model")
 #: What the command line does with the words after `run --`; a matrix's environment has nothing to read it with.
 RUN = "import sys; from qwen2_fp16_fix.launch import launcher; sys.exit(launcher.run(sys.argv[1:]))"

@@ -35,7 +35,7 @@ def logits(model: Any, tokens: Tensor = PROMPT, **inputs: Any) -> Tensor:
 
 
 def states(model: Any) -> set[str]:
-    return {row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]}
+    return {row.keys for row in qwen2_fp16_fix.status(model).model.ranges}
 
 
 # --- the centre ---
@@ -279,7 +279,7 @@ def test_a_centre_that_is_not_finite_is_not_kept(broken: str) -> None:
     if broken == "bias":
         attention.k_proj.bias.data[3] = math.inf
     qwen2_fp16_fix.fix(model)
-    assert [row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]].count("not centred") == (
+    assert [row.keys for row in qwen2_fp16_fix.status(model).model.ranges].count("not centred") == (
         1 if broken == "bias" else 0
     )
     frequencies, scale = model.model.rotary_emb.frequencies(), 1.0

@@ -30,7 +30,7 @@ def logits(model: Any, tokens: torch.Tensor = PROMPT) -> torch.Tensor:
 
 
 def exponents(model: Any) -> list[Any]:
-    return [row["mlp"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]]
+    return [row.mlp for row in qwen2_fp16_fix.status(model).model.ranges]
 
 
 def fixed(*kinds: str, attention: str = "eager") -> Any:
@@ -341,8 +341,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], dtype=torch.float16, tp_plan="auto", attn_implementation="eager"
 ).eval()
-ranges = qwen2_fp16_fix.status(model)["model"]["ranges"]
-assert {row["mlp"] for row in ranges} == {"by token"}, ranges
+ranges = qwen2_fp16_fix.status(model).model.ranges
+assert {row.mlp for row in ranges} == {"by token"}, ranges
 with torch.no_grad():
     logits = model(input_ids=torch.load(sys.argv[2])).logits
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits

@@ -86,9 +86,9 @@ def check(model: Any, kind: str) -> None:
     """Quantised through and through, finite, and near to fp32."""
     quantised = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}[kind]
     assert {type(projection) for projection in projections(model)} == {quantised}
-    found = qwen2_fp16_fix.status(model)["model"]
-    assert found["fixed"], found["problem"]
-    assert {row["keys"] for row in found["ranges"]} == {"centred"}
+    found = qwen2_fp16_fix.status(model).model
+    assert found.fixed, found.problem
+    assert {row.keys for row in found.ranges} == {"centred"}
     assert kl_to(oracle(model), logits_of(model)) < CLOSE[kind]
 
 

@@ -98,8 +98,8 @@ def own(tmp_path: Path) -> Path:
 def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
     """`certify` said Proven and `doctor` that all is well about a model that does not load."""
     found = qwen2_fp16_fix.certify(own)
-    assert not found["proven"]
-    assert "modeling_own.OwnModel" in found["verdict"]
+    assert not found.proven
+    assert "modeling_own.OwnModel" in found.verdict
     scanned = qwen2_fp16_fix.scan(own, [[5, 6, 7]])
     assert scanned.foreign_code == "modeling_own.OwnModel"
     assert "modeling_own.OwnModel" in scanned.verdict
@@ -120,4 +120,4 @@ def test_a_loaded_model_with_a_forward_of_its_own_is_not_proven(source: Any) -> 
     """The bounds are those of transformers' forward."""
     with qwen2_fp16_fix.registered():
         model = OwnForward(source.config).half()
-    assert "OwnForward has a forward of its own, which is not bounded here" in qwen2_fp16_fix.certify(model)["reasons"]
+    assert "OwnForward has a forward of its own, which is not bounded here" in qwen2_fp16_fix.certify(model).reasons

@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from qwen2_fp16_fix.patches.version_map import NEWEST_TESTED, RANGES
 from tools import matrix
+from tools.matrix_environments import Environments, core_requirements
 
 LISTED = matrix.listed()
 VERSIONS = [release.version for release in LISTED]
@@ -99,8 +100,8 @@ def test_a_test_that_did_not_run_is_a_problem(tmp_path: Path) -> None:
 
 def test_a_whole_report_does_not_excuse_a_dead_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash after the report is written, on the way out of the interpreter, is a finding too."""
-    workshop = matrix.Workshop(tmp_path, "2.13.0")
-    monkeypatch.setattr(workshop, "release", lambda version: (tmp_path, tmp_path))
+    environments = Environments(tmp_path, "2.13.0")
+    monkeypatch.setattr(environments, "release", lambda version: (tmp_path, tmp_path))
     monkeypatch.setattr(matrix, "suite_functions", lambda: {"test_a", "test_b"})
     for status, problem in ((0, ""), (-11, "pytest ended with -11")):
 
@@ -109,7 +110,7 @@ def test_a_whole_report_does_not_excuse_a_dead_process(tmp_path: Path, monkeypat
             return subprocess.CompletedProcess(command, status, "", "")
 
         monkeypatch.setattr(subprocess, "run", pytest_run)
-        assert matrix.run_suite(workshop, "4.37.0", threads=1).problem.partition("\n")[0] == problem
+        assert matrix.run_suite(environments, "4.37.0", threads=1).problem.partition("\n")[0] == problem
 
 
 def test_a_release_that_does_not_report_fails_the_run() -> None:
@@ -126,35 +127,82 @@ def test_a_release_that_does_not_report_fails_the_run() -> None:
 
 
 def test_an_earlier_result_counts_only_on_the_same_sources(tmp_path: Path) -> None:
-    workshop = matrix.Workshop(tmp_path, "2.13.0")
+    environments = Environments(tmp_path, "2.13.0")
     (tmp_path / "results").mkdir()
     for problem, state, counts in (("", "now", True), ("", "before", False), ("test_a failure", "now", False)):
         outcome = matrix.Outcome("4.37.0", 2, 1.0, problem)
-        workshop.result("4.37.0").write_text(json.dumps({"state": state, "outcome": outcome._asdict()}))
-        assert (matrix.kept(workshop, "4.37.0", "now") == outcome) == counts
+        environments.result("4.37.0").write_text(json.dumps({"state": state, "outcome": outcome._asdict()}))
+        assert (matrix.kept(environments, "4.37.0", "now") == outcome) == counts
 
 
 def test_requirements_of_extras_are_left_out() -> None:
     """`transformers[torch]` of 4.52 would install a torch below 2.7."""
     metadata = 'Requires-Dist: numpy>=1.17\nRequires-Dist: torch<2.7; extra == "torch"\n'
-    assert matrix.core_requirements(metadata) == ["numpy>=1.17"]
+    assert core_requirements(metadata) == ["numpy>=1.17"]
 
 
-@pytest.mark.parametrize(
-    "name", ["patches/keys.py", "qwen2_fp16_fix/in_place.py", "tests/conformance/conftest.py", "tests/stress/models.py"]
-)
-def test_the_digest_sees_what_decides_the_outcome(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A patch, what applies it or the suite changed after the run, and the table went on claiming it."""
-    before = matrix.digest()
-    for folder in ("patches", "qwen2_fp16_fix", "tests", "tools"):
-        ignored = shutil.ignore_patterns("__pycache__", "demo_checkpoint")
-        shutil.copytree(matrix.ROOT / folder, tmp_path / folder, ignore=ignored)
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the checkout that `digest` looks at."""
+    for folder in ("patches", "qwen2_fp16_fix", "tests", "tools", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__", "demo_checkpoint", "results")
+        shutil.copytree(matrix.ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignored)
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     monkeypatch.setattr(matrix, "SUITE", tmp_path / "tests" / "conformance")
+    return tmp_path
+
+
+#: Something of everything that the suite goes through: the arithmetic, ways in, an export's files, a program's start.
+USED = (
+    "patches/blocks.py",
+    "patches/v4_37.py",
+    "qwen2_fp16_fix/__init__.py",
+    "qwen2_fp16_fix/code_copies.py",
+    "qwen2_fp16_fix/errors.py",
+    "qwen2_fp16_fix/files.py",
+    "qwen2_fp16_fix/hub/export.py",
+    "qwen2_fp16_fix/hub/export_config.py",
+    "qwen2_fp16_fix/hub/model_card.py",
+    "qwen2_fp16_fix/in_place.py",
+    "qwen2_fp16_fix/launch/launcher.py",
+    "qwen2_fp16_fix/launch/startup/sitecustomize.py",
+    "qwen2_fp16_fix/locking.py",
+    "qwen2_fp16_fix/model_status.py",
+    "qwen2_fp16_fix/registration/construction.py",
+    "qwen2_fp16_fix/registration/register.py",
+    "tests/conformance/conftest.py",
+    "tests/conformance/load_remotely.py",
+    "tests/conftest.py",
+    "tests/helpers.py",
+    "tests/stress/models.py",
+)
+
+
+def test_the_digest_sees_what_decides_the_outcome(copied: Path) -> None:
+    """A patch, what applies it or the suite changed after the run, and the table went on claiming it.
+
+    The list of these files was written by hand once and forgot five that `export` uses.
+    """
+    before = matrix.digest()
+    assert re.fullmatch(r"[0-9a-f]{16}", before)
+    seen = {path.relative_to(copied).as_posix() for path in matrix.decisive()}
+    assert set(USED) <= seen
+    assert any(name.startswith("qwen2_fp16_fix/checkpoints/") for name in seen)  # `export` looks at the weights
+    for name in ("patches/blocks.py", "qwen2_fp16_fix/hub/model_card.py", "tests/stress/models.py"):
+        (copied / name).write_bytes((copied / name).read_bytes() + b"#")
+        assert matrix.digest() != before, name
+        before = matrix.digest()
+
+
+def test_the_digest_does_not_see_the_rest(copied: Path) -> None:
+    """Or a word in a report would ask for the whole matrix anew."""
+    seen = {path.relative_to(copied).parts[:2] for path in matrix.decisive()}
+    for room in ("report", "cli", "diagnosis", "scanning", "verification", "demo.py"):
+        assert ("qwen2_fp16_fix", room) not in seen
+    before = matrix.digest()
+    for name in ("qwen2_fp16_fix/report/page.py", "qwen2_fp16_fix/demo.py", "benchmarks/cost.py"):
+        (copied / name).write_bytes((copied / name).read_bytes() + b"#")
     assert matrix.digest() == before
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"#")
-    assert re.fullmatch(r"[0-9a-f]{16}", matrix.digest())
-    assert matrix.digest() != before
 
 
 def test_an_unlisted_release_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,7 @@ def run_pytest(sources: Path) -> Iterator[Callable[[str], tuple[int, str]]]:
         server.stdin.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_turns_red(mutation: Mutation, sources: Path, run_pytest: Callable[[str], tuple[int, str]]) -> None:
     """The named test fails on the mutated source, and for an assertion or an error of the run, not of the copy."""

@@ -15,9 +15,9 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints.loading import forward, load
 from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
 from qwen2_fp16_fix.report.page import page
-from qwen2_fp16_fix.report_texts import TEXTS
 from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import ScanResult
+from qwen2_fp16_fix.translations import SCAN_TEXTS as TEXTS
 from tests import stress
 from tests.scanning.planted import BREAKS, HALF, LAST, MASSIVE, PROMPT, SPIKED, site
 from tests.stress import TINY, build

@@ -17,6 +17,7 @@ from qwen2_fp16_fix.activations.extremes import Extremes, ScoreExtremes
 from qwen2_fp16_fix.activations.layerwise import LayerwiseRun
 from qwen2_fp16_fix.activations.sites import Attended
 from qwen2_fp16_fix.activations.weights_on_demand import ModelOnDisk
+from qwen2_fp16_fix.certificate import Certificate, LayerCertificate
 from qwen2_fp16_fix.checkpoints.folder import FolderSource
 from qwen2_fp16_fix.checkpoints.loading import forward, load
 from qwen2_fp16_fix.scanning.measurements import Measurements
@@ -85,10 +86,19 @@ def test_one_layer_is_in_memory_at_a_time_and_each_tensor_is_read_once(
     assert len(reads) == len(set(reads)) == len(load_file(folders("massive") / "model.safetensors"))
 
 
-EMPTY_CERTIFICATE: dict[str, Any] = {
-    "proven": False, "verdict": "", "scaled_layers": 0, "max_exponent": 0, "logits": None, "config": {"head_dim": 32},
-    "layers": [{"bounds": {}, "exponents": {}, "stock_headroom_bits": {}}] * TINY.layers,
-}  # fmt: skip
+LAYER = LayerCertificate(0, {}, {}, {}, False, {}, False, [])
+EMPTY_CERTIFICATE = Certificate(
+    proven=False,
+    verdict="",
+    reasons=[],
+    layers=[LAYER] * TINY.layers,
+    logits=None,
+    casting={},
+    scaled_layers=0,
+    max_exponent=0,
+    config={"head_dim": 32},
+    seconds=0.0,
+)
 
 
 def test_a_broken_float16_run_ends_and_each_key_head_is_measured_once(

@@ -12,8 +12,8 @@ from rich.console import Console
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import ENDS, SITES
-from qwen2_fp16_fix.report_texts import TEXTS
 from qwen2_fp16_fix.scanning import sentences
+from qwen2_fp16_fix.translations import SCAN_TEXTS as TEXTS
 from tests.scanning.planted import with_tokens
 
 SHOWING = (".py", ".html", ".css", ".js")  # the files of a room that may name a text

@@ -27,6 +27,56 @@ def _partial_sum_peak(weight: Tensor, vector: Tensor) -> float:
     return max(float((rows * vector).cumsum(dim=-1).abs().max()) for rows in torch.split(weight, 512))
 
 
+class _Watch:
+    """Hooks on a model, and the largest magnitude that each kind of tensor had."""
+
+    def __init__(self, model: Qwen2ForCausalLM) -> None:
+        self.found = dict.fromkeys(("scores", "residual", "block", "act_up", "down", "partial"), 0.0)
+        self.head_dim = head_dim_of(model)
+        self.query: Tensor | None = None
+        self.hooks = [model.model.norm.register_forward_pre_hook(self.before_norm)]
+        for layer in model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                self.hooks.append(norm.register_forward_pre_hook(self.before_norm))
+            self.hooks.append(layer.self_attn.q_proj.register_forward_hook(self.after_query))
+            self.hooks.append(layer.self_attn.k_proj.register_forward_hook(self.after_key))
+            self.hooks.append(layer.self_attn.o_proj.register_forward_hook(self.after_block))
+            self.hooks.append(layer.mlp.down_proj.register_forward_hook(self.after_down))
+
+    def note(self, key: str, value: Tensor | float) -> None:
+        size = float(value.abs().max()) if isinstance(value, Tensor) else value
+        self.found[key] = max(self.found[key], size) if math.isfinite(size) else math.inf
+
+    def heads(self, output: Tensor) -> Tensor:
+        """The heads of a projection, rotated."""
+        batch, length, _ = output.shape
+        return rotate(output.view(batch, length, -1, self.head_dim).transpose(1, 2).float(), ROPE_THETA)
+
+    def before_norm(self, module: nn.Module, args: Any) -> None:
+        self.note("residual", args[0])
+
+    def after_query(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.query = self.heads(output)
+
+    def after_key(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        query, self.query = self.query, None
+        assert query is not None
+        key = self.heads(output)
+        self.note("scores", query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2))
+
+    def after_block(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.note("block", output)
+
+    def after_down(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        activation = args[0].float().flatten(0, -2)
+        self.note("act_up", activation)
+        self.note("down", output)
+        self.note("block", output)
+        largest = activation[activation.abs().amax(-1).argmax()]
+        self.note("partial", _partial_sum_peak(module.weight.float(), largest))
+
+
 @torch.no_grad()
 def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
     """Largest magnitudes of one forward pass over (batch, length) token ids without padding.
@@ -34,49 +84,10 @@ def peaks(model: Qwen2ForCausalLM, input_ids: Tensor) -> dict[str, float]:
     Keys: scores (q·k unscaled), residual, block (what an attention or MLP block adds), act_up, down (output of
     down_proj) and partial (its partial sums, for the token with the largest act·up).
     """
-    found = dict.fromkeys(("scores", "residual", "block", "act_up", "down", "partial"), 0.0)
-    head_dim = head_dim_of(model)
-    pending: dict[str, Tensor] = {}
-
-    def note(key: str, value: Tensor | float) -> None:
-        size = float(value.abs().max()) if isinstance(value, Tensor) else value
-        found[key] = max(found[key], size) if math.isfinite(size) else math.inf
-
-    def heads(output: Tensor) -> Tensor:
-        batch, length, _ = output.shape
-        return rotate(output.view(batch, length, -1, head_dim).transpose(1, 2).float(), ROPE_THETA)
-
-    def on_query(module: nn.Module, args: Any, output: Tensor) -> None:
-        pending["query"] = heads(output)
-
-    def on_key(module: nn.Module, args: Any, output: Tensor) -> None:
-        query = pending.pop("query")
-        key = heads(output)
-        note("scores", query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2))
-
-    def on_block(module: nn.Module, args: Any, output: Tensor) -> None:
-        note("block", output)
-
-    def on_down(module: nn.Module, args: Any, output: Tensor) -> None:
-        assert isinstance(module, nn.Linear)
-        activation = args[0].float().flatten(0, -2)
-        note("act_up", activation)
-        note("down", output)
-        note("block", output)
-        largest = activation[activation.abs().amax(-1).argmax()]
-        note("partial", _partial_sum_peak(module.weight.float(), largest))
-
-    hooks = [model.model.norm.register_forward_pre_hook(lambda module, args: note("residual", args[0]))]
-    for layer in model.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            hooks.append(norm.register_forward_pre_hook(lambda module, args: note("residual", args[0])))
-        hooks.append(layer.self_attn.q_proj.register_forward_hook(on_query))
-        hooks.append(layer.self_attn.k_proj.register_forward_hook(on_key))
-        hooks.append(layer.self_attn.o_proj.register_forward_hook(on_block))
-        hooks.append(layer.mlp.down_proj.register_forward_hook(on_down))
+    watch = _Watch(model)
     try:
         model(input_ids=input_ids, use_cache=False)
     finally:
-        for hook in hooks:
+        for hook in watch.hooks:
             hook.remove()
-    return found
+    return watch.found

@@ -24,7 +24,7 @@ def test_a_loaded_model_is_verified(checkpoint: Path) -> None:
     found = table(model)
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in table(checkpoint).rows]
     assert found.checkpoint == "Qwen2ForCausalLM"
-    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert qwen2_fp16_fix.status(model).model.fixed
     with pytest.raises(qwen2_fp16_fix.CheckpointError, match="has no tokenizer: pass tokenizer="):
         qwen2_fp16_fix.verify(model, TEXT)
     model.generation_config.temperature = 0.1  # with do_sample=False, which transformers refuses to save
