@@ -1,7 +1,6 @@
-"""The commands: the options of each, and the one call it makes."""
+"""The commands: the options of each, and the one call that it makes."""
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,27 +10,11 @@ from rich.console import RenderableType
 from .._version import __version__
 from ..errors import ExportError, PublishError
 from ..launch import launcher
+from .options import AsJson, Attention, Device, Language, WeightsChoice
 from .terminal import Notices, printing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Notices(soft_wrap=True)
-
-
-class Language(str, Enum):
-    """A language that a report can be in."""
-
-    ENGLISH = "en"
-    CHINESE = "zh"
-
-
-class Attention(str, Enum):
-    """The attention implementation of a scan."""
-
-    eager = "eager"
-    sdpa = "sdpa"
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -117,12 +100,12 @@ def verify(  # noqa: PLR0913, options of a command
     resume: Annotated[
         Path | None, typer.Option(help="A JSON file of finished rows: written after each, read at the start.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Run your checkpoint stock and fixed in three precisions and measure how far each row is from stock fp32."""
-    from ..verification import verify as room
+    from ..verification import verify as verification
 
-    found = room.verify(
+    found = verification.verify(
         path,
         text,
         window=window,
@@ -134,19 +117,8 @@ def verify(  # noqa: PLR0913, options of a command
         resume=resume,
         progress=Notices(),
     )
-    with printing() as page:
-        if as_json:
-            print(json.dumps(found, indent=2, allow_nan=False))
-        else:
-            room.render(found, page)
-    raise typer.Exit(0 if found["passed"] else 1)
-
-
-class WeightsChoice(str, Enum):
-    """How the weights get into an export."""
-
-    link = "link"
-    copy = "copy"
+    _show(found.to_dict(), found, as_json)
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()
@@ -239,35 +211,31 @@ def scan(  # noqa: PLR0913, options of a command
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
     attention: Annotated[Attention, typer.Option(help="eager stores raw scores, sdpa does not.")] = Attention.eager,
     tokens: Annotated[int, typer.Option(help="How many tokens of each prompt to read.")] = 2048,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
-    from ..report.files import ScanFiles
-    from ..scanning import scan as room
-    from ..scanning.sentences import render
+    from ..report.files import ScanFiles, scan_to_files
+    from ..scanning.sentences import rendered
 
-    files = ScanFiles(report, json_file, png, verification, lang.value)
-    verified = files.check(force)
-    both = fixed is None and (report is not None or png is not None)
-    if both or fixed:
-        room.check_switch()  # before stock runs
-    options: dict[str, Any] = {
-        "attention": attention.value,
-        "tokens": tokens,
-        "device": device,
-        "progress": Notices(),
-    }
-    found = []
-    for wanted in (False, True) if both else (bool(fixed),):
-        found.append(room.scan(path, prompts, fixed=wanted, **options))
-    try:
-        for written in files.write(found, verified):
-            stderr.print(f"wrote {written}", markup=False)
-    finally:  # of minutes of work, what cannot be written is at least shown, and what cannot be shown is written
+    def show(scans: list[Any]) -> None:
         with printing() as page:
-            for each in found:
-                render(each, page, lang.value)
-    raise typer.Exit(0 if all(scan["finite"] for scan in found) else 1)
+            for each in scans:
+                page.print(rendered(each, lang.value))
+
+    found = scan_to_files(
+        path,
+        ScanFiles(report, json_file, png, verification, lang.value),
+        fixed=fixed,
+        force=force,
+        wrote=lambda written: stderr.print(f"wrote {written}", markup=False),
+        show=show,
+        prompts=prompts,
+        attention=attention.value,
+        tokens=tokens,
+        device=device,
+        progress=Notices(),
+    )
+    raise typer.Exit(0 if all(scan.finite for scan in found) else 1)
 
 
 @app.command(

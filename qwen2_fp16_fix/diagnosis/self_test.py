@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..results import Record
-from ..verification.divergence import Closeness
+from ..verification.divergence import Divergence
 from .devices import Device
 from .remarks import Remark, in_words, remark
 
@@ -154,9 +154,9 @@ def _row(place: str, fixed: bool, attention: str, oracle: Tensor) -> SelfTestRow
 
 
 def _kl(logits: Tensor, oracle: Tensor) -> float:
-    closeness = Closeness()
-    closeness.add(logits, oracle, oracle.argmax(-1))
-    found = float(closeness.summary()["kl_mean"])
+    divergence = Divergence()
+    divergence.add(logits, oracle, oracle.argmax(-1))
+    found = float(divergence.summary()["kl_mean"])
     return found if math.isfinite(found) else math.inf
 
 

@@ -106,8 +106,7 @@ def _licence_of(folder: Path) -> dict[str, str]:
 
 def read_verification(given: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The result of `verify` as plain data, from itself or a file of JSON. Raises ExportError for anything else."""
-    given = given.to_dict() if isinstance(given, Result) else given
-    name = "the verification" if isinstance(given, Mapping) else str(given)
+    name = "the verification" if isinstance(given, Result | Mapping) else str(given)
     try:
         found = read_saved(given, fields=("versions", "checkpoint", "settings", "verdict"), row=MEASURED)
         _measured(found)

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 from ..errors import ScanError
 from ..files import write_whole
+from ..scanning.result import ScanResult
+from ..scanning.scan import check_switch, scan
 from ..verification.saved import read_saved
 
 #: What each kind of file is made with, from the `report` extra.
@@ -28,7 +30,7 @@ class ScanFiles:
     lang: str = "en"
 
     def check(self, force: bool) -> dict[str, Any] | None:
-        """What `verify` found, if a file of that is named. Raises ScanError for whatever would fail after the run."""
+        """What `verify` found, if a file with that is named. Raises ScanError for what would fail after the run."""
         asked = {"report": self.report, "json": self.json, "png": self.png}
         named = {kind: path for kind, path in asked.items() if path is not None}
         if len({path.resolve() for path in named.values()}) < len(named):
@@ -46,11 +48,11 @@ class ScanFiles:
             raise ScanError("a verification goes into a report: add --report OUT.html.")
         return read_verification(self.verification)
 
-    def write(self, scans: list[dict[str, Any]], verification: dict[str, Any] | None) -> list[Path]:
+    def write(self, scans: Sequence[ScanResult], verification: dict[str, Any] | None) -> list[Path]:
         """Writes what was asked for and returns the paths. scans: stock's, fixed's, or both."""
         written: list[Path] = []
         if self.json is not None:
-            named = {"fixed" if scan["settings"]["fixed"] else "stock": scan for scan in scans}
+            named = {"fixed" if scan.settings.fixed else "stock": scan.to_dict() for scan in scans}
             text = json.dumps(named, indent=2, allow_nan=False, ensure_ascii=False)
             written.append(_write(self.json, lambda part: part.write_text(text + "\n", encoding="utf-8")))
         if self.report is not None:
@@ -63,6 +65,43 @@ class ScanFiles:
 
             written.append(_write(self.png, lambda part: draw(scans, part, self.lang)))
         return written
+
+
+def scan_to_files(
+    path: str | Path,
+    files: ScanFiles,
+    *,
+    fixed: bool | None,
+    force: bool,
+    wrote: Callable[[Path], object],
+    show: Callable[[list[ScanResult]], object],
+    **options: Any,
+) -> list[ScanResult]:
+    """What the command `scan` does: checks the files, scans, writes the files and shows the scans, which it returns.
+
+    fixed: which model; None for stock, or for both where there is a report or a picture. force: overwrite files.
+    wrote: is called with each path that was written. show: is called with the scans, also where writing failed.
+    options: of `scan`.
+    Raises what `scan` raises, and ScanError for the files.
+    """
+    verification = files.check(force)
+    both = fixed is None and (files.report is not None or files.png is not None)
+    if both or fixed:
+        check_switch()  # before stock runs
+    found = [scan(path, fixed=wanted, **options) for wanted in ((False, True) if both else (bool(fixed),))]
+    try:
+        for written in files.write(found, verification):
+            wrote(written)
+    finally:  # of minutes of work, what cannot be written is at least shown, and what cannot be shown is written
+        show(found)
+    return found
+
+
+def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **paths: Any) -> None:
+    """Writes one file of one scan. paths: fields of ScanFiles. Raises ScanError where it cannot be written."""
+    files = ScanFiles(**paths)
+    files.check(force)
+    files.write([found], verification)
 
 
 def _check_extra(kind: str) -> None:
@@ -79,7 +118,7 @@ def _check_path(path: Path, force: bool) -> None:
         if path.exists() and not force:
             raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
         with suppress(FileNotFoundError):
-            path.lstat()  # from Python 3.14, the questions above keep it to themselves that no file can have this name
+            path.lstat()  # from Python 3.14 `exists` returns False for a name that is too long; `lstat` still raises
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:

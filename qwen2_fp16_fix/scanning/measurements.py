@@ -1,15 +1,14 @@
-"""What a scan keeps of the tensors it sees: extremes by site, outliers by layer, and where float16 first breaks."""
+"""What a scan keeps of the tensors it sees: extremes by site, losses by layer, and where float16 first breaks."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..activations.extremes import Extremes, ScoreExtremes, TokenPlace
+from ..activations.extremes import Break, Extremes, FirstBreak, ScoreExtremes, first_break
 from ..activations.layerwise import LayerwiseRun
-from ..activations.sites import SCORES, Attended, SitePlace, Watch, execution_order
+from ..activations.sites import SCORES, Attended, SitePlace, Watch
 from ..patches.architecture import QWEN2
 from .quantisation import CacheLoss, CacheSummary, LossSummary, MassiveActivations, RoundingLoss
 
@@ -18,30 +17,8 @@ FED = {site.name: QWEN2.fed_by(site.name) for site in QWEN2.sites}
 LINEAR_INPUTS = {site: ", ".join(linear.writes for linear in linears) for site, linears in FED.items() if linears}
 
 
-class Observer(Protocol):
-    """Looks at a stream of prompts on its way through a model, until it is done."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the rest of the way says nothing more."""
-
-    def start(self, stream: LayerwiseRun) -> None:
-        """Looks at the embeddings."""
-
-    def watching(self, number: int, layer: Any, prompt: int) -> AbstractContextManager[None]:
-        """Looks at what a layer does to one prompt inside."""
-
-    def close(self, number: int) -> None:
-        """Has seen what a layer does to every prompt."""
-
-    def end(self, stream: LayerwiseRun) -> None:
-        """Looks at the final norm and the logits."""
-
-
-class Survey:
-    """Everything that is measured on one stream of prompts."""
-
-    done = False
+class Measurements:
+    """Everything that is measured on one run of the prompts."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
@@ -55,15 +32,25 @@ class Survey:
         self.prompt = 0
         self.value_heads = 1
 
+    def start(self, run: LayerwiseRun) -> None:
+        """Measures the embeddings."""
+        for prompt, hidden in enumerate(run.hidden):
+            self.sites.setdefault(SitePlace(None, "embedding"), Extremes()).add(hidden, prompt)
+
+    def step(self, run: LayerwiseRun, number: int, layer: Any) -> None:
+        """Takes every prompt through a layer and measures what it does."""
+        run.step(number, lambda prompt: self.watching(number, layer, prompt))
+        self.close(number)
+
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
-        """Measures what a layer does to one prompt inside."""
+        """Measures what a layer does to one prompt."""
         self.prompt, self.value_heads = prompt, layer.self_attn.config.num_key_value_heads
-        with Watch({number: layer}, self.see, self.attend):
+        with Watch({number: layer}, self.on_site, self.on_attention):
             yield
 
-    def see(self, place: SitePlace, tensor: Tensor) -> None:
-        """Measures a site; scores are left to `attend`."""
+    def on_site(self, place: SitePlace, tensor: Tensor) -> None:
+        """Measures a site. Scores are left to `on_attention`."""
         if place.site in SCORES.values():
             self._scores(place.layer).scaled.dtype = tensor.dtype
             return
@@ -76,17 +63,16 @@ class Survey:
         elif place.site == "residual":
             self.massive.add(place.layer or 0, self.prompt, tensor)
 
-    def attend(self, attended: Attended) -> None:
+    def on_attention(self, attended: Attended) -> None:
         """Measures the scores of a layer, and what rounding its keys would do to them."""
         self._scores(attended.layer).add(attended, self.prompt)
         self.keys.add(attended.key)
         self.keys.add_scores(attended)
 
     def close(self, number: int) -> None:
-        """Boils the losses of a layer down to a few numbers.
+        """Reduces the losses of a layer to a few numbers.
 
-        The vectors they come from, were they kept, would lie scattered between the activations of later layers, which
-        then fit nowhere twice: the process grew by 22 MB a layer.
+        Keeping a vector per channel fragmented the heap: memory grew by 22 MB a layer.
         """
         self.input_losses |= {SitePlace(number, site): loss.summary() for site, loss in self.inputs.items()}
         if self.values.seen:
@@ -97,77 +83,70 @@ class Survey:
             )
         self.inputs, self.keys, self.values = {}, CacheLoss(), CacheLoss()
 
+    def end(self, run: LayerwiseRun) -> None:
+        """Measures the final norm and the logits, some tokens at a time."""
+        norm, logits = Extremes(), Extremes()
+        for prompt in range(len(run.hidden)):
+            normed = run.normed(prompt)
+            norm.add(normed, prompt)
+            for start, part in run.logits(normed):
+                logits.add(part, prompt, first_position=start)
+        self.sites[SitePlace(None, "final_norm")] = norm
+        if logits.numbers:
+            self.sites[SitePlace(None, "logits")] = logits
+
+    @property
+    def broken(self) -> Break | None:
+        """The first site with a number that is not finite."""
+        return first_break(self.sites)
+
     def _scores(self, number: int | None) -> ScoreExtremes:
         scores = self.scores.setdefault(number or 0, ScoreExtremes())
         self.sites.setdefault(SitePlace(number, SCORES["raw"]), scores.raw)
         self.sites.setdefault(SitePlace(number, SCORES["scaled"]), scores.scaled)
         return scores
 
-    def start(self, stream: LayerwiseRun) -> None:
-        """Measures the embeddings."""
-        for prompt, hidden in enumerate(stream.hidden):
-            self.sites.setdefault(SitePlace(None, "embedding"), Extremes()).add(hidden, prompt)
 
-    def end(self, stream: LayerwiseRun) -> None:
-        """Measures the final norm and the logits, some tokens at a time."""
-        norm, logits = Extremes(), Extremes()
-        for prompt in range(len(stream.hidden)):
-            normed = stream.normed(prompt)
-            norm.add(normed, prompt)
-            for start, part in stream.logits(normed):
-                logits.add(part, prompt, first_position=start)
-        self.sites[SitePlace(None, "final_norm")] = norm
-        if logits.numbers:
-            self.sites[SitePlace(None, "logits")] = logits
+class BreakSearch:
+    """Looks where a run breaks first, and measures nothing else: it costs little more than the forward.
 
-    def first_break(self) -> SitePlace | None:
-        """The first site, in the order of execution, with a number that is not finite."""
-        broken = [place for place, extremes in self.sites.items() if not extremes.finite]
-        return min(broken, key=execution_order, default=None)
-
-
-class FirstBreak:
-    """Looks for the first site of a stream that is not finite, over all prompts of a layer."""
+    All prompts go through the layer in which one of them breaks: another may break at an earlier site of it.
+    """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.found: SitePlace | None = None
-        self.spot = TokenPlace(0, 0, 0)
-        self.running = 0
+        self.first = FirstBreak()
+        self.prompt = 0
 
     @property
-    def done(self) -> bool:
-        """What comes after a number that is not finite says nothing. Asked between layers."""
-        return self.found is not None
+    def broken(self) -> Break | None:
+        """The first site with a number that is not finite, so far."""
+        return self.first.found
 
-    def start(self, stream: LayerwiseRun) -> None:
+    def start(self, run: LayerwiseRun) -> None:
         """Looks at the embeddings."""
-        for self.running, hidden in enumerate(stream.hidden):
-            self.see(SitePlace(None, "embedding"), hidden)
+        for self.prompt, hidden in enumerate(run.hidden):
+            self.on_site(SitePlace(None, "embedding"), hidden)
+
+    def step(self, run: LayerwiseRun, number: int, layer: Any) -> None:
+        """Takes every prompt through a layer and looks at its sites."""
+        run.step(number, lambda prompt: self.watching(number, layer, prompt))
 
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
-        """Looks at what a layer does to one prompt inside."""
-        self.running = prompt
-        with Watch({number: layer}, self.see):
+        """Looks at what a layer does to one prompt."""
+        self.prompt = prompt
+        with Watch({number: layer}, self.on_site):
             yield
 
-    def close(self, number: int) -> None:
-        """Keeps what it has."""
+    def on_site(self, place: SitePlace, tensor: Tensor) -> None:
+        """Looks at a site."""
+        self.first.look(place, tensor, self.prompt)
 
-    def see(self, place: SitePlace, tensor: Tensor) -> None:
-        """Notes a site that comes before the one that is known, and the first number in it that is not finite."""
-        if self.found is not None and execution_order(place) >= execution_order(self.found):
-            return
-        if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(0, -2), 4096)):
-            rows = tensor.flatten(0, -2)
-            row, channel = divmod(int((~rows.isfinite()).byte().argmax()), rows.shape[1])
-            self.found, self.spot = place, TokenPlace(self.running, row % tensor.shape[-2], channel)
-
-    def end(self, stream: LayerwiseRun) -> None:
+    def end(self, run: LayerwiseRun) -> None:
         """Looks at the final norm and the logits."""
-        for self.running in range(len(stream.hidden)):
-            normed = stream.normed(self.running)
-            self.see(SitePlace(None, "final_norm"), normed)
-            for _, part in stream.logits(normed):
-                self.see(SitePlace(None, "logits"), part)
+        for self.prompt in range(len(run.hidden)):
+            normed = run.normed(self.prompt)
+            self.on_site(SitePlace(None, "final_norm"), normed)
+            for _, part in run.logits(normed):
+                self.on_site(SitePlace(None, "logits"), part)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..activations.extremes import blocks
 from ..activations.sites import Attended
 from ..patches.linears import loaded_bias
+from .result import BiasSpike
 
 MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024, section 2: above both is a massive activation
 SPIKE = 20.0  # times the median magnitude of a bias
@@ -106,7 +107,10 @@ class CacheLoss:
                 part.add(head)
 
     def add_scores(self, attended: Attended) -> None:
-        """How far rounded keys move the scores of the last queries, by what a softmax can see: the mean taken off."""
+        """Change of the last queries' scores when keys are rounded, less its mean over the keys.
+
+        A softmax does not see a shift that all keys have in common.
+        """
         count = min(LAST_QUERIES, attended.query.shape[2])
         shared = attended.query.shape[1] // attended.key.shape[1]
         query = (attended.query[0, :, -count:].float() * attended.scaling).reshape(
@@ -166,7 +170,7 @@ class MassiveActivations:
             known.layers.add(layer)
 
 
-def bias_spikes(number: int, attention: Any) -> list[dict[str, Any]]:
+def bias_spikes(number: int, attention: Any) -> list[BiasSpike]:
     """The biases of q_proj and k_proj that are more than SPIKE times the median of theirs, largest first."""
     found = []
     for name in ("q_proj", "k_proj"):
@@ -180,14 +184,14 @@ def bias_spikes(number: int, attention: Any) -> list[dict[str, Any]]:
         for index in torch.nonzero(magnitudes > limit).flatten().tolist():
             head, channel = divmod(index, attention.head_dim)
             found.append(
-                {
-                    "layer": number,
-                    "projection": name,
-                    "head": head,
-                    "channel": channel,
-                    "rotary_pair": channel % (attention.head_dim // 2),
-                    "bias": float(bias[index]),
-                    "times_median": float(magnitudes[index]) / (limit / SPIKE) if limit else None,
-                }
+                BiasSpike(
+                    layer=number,
+                    projection=name,
+                    head=head,
+                    channel=channel,
+                    rotary_pair=channel % (attention.head_dim // 2),
+                    bias=float(bias[index]),
+                    times_median=float(magnitudes[index]) / (limit / SPIKE) if limit else None,
+                )
             )
-    return sorted(found, key=lambda spike: -abs(spike["bias"]))
+    return sorted(found, key=lambda spike: -abs(spike.bias or 0.0))

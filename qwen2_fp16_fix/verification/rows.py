@@ -16,12 +16,13 @@ from ..checkpoints.loading import forward, load, quiet
 from ..errors import CheckpointError, first_line
 from ..model_status import examine_model
 from ..patches.errors import PatchConflictError, Qwen2FP16FixError
-from .divergence import Closeness, OracleLogits, Window
+from .divergence import Divergence, OracleLogits, Window
 from .peak_memory import PeakMemory
+from .result import MeasuredRow
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
-UNKNOWN = dict.fromkeys(
+UNKNOWN: dict[str, Any] = dict.fromkeys(
     ("perplexity", "kl_mean", "kl_max", "top1_agreement", "largest_logit_difference"), None
 )  # of a row that is not finite
 
@@ -44,7 +45,7 @@ ORACLE = Row("float32", "eager", fixed=False)
 
 
 @dataclass
-class Bench:
+class RowInputs:
     """What every row runs on. tokens (1, S); oracle: its logits; continuations: its greedy tokens, by prompt."""
 
     folder: Path
@@ -78,37 +79,37 @@ def flash_attentions(device: torch.device) -> list[str]:
     ]
 
 
-def measure(bench: Bench, row: Row) -> dict[str, Any]:
+def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
     """Loads the row's model, scores the text with it, continues the prompts, and gives the row.
 
     Raises CheckpointError where the oracle itself is not finite: there is nothing to compare with.
     """
-    peak = PeakMemory(bench.device)
-    model = open_row(bench.folder, row, bench.device)
-    closeness, broken, seconds = score(bench, model, keep=row == ORACLE)
-    site = first_overflow(model, bench, broken or bench.windows[0])
+    peak = PeakMemory(inputs.device)
+    model = open_row(inputs.folder, row, inputs.device)
+    divergence, broken, seconds = score(inputs, model, keep=row == ORACLE)
+    site = first_overflow(model, inputs, broken or inputs.windows[0])
     if broken is not None and row == ORACLE:
         raise CheckpointError(
             f"{row.name} is not finite, first in {site or 'the logits'}: the checkpoint is broken, and there is "
             "nothing to compare with."
         )
-    continued = [continuation(model, prompt) for prompt in prompts_of(bench.tokens)]
+    continued = [continuation(model, prompt) for prompt in prompts_of(inputs.tokens)]
     if row == ORACLE:
-        bench.continuations = continued
-    return {
-        "name": row.name,
-        "dtype": row.dtype,
-        "attention": row.attention,
-        "fixed": row.fixed,
-        "finite": broken is None,
-        **(closeness.summary() if broken is None else UNKNOWN),
-        "first_overflow": site,
-        "first_differences": [
-            first_difference(ours, theirs) for ours, theirs in zip(continued, bench.continuations, strict=True)
-        ],
-        "seconds": round(seconds, 3),
-        "peak_bytes": peak.bytes(),
-    }
+        inputs.continuations = continued
+    return MeasuredRow(
+        name=row.name,
+        dtype=row.dtype,
+        attention=row.attention,
+        fixed=row.fixed,
+        finite=broken is None,
+        **(divergence.summary() if broken is None else UNKNOWN),
+        first_overflow=site,
+        first_differences=tuple(
+            first_difference(ours, theirs) for ours, theirs in zip(continued, inputs.continuations, strict=True)
+        ),
+        seconds=round(seconds, 3),
+        peak_bytes=peak.bytes(),
+    )
 
 
 def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
@@ -134,32 +135,32 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
     return model
 
 
-def score(bench: Bench, model: nn.Module, keep: bool) -> tuple[Closeness, Window | None, float]:
-    """The closeness over all windows, the first window whose logits are not finite, which ends it, and seconds.
+def score(inputs: RowInputs, model: nn.Module, keep: bool) -> tuple[Divergence, Window | None, float]:
+    """The divergence over all windows, the first window whose logits are not finite, which ends it, and seconds.
 
     keep: the model is the oracle, whose logits are kept and then compared with themselves.
     """
-    closeness, seconds = Closeness(), 0.0
-    for index, window in enumerate(bench.windows):
+    divergence, seconds = Divergence(), 0.0
+    for index, window in enumerate(inputs.windows):
         started = time.monotonic()
-        logits = forward(model, bench.tokens[:, window.start : window.end].to(bench.device))[0]
+        logits = forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))[0]
         finite = bool(torch.isfinite(logits).all())  # waits for the GPU
         seconds += time.monotonic() - started
         if not finite:
-            bench.tick(len(bench.windows) - index)
-            return closeness, window, seconds
+            inputs.tick(len(inputs.windows) - index)
+            return divergence, window, seconds
         scored = logits[window.predictions]
         if keep:
-            bench.oracle.put(index, scored)
-        closeness.add(scored, bench.oracle.get(index), bench.tokens[0, window.first : window.end])
-        bench.tick(1)
-    return closeness, None, seconds
+            inputs.oracle.put(index, scored)
+        divergence.add(scored, inputs.oracle.get(index), inputs.tokens[0, window.first : window.end])
+        inputs.tick(1)
+    return divergence, None, seconds
 
 
-def first_overflow(model: nn.Module, bench: Bench, window: Window) -> str | None:
+def first_overflow(model: nn.Module, inputs: RowInputs, window: Window) -> str | None:
     """The first site that is not finite when the window runs; apart from the scoring, which watching would slow."""
     with Magnitudes(model) as magnitudes:
-        forward(model, bench.tokens[:, window.start : window.end].to(bench.device))
+        forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))
     return magnitudes.first_overflow()
 
 

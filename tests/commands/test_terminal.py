@@ -111,12 +111,12 @@ def test_a_path_that_the_system_refuses_is_one_sentence(
     (tmp_path / "lock.json").write_text(locking.as_text(locking.make_lock()))
     monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", *arguments])
     monkeypatch.setattr("qwen2_fp16_fix.verification.verify._fill", lambda *_: pytest.fail("the run before the check"))
-    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.walk", lambda *_: pytest.fail("the run before the check"))
+    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.measure", lambda *_: pytest.fail("the run before the check"))
     if "locked" in arguments:
         monkeypatch.setattr(Path, "is_file", denied)
     with pytest.raises(SystemExit) as ended:
         main.main()
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("reading")]
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("hashing")]
     assert (ended.value.code, len(said)) == (2, 1), said
     assert said[0].startswith("qwen2-fp16-fix: ")
 

@@ -101,8 +101,8 @@ def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
     assert not found.proven
     assert "modeling_own.OwnModel" in found.verdict
     scanned = qwen2_fp16_fix.scan(own, [[5, 6, 7]])
-    assert scanned["foreign_code"] == "modeling_own.OwnModel"
-    assert "modeling_own.OwnModel" in scanned["verdict"]
+    assert scanned.foreign_code == "modeling_own.OwnModel"
+    assert "modeling_own.OwnModel" in scanned.verdict
     with pytest.raises(qwen2_fp16_fix.ExportError, match="OwnModel"):
         qwen2_fp16_fix.export(own, own.parent / "out")
     from qwen2_fp16_fix.diagnosis.checkpoint import examine
@@ -112,8 +112,8 @@ def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
 
 def test_verify_says_so_too(own: Path) -> None:
     found = qwen2_fp16_fix.verify(own, "And the LORD said unto Moses, go", window=8)
-    assert not found["passed"]
-    assert "modeling_own.OwnModel" in found["verdict"]
+    assert not found.passed
+    assert "modeling_own.OwnModel" in found.verdict
 
 
 def test_a_loaded_model_with_a_forward_of_its_own_is_not_proven(source: Any) -> None:
