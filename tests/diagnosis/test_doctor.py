@@ -26,7 +26,7 @@ from tests.diagnosis.examples import SECRET, codes, pretend_release
 REAL_SELF_TEST = self_test.self_test
 
 
-def test_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_healthy_machine_is_called_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real thing, self-test and checkpoint included."""
     monkeypatch.chdir(tmp_path)
     found = qwen2_fp16_fix.doctor(CHECKPOINT)
@@ -68,7 +68,7 @@ def test_an_unsupported_release_exits_3(healthy: None, monkeypatch: pytest.Monke
     assert found.self_test == SelfTests(self_test.KL_LIMIT, DOCTOR_TEXTS["en"]["self_test.skipped"], [])
 
 
-def test_registration_shows(healthy: None) -> None:
+def test_the_report_says_whether_the_fix_is_registered(healthy: None) -> None:
     assert not qwen2_fp16_fix.doctor().fix.registered
     with qwen2_fp16_fix.registered():
         found = qwen2_fp16_fix.doctor().fix
