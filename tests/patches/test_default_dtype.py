@@ -201,7 +201,7 @@ def test_the_commands_find_the_same(dtype: torch.dtype) -> None:
     with default(dtype):
         found = self_test.self_test("cpu"), qwen2_fp16_fix.scan(half(), prompts=[PROMPT[0]])
     assert expected[0] == found[0]
-    assert expected[0][0]["passed"]
+    assert expected[0].passed
     assert replace(expected[1], seconds=0) == replace(found[1], seconds=0)
 
 

@@ -243,4 +243,4 @@ def test_the_self_test_says_what_a_device_without_fp64_raises(monkeypatch: pytes
         monkeypatch.setattr(self_test, "_row", run)
         outcome = self_test.self_test("mps")
         assert (outcome.passed, outcome.remark.code) == (False, "self_test.not_run")
-        assert type(error).__name__ in finding.values["reason"]
+        assert type(error).__name__ in outcome.remark.values["reason"]
