@@ -1,7 +1,6 @@
-"""The commands: the options of each, and the one call it makes."""
+"""The commands: the options of each, and the one call that it makes."""
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,27 +10,11 @@ from rich.console import RenderableType
 from .._version import __version__
 from ..errors import ExportError, PublishError
 from ..launch import launcher
+from .options import AsJson, Attention, Device, Language, WeightsChoice
 from .terminal import Notices, printing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Notices(soft_wrap=True)
-
-
-class Language(str, Enum):
-    """A language that a report can be in."""
-
-    ENGLISH = "en"
-    CHINESE = "zh"
-
-
-class Attention(str, Enum):
-    """The attention implementation of a scan."""
-
-    eager = "eager"
-    sdpa = "sdpa"
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -101,7 +84,7 @@ def certify(
 
 
 @app.command()
-def verify(
+def verify(  # noqa: PLR0913, options of a command
     path: Annotated[Path, typer.Argument(help="A checkpoint folder, with its tokenizer.")],
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text; else a passage that comes with this package.")
@@ -117,12 +100,12 @@ def verify(
     resume: Annotated[
         Path | None, typer.Option(help="A JSON file of finished rows: written after each, read at the start.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Run your checkpoint stock and fixed in three precisions and measure how far each row is from stock fp32."""
-    from ..verification.verify import verify as verified
+    from ..verification import verify as verification
 
-    found = verified(
+    found = verification.verify(
         path,
         text,
         window=window,
@@ -136,13 +119,6 @@ def verify(
     )
     _show(found.to_dict(), found, as_json)
     raise typer.Exit(0 if found.passed else 1)
-
-
-class WeightsChoice(str, Enum):
-    """How the weights get into an export."""
-
-    link = "link"
-    copy = "copy"
 
 
 @app.command()
@@ -216,7 +192,7 @@ def doctor(
 
 
 @app.command()
-def scan(
+def scan(  # noqa: PLR0913, options of a command
     path: Annotated[
         Path, typer.Argument(help="A checkpoint folder, with its tokenizer; it may be larger than memory.")
     ],
@@ -235,7 +211,7 @@ def scan(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
     attention: Annotated[Attention, typer.Option(help="eager stores raw scores, sdpa does not.")] = Attention.eager,
     tokens: Annotated[int, typer.Option(help="How many tokens of each prompt to read.")] = 2048,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
     from ..report.files import ScanFiles, scan_to_files
