@@ -136,7 +136,7 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
 
 
 def score(inputs: RowInputs, model: nn.Module, keep: bool) -> tuple[Divergence, Window | None, float]:
-    """The divergence over the windows, the first window with logits that are not finite, which is the last, and seconds.
+    """The divergence over the windows, the first window with logits that are not finite (the last run), and seconds.
 
     keep: the model is the oracle, whose logits are kept and then compared with themselves.
     """

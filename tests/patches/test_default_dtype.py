@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.diagnosis import self_test, self_test_model
+from qwen2_fp16_fix.diagnosis import self_test
 from qwen2_fp16_fix.patches import numerics, v4_37
 from tests.helpers import kl_to
 from tests.stress.models import KINDS, TINY, build, random_prompt
@@ -201,7 +201,7 @@ def test_the_commands_find_the_same(dtype: torch.dtype) -> None:
     with default(dtype):
         found = self_test.self_test("cpu"), qwen2_fp16_fix.scan(half(), prompts=[PROMPT[0]])
     assert expected[0] == found[0]
-    assert expected[0][0]["passed"]
+    assert expected[0].passed
     assert replace(expected[1], seconds=0) == replace(found[1], seconds=0)
 
 
@@ -218,7 +218,7 @@ def elsewhere() -> Iterator[None]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_nothing_is_made_on_the_default_device(attention: str, request: pytest.FixtureRequest) -> None:
     """As under `torch.set_default_device("cuda")` with a model on the CPU, or on the next card."""
-    model, stock = half(attention), self_test_model.stock_model(attention)
+    model, stock = half(attention), self_test.stock_model(attention)
     expected, proof = constants(qwen2_fp16_fix.fix(half(attention))), qwen2_fp16_fix.certify(model)
     logits_there = logits(qwen2_fp16_fix.fix(half(attention)))
     request.getfixturevalue("elsewhere")
@@ -226,8 +226,8 @@ def test_nothing_is_made_on_the_default_device(attention: str, request: pytest.F
     assert all(same(one, other) for one, other in zip(expected, constants(model), strict=True))
     assert qwen2_fp16_fix.certify(model).layers == proof.layers
     assert same(logits_there, logits(model))
-    assert self_test_model.prompt().device.type == "cpu"
-    assert same(stock.lm_head.weight, self_test_model.stock_model(attention).lm_head.weight)
+    assert self_test.prompt().device.type == "cpu"
+    assert same(stock.lm_head.weight, self_test.stock_model(attention).lm_head.weight)
 
 
 @pytest.mark.usefixtures("elsewhere")
