@@ -14,7 +14,7 @@ from .frame import Chart, add_limit, layer_axis, layout, log_axis, marker
 from .headroom import headroom_map, stock_against_fixed
 from .style import DASHES, STAND_INS, SYMBOLS, colour_of, hover_text, layers_of, residuals, scan_name
 
-LEAST_LOSS = 1e-4  # drawn for less
+LEAST_LOSS = 1e-4  # a smaller loss is drawn as this
 
 
 def charts(scans: Sequence[ScanResult], lang: str) -> list[Chart]:

@@ -21,7 +21,7 @@ NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
 
 @dataclass(frozen=True)
 class ScanFiles:
-    """Where to write what; None for what is not asked for."""
+    """The files that a scan is to write; None for a file that is not asked for."""
 
     report: Path | None = None
     json: Path | None = None
@@ -77,7 +77,7 @@ def scan_to_files(
     show: Callable[[list[ScanResult]], object],
     **options: Any,
 ) -> list[ScanResult]:
-    """What the command `scan` does: checks the files, scans, writes the files and shows the scans, which it returns.
+    """Runs the command `scan`: checks the files, scans, writes the files, shows the scans and returns them.
 
     fixed: which model; None for stock, or for both where there is a report or a picture. force: overwrite files.
     wrote: is called with each path that was written. show: is called with the scans, also where writing failed.
@@ -92,7 +92,7 @@ def scan_to_files(
     try:
         for written in files.write(found, verification):
             wrote(written)
-    finally:  # of minutes of work, what cannot be written is at least shown, and what cannot be shown is written
+    finally:  # a scan takes minutes: it is shown even if it cannot be written
         show(found)
     return found
 

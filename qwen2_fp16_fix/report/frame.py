@@ -12,7 +12,7 @@ from .style import STAND_INS, colour_of, log_ticks
 
 
 class Chart(NamedTuple):
-    """A figure with what is said of it. spoken: what a screen reader says in its place."""
+    """A figure with its title and caption. spoken: the text for a screen reader."""
 
     id: str
     title: str
@@ -48,7 +48,7 @@ def layout(height: int, **more: Any) -> go.Layout:
 
 
 def marker(scan: ScanResult, size: float = 15) -> dict[str, Any]:
-    """Stock's is an open ring, fixed's a small square: both are seen where they meet."""
+    """An open ring for stock, a small square for fixed: both can be seen in one place."""
     if scan.settings.fixed:
         return {"color": colour_of(scan), "symbol": "square", "size": size / 2}
     return {"color": colour_of(scan), "symbol": "circle-open", "size": size, "line": {"width": size / 6}}

@@ -12,7 +12,7 @@ from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, layout, marker
 from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, cells_of, hover_text, layers_of, scan_name
 
-LEAST, MOST = -4.0, 16.0  # bits that a dot can show; what fp32 holds is beyond
+LEAST, MOST = -4.0, 16.0  # bits that a dot can show; fp32 has more
 
 
 def headroom_map(scan: ScanResult, lang: str) -> Chart:

@@ -1,4 +1,4 @@
-"""The report: scans, and a verification where there is one, as a single HTML page that asks the network for nothing."""
+"""The report: one HTML page of scans and, if given, a verification. It loads nothing from the network."""
 
 import base64
 import gzip
@@ -57,7 +57,7 @@ def ticked(text: str) -> Markup:
 
 
 def packed_plotly() -> str:
-    """plotly.js, compressed, in letters: 2 MB instead of 5. Browsers have unpacked gzip themselves since 2023."""
+    """plotly.js as gzip in base64: 2 MB instead of 5. Browsers have unpacked gzip since 2023."""
     return base64.b64encode(gzip.compress(plotly.offline.get_plotlyjs().encode(), mtime=0)).decode()
 
 
@@ -67,7 +67,7 @@ def figures(drawn: Sequence[Chart]) -> dict[str, Any]:
 
 
 def _json(data: Any) -> str:
-    """JSON that can stand inside a script element, whatever a token says."""
+    """JSON for a script element: no token in it can end the element."""
     return json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
 
 
@@ -77,7 +77,7 @@ def _with_tables(chart: Chart, scans: Sequence[ScanResult], lang: str) -> dict[s
 
 
 def facts(scan: ScanResult, lang: str) -> list[dict[str, str]]:
-    """The numbers to know first."""
+    """The most important numbers, for the top of the page."""
     texts, tight = TEXTS[lang], scan.tightest
     bits = tight.headroom_bits
     read = {"prompts": len(scan.prompts), "tokens": sum(prompt.tokens for prompt in scan.prompts)}
@@ -93,7 +93,7 @@ def facts(scan: ScanResult, lang: str) -> list[dict[str, str]]:
 
 
 def parts(scans: Sequence[ScanResult], verification: dict[str, Any] | None, lang: str) -> list[dict[str, Any]]:
-    """What is told in tables alone."""
+    """The sections that hold tables alone."""
     texts, found = TEXTS[lang], []
     massive = scans[0].massive_activations
     tables = [massive_table(scans[0], lang)] if massive else []
@@ -115,7 +115,7 @@ def parts(scans: Sequence[ScanResult], verification: dict[str, Any] | None, lang
 
 
 def versions(scans: Sequence[ScanResult], lang: str) -> list[dict[str, str]]:
-    """Exactly what ran."""
+    """The versions, the sizes of the model and the settings of the run."""
     texts, first = TEXTS[lang], scans[0]
     found, settings, model = first.versions, first.settings, first.model
     sizes = texts["sizes"].format(**{key: model[key] for key in ("layers", "hidden", "heads", "kv_heads", "head_dim")})

@@ -59,7 +59,8 @@ def draw(scans: Sequence[ScanResult], path: Path, lang: str = "en") -> None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)  # a token may be a dollar sign
         _headroom(top, scans[0], lang)
         _residual(bottom, scans, lang)
-        figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})  # for who cannot see it
+        # The description is for readers who cannot see the picture.
+        figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})
 
 
 def _wrapped(text: str, lang: str) -> str:

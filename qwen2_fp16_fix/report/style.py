@@ -1,4 +1,4 @@
-"""The looks of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
+"""The style of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
 
 import math
 from collections.abc import Sequence
@@ -38,14 +38,14 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up")
 
 
 def stand_ins() -> dict[str, dict[str, str]]:
-    """What the page replaces in the figures, by theme."""
+    """The colours by theme that the page puts in place of each stand-in."""
     return {STAND_INS[name]: colours for name, colours in PALETTE.items()} | dict(
         zip(BAND_STAND_INS, (colours for _, colours in BANDS), strict=True)
     )
 
 
 def kind_of(scan: ScanResult) -> str:
-    """What names a scan's colour and its text: "fixed" or "stock"."""
+    """The key of a scan's colour and of its name: "fixed" or "stock"."""
     return "fixed" if scan.settings.fixed else "stock"
 
 
@@ -84,7 +84,7 @@ def band_of(cell: MeasuredSite | None) -> float | None:
 
 
 def bits_text(cell: MeasuredSite | None) -> str:
-    """What a cell of the map says: bits, with a cross past the limit; fp32, or – where it is not stored."""
+    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – where nothing is stored."""
     if cell is None or cell.stored_as is None:
         return "–"
     if cell.headroom_bits is None:

@@ -20,7 +20,7 @@ class Head(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Cells, the first of which heads the row; bad: something to look at; calm: nothing to spend paper on."""
+    """Cells; the first heads the row. bad: the row is marked. calm: the row is left out on paper."""
 
     cells: tuple[str, ...]
     bad: bool = False

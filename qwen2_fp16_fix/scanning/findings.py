@@ -37,7 +37,7 @@ EXPONENTS = {site.name: site.exponent for site in QWEN2.watched_sites() if site.
 
 
 class Findings(NamedTuple):
-    """What one walk through a model found, and what is needed to read it.
+    """The measurements of one run through a model, with the prompts and settings that explain them.
 
     broken: where the model broke first, or None. fixed, attention: how it ran.
     """
@@ -100,7 +100,7 @@ class Findings(NamedTuple):
 
 
 def stored_as(place: SitePlace, extremes: Extremes, fixed: bool, attention: str) -> str | None:
-    """The type a site's numbers are kept in; stock's are measured in fp32, but kept in float16.
+    """The type a site's numbers are stored in. Stock's are measured in fp32, but stored in float16.
 
     Only eager attention stores scores, and a fixed model stores them after they are scaled.
     """
@@ -129,7 +129,7 @@ def where_of(spot: TokenPlace | None, read: TokenisedPrompts) -> Where | None:
 
 
 def finite(number: float) -> float | None:
-    """The number, or None, as JSON knows no other."""
+    """The number; None if it is not finite, which JSON cannot hold."""
     return number if math.isfinite(number) else None
 
 

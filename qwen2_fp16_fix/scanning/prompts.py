@@ -1,4 +1,4 @@
-"""What a scan runs on: prompts as token ids, and a model to run them through."""
+"""The prompts of a scan as token ids, and the model and the device that run them."""
 
 import json
 from collections.abc import Sequence

@@ -115,7 +115,7 @@ class BiasSpike(Record):
 
 @dataclass(frozen=True)
 class LinearInput(Record):
-    """What feeds linears of a layer, and what rounding it to int8 costs the median channel."""
+    """An input of linears, and the loss of its median channel when it is rounded to int8."""
 
     layer: int
     site: str

@@ -17,7 +17,7 @@ def site_name(site: str, lang: str = "en") -> str:
 
 
 def number(value: float | None, lang: str = "en") -> str:
-    """A magnitude, with as many digits as say something."""
+    """A magnitude: whole from 100 on, below that with three digits."""
     if value is None:
         return TEXTS[lang]["not_finite"]
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

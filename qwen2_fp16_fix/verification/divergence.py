@@ -45,7 +45,7 @@ class OracleLogits:
     """The oracle's logits on disk, a file for each window: a vocabulary of 150,000 would fill memory."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        """folder: an empty one. size: how many numbers will come. Raises VerificationError where they do not fit."""
+        """folder: empty. size: how many numbers will be stored. Raises VerificationError if the disk has no room."""
         free = shutil.disk_usage(folder).free
         if 4 * size > free:
             raise VerificationError(

@@ -7,7 +7,7 @@ from .text import number
 
 
 def shortcomings(rows: Sequence[VerifiedRow], max_kl: float | None, max_ppl_drift: float | None) -> list[str]:
-    """What keeps the rows from passing, a phrase for each, with the row's name first."""
+    """The reasons why the rows do not pass, a phrase each, with the row's name first."""
     found = []
     for row in rows:
         if row.fixed and not row.finite:
@@ -22,7 +22,7 @@ def shortcomings(rows: Sequence[VerifiedRow], max_kl: float | None, max_ppl_drif
 
 
 def within(value: float | None, limit: float) -> bool:
-    """Whether a value is at most `limit` from 0. One that is not known is not."""
+    """Whether a value is at most `limit` away from 0. A value that is not known is not."""
     return value is not None and abs(value) <= limit
 
 

@@ -12,7 +12,7 @@ from .result import MeasuredRow
 
 
 class FinishedRows:
-    """Rows by name, written to the file after each; without a file they are only held."""
+    """Rows by name, written to the file after each. Without a file they are only kept in memory."""
 
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
         """key: what the rows depend on. Raises VerificationError for a file made under another key, or unusable."""
@@ -53,7 +53,7 @@ class FinishedRows:
 
 
 def digest_of(files: list[Path]) -> str:
-    """SHA-256 of the files' names and contents, whole: a header alone would not tell two trainings apart."""
+    """SHA-256 of the files' names and whole contents: two trainings of a model have the same headers."""
     digest = hashlib.sha256()
     for file in sorted(files):
         own = hashlib.sha256()

@@ -37,7 +37,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As the demo names its rows."""
+        """The name of the row in tables and sentences."""
         return f"{'fixed' if self.fixed else 'stock'} {self.dtype} {self.attention}"
 
 
@@ -113,7 +113,7 @@ def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
 
 
 def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
-    """The row's model, on the device, and checked to be what the row is called.
+    """The row's model, on the device, checked to be stock or fixed as the row's name says.
 
     Raises CheckpointError where transformers cannot load it, PatchConflictError where stock and fixed are not.
     """
@@ -121,7 +121,7 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
         model = load(folder, row.fixed, DTYPES[row.dtype], row.attention)
     except Qwen2FP16FixError:
         raise
-    except Exception as error:  # as many kinds as there are ways for a config to be wrong
+    except Exception as error:  # a wrong config ends in any kind of error
         raise CheckpointError(f"transformers cannot load {folder} as {row.name} ({first_line(error)}).") from None
     model = model.to(device)
     found = examine_model(model).to_dict()
@@ -136,7 +136,7 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
 
 
 def score(inputs: RowInputs, model: nn.Module, keep: bool) -> tuple[Divergence, Window | None, float]:
-    """The divergence over all windows, the first window whose logits are not finite, which ends it, and seconds.
+    """The divergence over the windows, the first window with logits that are not finite (the last run), and seconds.
 
     keep: the model is the oracle, whose logits are kept and then compared with themselves.
     """
@@ -158,7 +158,7 @@ def score(inputs: RowInputs, model: nn.Module, keep: bool) -> tuple[Divergence, 
 
 
 def first_overflow(model: nn.Module, inputs: RowInputs, window: Window) -> str | None:
-    """The first site that is not finite when the window runs; apart from the scoring, which watching would slow."""
+    """The first site that is not finite when the window runs. A run of its own: watching would slow the scoring."""
     with Magnitudes(model) as magnitudes:
         forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))
     return magnitudes.first_overflow()
@@ -189,6 +189,6 @@ def continuation(model: Any, prompt: Tensor) -> list[int]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Where two continuations part, also where one ends before the other; None if they are equal."""
+    """The index of the first token that differs, also where one continuation is shorter; None if they are equal."""
     pairs = enumerate(zip_longest(ours, theirs))
     return next((index for index, (own, other) in pairs if own != other), None)

@@ -176,7 +176,7 @@ def _fill(
 
 @contextmanager
 def _progress(console: Console | None, steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """Two functions: one names the row that runs, one counts windows."""
+    """Shows a bar. Yields two functions: one names the row that runs, the other advances by windows."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console or Console(quiet=True), disable=console is None, transient=True) as bar:
         task = bar.add_task("", total=steps)
