@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,6 +67,23 @@ def test_an_unsupported_release_exits_3(healthy: None, monkeypatch: pytest.Monke
     assert "4.36.2" in found.verdict
     assert found.advice == []  # its code would end in the same error
     assert found.self_test == SelfTests(self_test.KL_LIMIT, DOCTOR_TEXTS["en"]["self_test.skipped"], [])
+
+
+UNSUPPORTED = """
+import transformers
+transformers.__version__ = "4.36.2"
+import qwen2_fp16_fix
+found = qwen2_fp16_fix.doctor()
+print(found.exit_code, found.supported, [finding.code for finding in found.findings])
+"""
+
+
+@pytest.mark.process
+def test_the_doctor_runs_without_a_supported_transformers(python: Callable[..., Any], tmp_path: Path) -> None:
+    """The entry of patches/ cannot be imported there, so nothing that the doctor imports first may import it."""
+    (tmp_path / "ask.py").write_text(UNSUPPORTED)
+    done = python(str(tmp_path / "ask.py"))
+    assert done.stdout == "3 False ['fix.unusable']\n", done.stderr
 
 
 def test_the_report_says_whether_the_fix_is_registered(healthy: None) -> None:
