@@ -134,7 +134,7 @@ def comes_true(opened: Any, expression: str) -> None:
 
 
 @pytest.mark.parametrize("lang", sentences.LANGUAGES)
-def test_it_opens_from_a_file_without_a_word_and_asks_nobody(
+def test_it_opens_from_a_file_without_messages_or_requests(
     visit: Callable[..., Visit], reports: dict[str, Path], lang: str
 ) -> None:
     one = visit()
@@ -373,7 +373,7 @@ def test_axes_have_ticks_between_their_ends() -> None:
         assert all(low <= value <= high for value in [*known, *map(math.log10, ticks)])
 
 
-def test_what_verify_prints_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's keys are verify's own: here of a real run, so that the two cannot part."""
     rows = [verification_rows.ORACLE, *(verification_rows.Row("float16", "eager", fixed) for fixed in (False, True))]
     monkeypatch.setattr(verification, "planned_rows", lambda device: rows)
