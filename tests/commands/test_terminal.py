@@ -37,9 +37,7 @@ def into_a_closed_pipe(*arguments: str, stderr: int = subprocess.PIPE) -> subpro
 
 
 @pytest.mark.process
-def test_a_scan_is_written_where_stdout_cannot_print_some_of_its_signs(
-    python: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_scan_is_written_though_stdout_lacks_its_signs(python: Callable[..., Any], tmp_path: Path) -> None:
     """A token's `␣` on a stdout in cp1252 was a UnicodeEncodeError after the run, and the file was not written."""
     data = tmp_path / "scan.json"
     done = python(*COMMAND, *SCAN, str(data), PYTHONIOENCODING="cp1252", COLUMNS="200")

@@ -193,7 +193,7 @@ def test_the_verdict_and_the_tables_say_what_was_found(
     assert "NaN" in opened.locator("#verify-table tr.bad").inner_text()
     assert opened.locator("table caption").count() == opened.locator("table").count() == 6
     versions = opened.locator("dl.plain").last.inner_text()
-    assert all(scans[0].versions[name] in versions for name in ("package", "transformers", "torch"))
+    assert all(getattr(scans[0].versions, name) in versions for name in ("package", "transformers", "torch"))
 
 
 def test_everything_is_reached_by_keyboard(visit: Callable[..., Visit], reports: dict[str, Path]) -> None:
