@@ -91,16 +91,15 @@ class Certificate(Result):
         for name, lost in self.casting.items():
             parts = [f"{count} {what}" for what, count in lost.items() if what != "total" and count]
             lines.append(f"{name}: cast to float16, {', '.join(parts)} of {lost['total']}")
-        lines.append(f"logits: bound {_number(self.logits)}")
-        lines += [f"not provable: {reason}" for reason in self.reasons[1:]]  # the first is in the verdict
-        return Group(table, *map(Text, [*lines, self.verdict]))
+        unproven = [f"not provable: {reason}" for reason in self.reasons[1:]]  # the first is in the verdict
+        lines += [f"logits: bound {_number(self.logits)}", *unproven, self.verdict]
+        return Group(table, *map(Text, lines))
 
 
 def _row(layer: LayerCertificate) -> list[str]:
     if not layer.bounds:
         return ["; ".join(layer.reasons), "", "", "", "", ""]
-    site, bits = _tightest(layer.headroom_bits)
-    stock_site, stock_bits = _tightest(layer.stock_headroom_bits)
+    (site, bits), (stock_site, stock_bits) = map(_tightest, (layer.headroom_bits, layer.stock_headroom_bits))
     exponents = [str(layer.exponents[part]) for part in ("mlp", "o_proj")]
     stock = f"{_number(stock_bits, '.1f')} ({stock_site})"
     return [site, _number(layer.bounds[site]), _number(bits, ".1f"), *exponents, stock]

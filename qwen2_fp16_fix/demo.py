@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.styled import Styled
 from rich.table import Table
@@ -174,10 +174,3 @@ def _load_text(folder: Path) -> tuple[Any, Tensor]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         text = (folder / "held_out.txt").read_text(encoding="utf-8")
         return tokenizer, tokenizer(text, return_tensors="pt")["input_ids"]
-
-
-def render_overflows(rows: list[dict[str, Any]], console: Console) -> None:
-    """Prints where each row that is not finite first was so."""
-    for row in rows:
-        if row["first_overflow"] is not None:
-            console.print(f"{row['name']}: first non-finite value in {row['first_overflow']}", highlight=False)

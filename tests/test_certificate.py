@@ -295,7 +295,7 @@ def test_a_config_that_transformers_trips_over_is_one_sentence(key: str, value: 
     assert "\n" not in str(caught.value)
 
 
-def test_another_architecture(folder: Path) -> None:
+def test_another_architecture_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     with pytest.raises(qwen2_fp16_fix.NotQwen2Error, match="'llama', not 'qwen2'"):

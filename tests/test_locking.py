@@ -243,7 +243,9 @@ def test_register_takes_a_lock(locked: Path, tmp_path: Path) -> None:
         assert all(q.status().registered.values())
 
 
-def test_the_environment_can_ask(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_the_environment_names_is_checked(
+    locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where this was imported before the variable was set: a check that is asked for and left out is worst."""
     monkeypatch.setenv(lock.VARIABLE, str(changed(locked, tmp_path, torch="2.4.0")))
     stock_model = build(TINY, ())
@@ -316,7 +318,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(commands.app, list(arguments))
 
 
-def test_the_commands(locked: Path, tmp_path: Path) -> None:
+def test_the_commands_print_a_lock_and_its_differences(locked: Path, tmp_path: Path) -> None:
     printed = run("lock")
     assert (printed.exit_code, printed.stdout) == (0, locked.read_text())
     assert run("lock", "-o", str(tmp_path / "here.json")).exit_code == 0
@@ -344,7 +346,9 @@ def test_a_folder_is_checked_by_the_command(locked: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', "\x00\xff", None], ids=lambda text: repr(text)
 )
-def test_what_is_no_lock(text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_no_lock_is_wrong_usage(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sentence and exit code 2, as for any wrong usage; None is a file that is not there."""
     path = tmp_path / "lock.json"
     if text is not None:

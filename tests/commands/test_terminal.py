@@ -37,7 +37,7 @@ def into_a_closed_pipe(*arguments: str, stderr: int = subprocess.PIPE) -> subpro
 
 
 @pytest.mark.process
-def test_a_scan_is_written_though_stdout_lacks_its_signs(python: Callable[..., Any], tmp_path: Path) -> None:
+def test_characters_that_stdout_lacks_do_not_end_a_scan(python: Callable[..., Any], tmp_path: Path) -> None:
     """A token's `␣` on a stdout in cp1252 was a UnicodeEncodeError after the run, and the file was not written."""
     data = tmp_path / "scan.json"
     done = python(*COMMAND, *SCAN, str(data), PYTHONIOENCODING="cp1252", COLUMNS="200")
@@ -48,7 +48,7 @@ def test_a_scan_is_written_though_stdout_lacks_its_signs(python: Callable[..., A
 
 @pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
-def test_a_closed_pipe_costs_no_file(tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_lose_the_file(tmp_path: Path) -> None:
     """`scan --json a.json | head -1` printed first, died of that and wrote nothing."""
     data = tmp_path / "scan.json"
     done = into_a_closed_pipe(*SCAN, str(data))
@@ -60,7 +60,7 @@ def test_a_closed_pipe_costs_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
-def test_progress_that_nobody_reads_costs_no_run(tmp_path: Path) -> None:
+def test_a_run_continues_when_nobody_reads_its_progress(tmp_path: Path) -> None:
     """`scan … 2>&1 | head -1` ended at the second line of progress, with a finding's exit code and no file."""
     data = tmp_path / "scan.json"
     assert into_a_closed_pipe(*SCAN, str(data), stderr=subprocess.STDOUT).returncode == 141
@@ -70,7 +70,7 @@ def test_progress_that_nobody_reads_costs_no_run(tmp_path: Path) -> None:
 @pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
 @pytest.mark.parametrize("arguments", [("status", "--json"), ("status",), ("--version",)])
-def test_a_closed_pipe_is_no_finding(arguments: tuple[str, ...]) -> None:
+def test_a_closed_pipe_has_an_exit_code_of_its_own(arguments: tuple[str, ...]) -> None:
     """What was printed last was written when Python ended, with a complaint and the exit code 120."""
     done = into_a_closed_pipe(*arguments)
     assert (done.returncode, done.stderr) == (141, "")
@@ -137,7 +137,9 @@ def test_an_error_of_the_system_names_its_file(
     assert capsys.readouterr().err == f"qwen2-fp16-fix: {sentence}\n"
 
 
-def test_a_crash_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crash_has_an_exit_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Python ends it with 1, which a CI job reads as a verdict on the checkpoint."""
 
     def crash() -> None:

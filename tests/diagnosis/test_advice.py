@@ -44,7 +44,7 @@ from tests.diagnosis.examples import CPU, codes, nvidia
     ],
     ids=lambda value: value.name if isinstance(value, Device) else None,
 )
-def test_advice(device: Device, way: str, reason: str) -> None:
+def test_every_kind_of_device_has_its_advice(device: Device, way: str, reason: str) -> None:
     """bfloat16 on a card that emulates it is slow and no more exact; float16 without the fix is NaN."""
     (found,) = advice.advise([device, CPU] if device.kind != "cpu" else [device])
     assert (found.way, found.reason.code, found.devices) == (way, f"reason.{reason}", (device,))
@@ -55,7 +55,7 @@ def test_advice(device: Device, way: str, reason: str) -> None:
         assert all(remarks.in_words(other, language) for other in found.also)
 
 
-def test_what_apple_emulates() -> None:
+def test_an_apple_gpu_before_m3_emulates_bfloat16() -> None:
     assert Device("mps", "mps", "Apple M2 Max").bfloat16 is False
     assert Device("mps", "mps", "Apple M3").bfloat16 is None  # nothing to ask there
     assert Device("mps", "mps", "Apple M10").bfloat16 is None
@@ -86,7 +86,9 @@ def test_cards_that_differ_are_advised_apart(healthy: None, monkeypatch: pytest.
         ([], (7, 0), True),
     ],
 )
-def test_kernels_for_a_card(built_for: list[str], capability: tuple[int, int], runs: bool) -> None:
+def test_a_card_runs_code_of_its_major_version_or_ptx(
+    built_for: list[str], capability: tuple[int, int], runs: bool
+) -> None:
     assert devices.has_kernels(built_for, capability) is runs
 
 

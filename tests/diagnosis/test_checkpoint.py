@@ -22,7 +22,7 @@ def examine(path: Path) -> tuple[dict[str, Any], list[str], list[str]]:
     return facts, [note.code for note in notes], [problem.code for problem in problems]
 
 
-def test_a_plain_checkpoint() -> None:
+def test_a_plain_checkpoint_is_described_and_proven() -> None:
     facts, notes, problems = examine(CHECKPOINT)
     assert facts["stored"] == {"F16": facts["parameters"]}
     assert facts["bytes"] == (CHECKPOINT / "model.safetensors").stat().st_size

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from tests.diagnosis.examples import SECRET, codes, pretend_release
 REAL_SELF_TEST = self_test.self_test
 
 
-def test_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_healthy_machine_is_called_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real thing, self-test and checkpoint included."""
     monkeypatch.chdir(tmp_path)
     found = qwen2_fp16_fix.doctor(CHECKPOINT)
@@ -68,7 +69,24 @@ def test_an_unsupported_release_exits_3(healthy: None, monkeypatch: pytest.Monke
     assert found.self_test == SelfTests(self_test.KL_LIMIT, DOCTOR_TEXTS["en"]["self_test.skipped"], [])
 
 
-def test_registration_shows(healthy: None) -> None:
+UNSUPPORTED = """
+import transformers
+transformers.__version__ = "4.36.2"
+import qwen2_fp16_fix
+found = qwen2_fp16_fix.doctor()
+print(found.exit_code, found.supported, [finding.code for finding in found.findings])
+"""
+
+
+@pytest.mark.process
+def test_the_doctor_runs_without_a_supported_transformers(python: Callable[..., Any], tmp_path: Path) -> None:
+    """The entry of patches/ cannot be imported there, so nothing that the doctor imports first may import it."""
+    (tmp_path / "ask.py").write_text(UNSUPPORTED)
+    done = python(str(tmp_path / "ask.py"))
+    assert done.stdout == "3 False ['fix.unusable']\n", done.stderr
+
+
+def test_the_report_says_whether_the_fix_is_registered(healthy: None) -> None:
     assert not qwen2_fp16_fix.doctor().fix.registered
     with qwen2_fp16_fix.registered():
         found = qwen2_fp16_fix.doctor().fix

@@ -34,7 +34,7 @@ from tests.diagnosis.examples import SECRET, copy_of_demo
         ("python 3.11, torch 2.13.0+cpu", "python 3.11, torch 2.13.0+cpu"),
     ],
 )
-def test_redaction(text: str, redacted: str) -> None:
+def test_private_text_is_redacted(text: str, redacted: str) -> None:
     places = {"/models/Zoo (1)/zanzibar": "PATH", "/home/zanzibar": "~"}
     assert redaction.redact({"a": [text, {"b": 1}]}, places) == {"a": [redacted, {"b": 1}]}
 

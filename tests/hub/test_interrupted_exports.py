@@ -104,7 +104,7 @@ def test_kill_leaves_nothing_or_a_whole_folder(
     assert "an interrupted export had left" in caplog.text
 
 
-def test_only_what_is_dead_is_cleaned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_leftovers_of_ended_exports_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The temporary folder of an export that still runs, here or on another machine, must not be taken from it."""
     prefix = f".out.exporting-{files.HOST}-"
     done = 2**22 + 1  # past the largest number of a process

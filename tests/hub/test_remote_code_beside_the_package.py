@@ -37,7 +37,7 @@ def test_errors_of_remote_code_are_the_packages(remote: Any) -> None:
     assert "another tool" in found.problem
 
 
-def test_the_switch_is_remote_codes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_obeys_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     out = qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "off")
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)

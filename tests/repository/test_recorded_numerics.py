@@ -16,7 +16,7 @@ import qwen2_fp16_fix as q
 from qwen2_fp16_fix.patches import version_map
 from tools import numerics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORD = json.loads(numerics.RECORD.read_text())
 
 
