@@ -14,8 +14,6 @@ from ..results import Record, Result
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..verification.result import VerificationResult
-
 
 @dataclass(frozen=True)
 class Where(Record):
@@ -229,7 +227,7 @@ class ScanResult(Result):
         self,
         path: str | Path,
         *,
-        verification: "VerificationResult | None" = None,
+        verification: Result | None = None,
         lang: str = "en",
         force: bool = False,
     ) -> None:

@@ -134,7 +134,7 @@ def comes_true(opened: Any, expression: str) -> None:
 
 
 @pytest.mark.parametrize("lang", sentences.LANGUAGES)
-def test_it_opens_from_a_file_without_a_word_and_asks_nobody(
+def test_it_opens_from_a_file_without_messages_or_requests(
     visit: Callable[..., Visit], reports: dict[str, Path], lang: str
 ) -> None:
     one = visit()
@@ -193,7 +193,7 @@ def test_the_verdict_and_the_tables_say_what_was_found(
     assert "NaN" in opened.locator("#verify-table tr.bad").inner_text()
     assert opened.locator("table caption").count() == opened.locator("table").count() == 6
     versions = opened.locator("dl.plain").last.inner_text()
-    assert all(scans[0].versions[name] in versions for name in ("package", "transformers", "torch"))
+    assert all(getattr(scans[0].versions, name) in versions for name in ("package", "transformers", "torch"))
 
 
 def test_everything_is_reached_by_keyboard(visit: Callable[..., Visit], reports: dict[str, Path]) -> None:
@@ -373,7 +373,7 @@ def test_axes_have_ticks_between_their_ends() -> None:
         assert all(low <= value <= high for value in [*known, *map(math.log10, ticks)])
 
 
-def test_what_verify_prints_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's keys are verify's own: here of a real run, so that the two cannot part."""
     rows = [verification_rows.ORACLE, *(verification_rows.Row("float16", "eager", fixed) for fixed in (False, True))]
     monkeypatch.setattr(verification, "planned_rows", lambda device: rows)

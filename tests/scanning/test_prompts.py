@@ -74,7 +74,7 @@ def test_a_fixed_scan_of_nothing_fixed_is_refused(
         qwen2_fp16_fix.scan(folders("scores"), [PROMPT], fixed=True)
 
 
-def test_the_mark_at_the_beginning_of_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     """Windows writes it, and it was the first token of the first prompt."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes("\ufeffAB\nC".encode())

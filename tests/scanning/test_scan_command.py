@@ -93,7 +93,7 @@ def test_force_overwrites_and_a_failed_write_leaves_the_old_file(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.json", "scan.json"]
 
 
-def test_a_file_that_cannot_be_written_after_all_costs_no_verdict(
+def test_a_scan_is_printed_even_if_its_file_cannot_be_written(
     folders: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk may fill during the run: what was found is printed all the same."""

@@ -51,7 +51,7 @@ def test_a_perplexity_past_fp64_is_none() -> None:
     assert found.perplexity() is None
 
 
-def test_the_disk_is_asked_before_hours_are_spent(tmp_path: Path) -> None:
+def test_a_disk_too_small_for_the_logits_is_refused_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(qwen2_fp16_fix.VerificationError, match="lower the number of tokens, or set TMPDIR"):
         OracleLogits(tmp_path, 10**18)
     store = OracleLogits(tmp_path, 20)

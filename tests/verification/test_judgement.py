@@ -44,7 +44,7 @@ def test_shortcomings_name_the_row(findings: VerificationResult) -> None:
     assert shortcomings(broken, None, None) == ["fixed bfloat16 sdpa is not finite, first in layer 1, residual stream"]
 
 
-def test_bad_perplexities_on_either_side_count(findings: VerificationResult) -> None:
+def test_a_drift_that_is_negative_or_unknown_counts(findings: VerificationResult) -> None:
     """A drift below 0 is a drift, and one that is unknown is not a small one."""
     for drift in (-0.5, None):
         rows = [replace(row, drift=drift) if row.name == "fixed float16 sdpa" else row for row in findings.rows]

@@ -13,7 +13,7 @@ from qwen2_fp16_fix.verification import rows, verify
 from tests.verification.letters import SHORT, TEXT, table, tokenizer
 
 
-def test_a_run_that_was_cut_off_goes_on(
+def test_a_run_that_was_cut_off_is_resumed(
     checkpoint: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finished rows are not run again but for the oracle, whose logits the others need."""
@@ -46,7 +46,9 @@ def test_a_run_that_was_cut_off_goes_on(
 
 
 @pytest.mark.usefixtures("few_rows")
-def test_a_file_of_something_else_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_file_of_another_run_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The weights are compared whole: here one of them is changed, and nothing else."""
     file = tmp_path / "rows.json"
     table(checkpoint, resume=file)
@@ -75,7 +77,7 @@ def test_a_file_of_something_else_is_refused(checkpoint: Path, tmp_path: Path, m
         table(checkpoint, resume=tmp_path / "no folder" / "rows.json")
 
 
-def test_rows_in_an_impossible_place_are_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_resume_file_that_cannot_be_written_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
     """What was begun could not be removed either, and that was the traceback shown."""
     (tmp_path / "file").touch()
     with pytest.raises(qwen2_fp16_fix.VerificationError, match=r"cannot be written \(Not a directory"):

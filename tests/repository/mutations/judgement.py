@@ -16,7 +16,7 @@ MUTATIONS = (
         FILE,
         "abs(value) <= limit",
         "value <= limit",
-        "tests/verification/test_judgement.py::test_bad_perplexities_on_either_side_count",
+        "tests/verification/test_judgement.py::test_a_drift_that_is_negative_or_unknown_counts",
     ),
     Mutation(
         "verify forgets what is not finite",
