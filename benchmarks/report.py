@@ -22,7 +22,7 @@ MARK = "<!-- {name}:{end} -->"
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures depend on and may be published: versions, the kind of device, threads; no paths, no names."""
-    found = status()
+    found = status().to_dict()
     on_gpu = device.type == "cuda"
     return {
         "package": found["package"],

@@ -1,12 +1,35 @@
 """The errors and warnings of the fix. Each message says what was found, what is supported and what to do.
 
+With the exit code of the command line, 1 for a finding, 2 for wrong usage, 3 for what is not supported:
+
+    Qwen2FP16FixError                3
+    ├── UnsupportedTransformersError 3
+    ├── NotQwen2Error                2
+    ├── PatchConflictError           3
+    ├── MetaTensorError              2
+    ├── HalfPrecisionScoresError     3
+    ├── ForeignCacheError            3
+    ├── ShardedRangeError            3
+    ├── RegistrationError            3
+    └── LockError                    1
+        └── LockFileError            2
+
+    UserWarning
+    ├── UntestedTransformersWarning
+    ├── StalePlanWarning
+    └── NotFixedWarning
+
 None of them derives from OSError, ValueError, TypeError or RuntimeError: transformers' `pipeline()` catches those four
 and goes on with the stock class, which would switch the fix off silently.
 """
 
+from typing import ClassVar
+
 
 class Qwen2FP16FixError(Exception):
     """Base of every error this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 3
 
 
 class UnsupportedTransformersError(Qwen2FP16FixError):
@@ -16,6 +39,8 @@ class UnsupportedTransformersError(Qwen2FP16FixError):
 class NotQwen2Error(Qwen2FP16FixError):
     """The object or folder holds no Qwen2 model."""
 
+    exit_code = 2
+
 
 class PatchConflictError(Qwen2FP16FixError):
     """Another tool (Liger, Unsloth, a hand-written patch) has already replaced parts of the Qwen2 classes."""
@@ -23,6 +48,8 @@ class PatchConflictError(Qwen2FP16FixError):
 
 class MetaTensorError(Qwen2FP16FixError):
     """The model has weights on the meta device, and no hook that loads them."""
+
+    exit_code = 2
 
 
 class HalfPrecisionScoresError(Qwen2FP16FixError):
@@ -44,9 +71,13 @@ class RegistrationError(Qwen2FP16FixError):
 class LockError(Qwen2FP16FixError):
     """Something that decides a model's numbers is not as its lock says."""
 
+    exit_code = 1
+
 
 class LockFileError(LockError):
     """A lock file is missing, broken or no lock, cannot be written, or would be overwritten."""
+
+    exit_code = 2
 
 
 class UntestedTransformersWarning(UserWarning):

@@ -1,6 +1,6 @@
 """Which copy of `patches/` a model is made of: this package's, or one that came with a checkpoint as remote code.
 
-Each copy knows its own classes only, so whoever asks about a model, or changes it, must ask the copy that built it.
+Each copy knows its own classes only. So questions about a model, and changes to it, go to the copy that built it.
 """
 
 import sys
@@ -19,7 +19,7 @@ ENTRY = modeling_qwen2_fp16.__name__.rpartition(".")[2]
 def code_of(model: Any) -> ModuleType:
     """The entry file whose classes `model` is made of; this package's, if there are none yet.
 
-    The innermost decides: it is the parts that compute.
+    Of nested copies the innermost counts, since its parts do the computing.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     homes = [kind.__module__ for module in modules for kind in reversed(type(module).__mro__)]
@@ -50,13 +50,13 @@ def origin_of(code: ModuleType) -> str:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the weights of a linear are all there is to it. Code exported by 0.1.0 has a class of its own for it."""
+    """Whether a linear computes with its weights alone. Exports of 0.1.0 have a class of their own for it."""
     return type(module) is nn.Linear or type(module).__name__ == "ExactBiasLinear"
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Turns an error of another copy into this package's of the same name, which is what callers can catch."""
+    """Turns an error of another copy into this package's error of the same name: callers cannot import the other."""
     try:
         yield
     except Exception as error:

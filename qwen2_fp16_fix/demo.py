@@ -1,33 +1,34 @@
 """The demonstration: one checkpoint, one prompt, stock and fixed, in fp32 and float16.
 
-`measure` returns plain data; `render` shows it. The checkpoint lies beside this file, so nothing is downloaded.
+The checkpoint lies beside this file, so nothing is downloaded.
 """
 
-import contextvars
 import gc
 import math
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.panel import Panel
+from rich.styled import Styled
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
-from .activations.magnitudes import FLOAT16_MAX, Magnitudes
-from .errors import CheckpointError
-from .model_status import status
-from .patches.modeling_qwen2_fp16 import ORIGINAL, Qwen2ForCausalLM, stock_models
-from .whole_folder import whole_folder
+from .activations.extremes import Magnitudes
+from .checkpoints.loading import forward, load, quiet
+from .errors import CheckpointError, ExportError
+from .files import DEMO_CHECKPOINT as CHECKPOINT
+from .files import whole_folder
+from .model_status import Status, status
+from .patches.range_plan import FLOAT16_MAX
+from .progress import Progress, console_of
+from .results import Record, Result
 
-CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 PROMPT = "And the LORD said unto Moses,"
 NEW_TOKENS = 48
 WINDOW = 256  # tokens scored together for the perplexity
@@ -41,82 +42,107 @@ ROWS = (
 )
 
 
-def measure(folder: Path = CHECKPOINT, progress: Console | None = None) -> dict[str, Any]:
-    """Runs the prompt through every row and returns the findings, fit for JSON.
+@dataclass(frozen=True)
+class DemoRow(Record):
+    """The demo checkpoint in one way."""
 
-    Keys: `versions` (as `status()`), `prompt`, `rows` (name, text, perplexity, finite, first_overflow), `peaks` (site
-    and magnitude in fp32, largest first), `as_promised`: whether stock float16 broke in both backends and every fixed
-    text equals the fp32 text. A perplexity that is not finite is None.
-    Raises CheckpointError where `folder` holds no demo checkpoint.
+    name: str
+    text: str  # the continuation of the prompt
+    perplexity: float | None  # of the held-out passage; None if it is not finite
+    finite: bool  # all logits of the prompt
+    first_overflow: str | None  # the first site that is not finite
+
+
+@dataclass(frozen=True)
+class Peak(Record):
+    """A site with large numbers."""
+
+    site: str
+    magnitude: float  # the largest, in fp32
+
+
+@dataclass(frozen=True, repr=False)
+class Demonstration(Result):
+    """What `measure` has found."""
+
+    versions: Status
+    prompt: str
+    rows: list[DemoRow]
+    peaks: list[Peak]  # the largest first
+    as_promised: bool  # stock float16 broke in both backends, and every fixed text equals the fp32 text
+
+    def summary(self) -> str:
+        """Whether it is as promised."""
+        verdict = "Stock float16 failed in both backends and the fix gives the fp32 text."
+        return verdict if self.as_promised else "NOT as promised: see the rows above."
+
+    def __rich__(self) -> RenderableType:
+        """The texts, the perplexities, and where each row that is not finite first was so."""
+        versions = self.versions
+        patch = f"transformers {versions.transformers} (patch {versions.patch})"
+        parts: list[RenderableType] = [Text(f"qwen2-fp16-fix {versions.package}, {patch}, torch {versions.torch}\n")]
+        for row in self.rows:
+            colour = "green" if row.text == self.rows[0].text else "red"
+            title = f"{row.name}: perplexity {'NaN' if row.perplexity is None else format(row.perplexity, '.5f')}"
+            parts.append(Panel(self.prompt + row.text, title=title, title_align="left", border_style=colour))
+        table = Table("what float16 cannot hold", "in fp32", f"limit {FLOAT16_MAX:,.0f}", title_justify="left")
+        for peak in self.peaks:
+            table.add_row(peak.site, f"{peak.magnitude:,.0f}", "passed" if peak.magnitude > FLOAT16_MAX else "")
+        broken = [row for row in self.rows if row.first_overflow is not None]
+        found = [Text(f"{row.name}: first non-finite value in {row.first_overflow}") for row in broken]
+        return Group(*parts, table, *found, Styled(Text(f"\n{self.summary()}"), "bold"))
+
+
+def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstration:
+    """Runs the prompt through every row.
+
+    progress: True to name each row on stderr as it begins, or a rich Console to name it on.
+    Raises CheckpointError if `folder` holds no demo checkpoint.
     """
     tokenizer, passage = _load_text(folder)
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    rows: list[dict[str, Any]] = []
-    peaks: list[dict[str, Any]] = []
+    console = console_of(progress)
+    rows: list[DemoRow] = []
+    peaks: list[Peak] = []
     for name, fixed, dtype, attention in ROWS:
-        if progress is not None:
-            progress.print(f"{name} …", highlight=False)
+        if console is not None:
+            console.print(f"{name} …", highlight=False)
         model = load(folder, fixed, dtype, attention)
         with Magnitudes(model) as magnitudes:
             logits = forward(model, prompt)
         if name == "stock float32":
-            peaks = magnitudes.largest(4)
+            peaks = [Peak(**peak) for peak in magnitudes.largest(4)]
         perplexity = perplexity_of(model, passage)
-        row = {
-            "name": name,
-            "text": generate(model, tokenizer, prompt),
-            "perplexity": perplexity if math.isfinite(perplexity) else None,
-            "finite": bool(torch.isfinite(logits).all()),
-            "first_overflow": magnitudes.first_overflow(),
-        }
+        row = DemoRow(
+            name=name,
+            text=generate(model, tokenizer, prompt),
+            perplexity=perplexity if math.isfinite(perplexity) else None,
+            finite=bool(torch.isfinite(logits).all()),
+            first_overflow=magnitudes.first_overflow(),
+        )
         rows.append(row)
         del model
         gc.collect()
-    return {"versions": status(), "prompt": PROMPT, "rows": rows, "peaks": peaks, "as_promised": _as_promised(rows)}
+    return Demonstration(status(), PROMPT, rows, peaks, as_promised=_as_promised(rows))
 
 
 def save(folder: Path) -> None:
-    """Puts the checkpoint into a new folder, for commands that take one. Raises ExportError where that cannot be."""
-    with whole_folder(folder.absolute()) as written:
+    """Copies the checkpoint to a new folder, for commands that take one. Raises ExportError if it cannot."""
+    with whole_folder(folder.absolute(), ExportError) as written:
         shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
 
 
-def _as_promised(rows: list[dict[str, Any]]) -> bool:
-    """Stock float16 broke in both backends, and each fixed row says what fp32 says."""
+def _as_promised(rows: list[DemoRow]) -> bool:
+    """Whether stock float16 broke in both backends, and each fixed row gives the text of fp32."""
     oracle, stock, fixed = rows[0], rows[1:3], rows[3:]
-    broke = all(not row["finite"] and set(row["text"]) == {"!"} for row in stock)
-    agrees = all(row["finite"] and row["text"] == oracle["text"] for row in fixed)
-    return bool(oracle["finite"]) and broke and agrees
-
-
-def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The checkpoint as a stock or a fixed Qwen2ForCausalLM, ready to run."""
-    keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    model_class = Qwen2ForCausalLM if fixed else STOCK.Qwen2ForCausalLM
-    with quiet():
-        loaded = build(fixed, model_class.from_pretrained, folder, attn_implementation=attention, **{keyword: dtype})
-    model: nn.Module = loaded.eval()
-    return model
-
-
-def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """make(*args, **kwargs), a fixed or a stock model, whatever is registered or the caller's thread wants."""
-    if fixed:
-        return contextvars.Context().run(make, *args, **kwargs)  # in which nobody wants stock models
-    with stock_models():
-        return make(*args, **kwargs)
-
-
-@torch.no_grad()
-def forward(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (1, S, vocabulary) of tokens (1, S)."""
-    logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-    return logits
+    broke = all(not row.finite and set(row.text) == {"!"} for row in stock)
+    agrees = all(row.finite and row.text == oracle.text for row in fixed)
+    return oracle.finite and broke and agrees
 
 
 @torch.no_grad()
 def perplexity_of(model: nn.Module, tokens: Tensor) -> float:
-    """exp of the mean negative log likelihood of tokens (1, S), in windows that do not overlap; NaN stays NaN."""
+    """exp of the mean negative log likelihood of tokens (1, S), in windows that do not overlap. NaN stays NaN."""
     total, count = 0.0, 0
     for window in torch.split(tokens, WINDOW, dim=1):
         if window.shape[1] > 1:
@@ -148,51 +174,3 @@ def _load_text(folder: Path) -> tuple[Any, Tensor]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         text = (folder / "held_out.txt").read_text(encoding="utf-8")
         return tokenizer, tokenizer(text, return_tensors="pt")["input_ids"]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' notices and progress bars out of the demo's own output; errors still raise."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-
-
-def render(findings: dict[str, Any], console: Console) -> None:
-    """Prints the findings: the texts, the perplexities, and what was wrong where."""
-    versions = findings["versions"]
-    console.print(
-        f"qwen2-fp16-fix {versions['package']}, transformers {versions['transformers']} (patch {versions['patch']}), "
-        f"torch {versions['torch']}\n",
-        highlight=False,
-    )
-    oracle = findings["rows"][0]["text"]
-    for row in findings["rows"]:
-        colour = "green" if row["text"] == oracle else "red"
-        title = f"{row['name']}: {_perplexity(row)}"
-        console.print(Panel(findings["prompt"] + row["text"], title=title, title_align="left", border_style=colour))
-    table = Table("what float16 cannot hold", "in fp32", f"limit {FLOAT16_MAX:,.0f}", title_justify="left")
-    for peak in findings["peaks"]:
-        table.add_row(peak["site"], f"{peak['magnitude']:,.0f}", "passed" if peak["magnitude"] > FLOAT16_MAX else "")
-    console.print(table)
-    render_overflows(findings["rows"], console)
-    verdict = "Stock float16 failed in both backends and the fix gives the fp32 text."
-    console.print(f"\n{verdict if findings['as_promised'] else 'NOT as promised: see the rows above.'}", style="bold")
-
-
-def render_overflows(rows: list[dict[str, Any]], console: Console) -> None:
-    """Prints where each row that is not finite first was so."""
-    for row in rows:
-        if row["first_overflow"] is not None:
-            console.print(f"{row['name']}: first non-finite value in {row['first_overflow']}", highlight=False)
-
-
-def _perplexity(row: dict[str, Any]) -> str:
-    return "perplexity NaN" if row["perplexity"] is None else f"perplexity {row['perplexity']:.5f}"

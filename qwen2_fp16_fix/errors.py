@@ -1,4 +1,14 @@
-"""What can go wrong around a model: a checkpoint, a setting, a file. What can go wrong in one is in `patches/`."""
+"""What can go wrong around a model: a checkpoint, a setting, a file. What can go wrong in a model is in `patches/`.
+
+All derive from Qwen2FP16FixError. With the exit code of the command line:
+
+    Qwen2FP16FixError     3  (in patches/errors.py, which draws the rest of the tree)
+    ├── CheckpointError   2
+    ├── VerificationError 2
+    ├── ExportError       2
+    ├── PublishError      2
+    └── ScanError         2
+"""
 
 from .patches.errors import Qwen2FP16FixError
 
@@ -6,18 +16,33 @@ from .patches.errors import Qwen2FP16FixError
 class CheckpointError(Qwen2FP16FixError):
     """A checkpoint folder is missing, empty, incomplete or unreadable."""
 
+    exit_code = 2
+
 
 class VerificationError(Qwen2FP16FixError):
     """A checkpoint cannot be verified as asked: the text, a setting, the file to resume from or the environment."""
+
+    exit_code = 2
 
 
 class ExportError(Qwen2FP16FixError):
     """A checkpoint cannot be exported as asked: the place, a link, an option, the disk or a file beside the weights."""
 
+    exit_code = 2
+
 
 class PublishError(Qwen2FP16FixError):
     """An exported folder cannot be pushed: it is no export, the repository is another's, or the Hub refuses."""
 
+    exit_code = 2
+
 
 class ScanError(Qwen2FP16FixError):
     """A checkpoint cannot be scanned or reported on as asked: the prompts, a setting, a file or a missing extra."""
+
+    exit_code = 2
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, to go into a sentence of ours; the error's class if it has no text."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

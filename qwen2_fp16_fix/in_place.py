@@ -18,10 +18,10 @@ def fix(model: ModelT) -> ModelT:
     """Fixes every Qwen2 inside `model`, in place, and returns `model`.
 
     model: any Qwen2 class of transformers, or a module that holds one: PEFT, DataParallel, torch.compile's
-    OptimizedModule, a multimodal model. Parameters, buffers and state-dict names stay as they are. A model that remote
-    code of this project has built is fixed already and keeps its code.
+    OptimizedModule, a multimodal model. Parameters, buffers and state-dict names stay as they are. A model built by
+    remote code of this project is fixed already and keeps its code.
     Raises NotQwen2Error (no Qwen2 inside), PatchConflictError (another tool has replaced a part), MetaTensorError
-    (weights not loaded) or UnsupportedTransformersError, and then has changed nothing.
+    (weights not loaded) or UnsupportedTransformersError. After an error nothing has changed.
     With QWEN2_FP16_FIX=0 in the environment it changes nothing and logs a warning.
     """
     if is_switched_off():
@@ -35,7 +35,8 @@ def fix(model: ModelT) -> ModelT:
 def unfix(model: ModelT) -> ModelT:
     """Makes every Qwen2 inside `model` stock again, in place and bit for bit, and returns `model`.
 
-    Raises as `fix` does. A drop-in class, as `register` builds it, keeps its class; that alone does nothing.
+    A model built by `register` keeps its drop-in class, which by itself changes no arithmetic.
+    Raises what `fix` raises.
     """
     with own_errors():
         code_of(model).unfix_modules(model)
@@ -43,13 +44,13 @@ def unfix(model: ModelT) -> ModelT:
 
 
 def adopt_cache(cache: Any, model: nn.Module, centred: bool = True) -> Any:
-    """Says whose keys a cache holds that lost its mark: rebuilt from its tensors, or read from a file. Returns `cache`.
+    """Marks whose keys a cache holds, if it lost its mark: rebuilt from tensors, or read from a file. Returns `cache`.
 
-    cache: a cache object of transformers; model: the fixed model it is for. With `centred`, a model with this fix and
-    the same weights has filled it, in float16 or bf16. Without, its keys are a stock model's or an fp32 model's, or
-    were learned, and new ones in it will not be centred either. Said wrongly, attention goes to the wrong tokens, and
-    nothing shows it.
-    Raises ForeignCacheError for a tuple of tensors, and otherwise as `fix` does.
+    cache: a cache object of transformers; model: the fixed model it is for. centred: whether a model with this fix and
+    the same weights has filled it, in float16 or bf16. If not, its keys come from a stock model, from an fp32 model or
+    from training, and new keys in it will not be centred either. With the wrong answer attention goes to the wrong
+    tokens, and no error says so.
+    Raises ForeignCacheError for a tuple of tensors, and otherwise what `fix` raises.
     """
     code = code_of(model)
     if not hasattr(code, "adopt_cache"):

@@ -1,11 +1,13 @@
-"""Locks what decides a fixed model's numbers in a file, and says what has drifted from it."""
+"""Writes a lock of what decides a fixed model's numbers, and says what has changed since."""
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
+from rich.text import Text
 
 from ._version import __version__
 from .files import write_whole
@@ -22,15 +24,35 @@ from .patches.lock import (
     read_lock,
 )
 from .patches.version_map import range_for
+from .results import Result
 
 #: The lock of an exported folder.
 FILE_NAME = "qwen2_fp16_fix.lock.json"
 
 
-def make_lock() -> dict[str, Any]:
-    """What runs here, as data: versions, and SHA-256 of every patch file and of what they rely on in transformers.
+@dataclass(frozen=True, repr=False)
+class LockCheck(Result):
+    """What `check` has found."""
 
-    Raises UnsupportedTransformersError where there is nothing to lock.
+    lock: str  # the file
+    differences: list[str]  # a sentence each
+    passed: bool  # there are none
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        if self.passed:
+            return f"nothing differs from {self.lock}"
+        return f"{len(self.differences)} differences from {self.lock}, first: {self.differences[0]}"
+
+    def __rich__(self) -> Text:
+        """The differences, one below the other."""
+        return Text("\n".join(self.differences) or f"Nothing differs from {self.lock}.")
+
+
+def make_lock() -> dict[str, Any]:
+    """The lock of what runs here: versions, and a SHA-256 of every patch file and of all code it relies on.
+
+    Raises UnsupportedTransformersError for a transformers that is not supported.
     """
     range_for(transformers.__version__)
     return {"format": FORMAT, **_installed()}
@@ -43,8 +65,8 @@ def _installed() -> dict[str, Any]:
 def lock(path: str | Path, force: bool = False) -> Path:
     """Writes the lock of what runs here to `path`, whole or not at all.
 
-    Raises LockFileError where it cannot be written, or where `path` holds anything else and `force` is not given, and
-    UnsupportedTransformersError where there is nothing to lock.
+    Raises LockFileError if it cannot be written, or if `path` holds anything else and `force` is not given, and
+    UnsupportedTransformersError for a transformers that is not supported.
     """
     path, content = Path(path), as_text(make_lock()).encode()
     try:
@@ -59,21 +81,26 @@ def lock(path: str | Path, force: bool = False) -> Path:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """A lock as it is written: the same content is the same text."""
+    """The text of a lock. The same content is always the same text."""
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def check(lock: str | Path, folder: str | Path | None = None) -> list[str]:
-    """What differs here from the lock in the file `lock`, a sentence each; empty where nothing does.
+def check(lock: str | Path, folder: str | Path | None = None) -> LockCheck:
+    """Compares what runs here with the lock in the file `lock`.
 
-    folder: an exported folder, whose files are then compared in place of the installed ones. Nothing in it is run.
-    Sources are compared, not the bytecode that Python keeps of them. Raises LockFileError for what is no lock, and for
-    a folder that is not there.
+    folder: an exported folder, whose files are then compared instead of the installed ones. None of its code runs.
+    Sources are compared, not the bytecode that Python keeps of them. Raises LockFileError if the file is no lock, or
+    the folder is not there.
     """
+    found = find_differences(lock, None if folder is None else Path(folder))
+    return LockCheck(lock=str(lock), differences=found, passed=not found)
+
+
+def find_differences(lock: str | Path, folder: Path | None = None) -> list[str]:
+    """The differences that `check` reports, a sentence each."""
     locked = read_lock(lock)
     if folder is None:
         return [*differences(locked, _installed()), *_strays(HERE)]
-    folder = Path(folder)
     if not folder.is_dir():
         raise LockFileError(f"{folder} is no folder: name one that `qwen2-fp16-fix export` has made.")
     found = describe(folder)
@@ -82,20 +109,20 @@ def check(lock: str | Path, folder: str | Path | None = None) -> list[str]:
 
 
 def changed_files(folder: Path) -> list[str]:
-    """What of an exported folder's code differs from the lock that it carries. Where it runs does not matter here."""
+    """The differences of an exported folder's code from the lock in it. Installed versions are not compared."""
     locked = read_lock(folder / FILE_NAME)["patches"]
     return [*file_differences(locked, hash_files(folder)), *_strays(folder), *_foreign_code(folder, locked)]
 
 
-def refuse_drift(lock: str | Path) -> None:
-    """Raises LockError where `check` finds a difference."""
-    found = check(lock)
+def require_lock(lock: str | Path) -> None:
+    """Raises LockError if `check` finds a difference."""
+    found = find_differences(lock)
     if found:
         raise drift(lock, found)
 
 
 def _strays(folder: Path) -> Iterator[str]:
-    """What Python could import from folders inside `folder`: no lock has any, and a folder goes before a file."""
+    """Importable files in folders inside `folder`. No lock has any, and Python prefers a folder to a file."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if len(inside.parts) > 1 and "__pycache__" not in inside.parts and is_importable(path):
@@ -103,7 +130,7 @@ def _strays(folder: Path) -> Iterator[str]:
 
 
 def _foreign_code(folder: Path, locked: Mapping[str, str]) -> Iterator[str]:
-    """Code beside the locked files that the configurations in `folder` would have transformers run."""
+    """Code that the configurations in `folder` have transformers run, and that is not in the lock."""
     for path in sorted(folder.glob("*config.json")):
         try:
             content = json.loads(path.read_bytes())
@@ -112,12 +139,12 @@ def _foreign_code(folder: Path, locked: Mapping[str, str]) -> Iterator[str]:
             continue
         for reference in _strings(content.get("auto_map") if isinstance(content, dict) else None):
             if f"{reference.rpartition('.')[0]}.py" not in locked:
-                named = reference.rpartition("--")[2]  # not whose repository: doctor's report goes into public issues
+                named = reference.rpartition("--")[2]  # without the repository's owner: doctor's report is published
                 yield f"{path.name} names {named}, which is not in the lock."
 
 
 def _strings(tree: Any) -> Iterator[str]:
-    """Every string in an auto_map: a class for an Auto class, or a list of two for tokenizers."""
+    """Every string in an auto_map. Its values are the name of a class or, for tokenizers, a list of two."""
     if isinstance(tree, str):
         yield tree
     else:

@@ -1,63 +1,152 @@
-"""Says what is installed, what is registered and which parts of a model are fixed."""
+"""What is installed, what is registered, and which parts of a model are fixed."""
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
+from rich.text import Text
 from torch import nn
 
 from ._version import __version__
 from .patches.errors import Qwen2FP16FixError
 from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
+from .results import Record, Result
 
 
-def status(model: nn.Module | None = None) -> dict[str, Any]:
-    """A plain dict, fit for JSON, of what runs here.
+@dataclass(frozen=True)
+class PartCount(Record):
+    """How many parts of one class a model has, and how many of them are fixed."""
 
-    Keys: `package`, `transformers`, `torch` (versions); `numerics` (the version of the arithmetic: the same number, the
-    same arithmetic); `supported`; `enabled` (False under QWEN2_FP16_FIX=0); `patch` (the module that serves this
-    release, or None); `tested` (whether the release is in the tested range); `registered` (Auto class name to bool);
-    `problem` (why the fix cannot be used here, or None); and, for a model, `model` with `class`, `fixed`, `code`
-    ("package", or "remote" for code that came with the checkpoint; None while nothing is fixed), `module` (that code's
-    entry module), `parts` (class name to fixed and total counts), `dtype`, `attention`, `ranges` (per layer) and
-    `problem`.
-    Never raises for an unsupported release: the sentence is under `problem`.
+    fixed: int
+    total: int
+
+
+@dataclass(frozen=True)
+class LayerStatus(Record):
+    """How a fixed layer keeps its numbers in range.
+
+    An exponent is that of the layer's plan, "by token" without a plan, or "not scaled": o_proj under flash attention
+    before 4.48. Keys are "centred"; "centred, bias rounded before", if a query or key projection has a hook, a forward
+    of its own or an unknown class, or is called by stock's code; or "not centred", if the bias could not be read or an
+    adapter changes it.
     """
-    found: dict[str, Any] = {
-        "package": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "numerics": NUMERICS,
-        "supported": SUPPORTED,
-        "enabled": os.environ.get("QWEN2_FP16_FIX", "").strip() != "0",
-        "patch": None,
-        "tested": False,
-        "registered": {},
-        "problem": None,
-    }
+
+    layer: int
+    mlp: int | str  # the exponent of the MLP's product
+    o_proj: int | str  # the exponent of what o_proj reads
+    keys: str
+
+
+@dataclass(frozen=True, repr=False)
+class ModelStatus(Result):
+    """Which parts of the Qwen2 inside a model are fixed."""
+
+    class_name: str  # with its module; "class" in `to_dict`
+    fixed: bool  # every part is, and nothing overrides them
+    code: str | None  # "package", "remote" for code that came with the checkpoint, None while nothing is fixed
+    module: str | None  # the entry module of that code
+    parts: dict[str, PartCount]  # by the name of the stock class
+    dtype: str | None  # of the first weight
+    attention: str | None
+    ranges: list[LayerStatus]  # of the fixed layers
+    problem: str | None  # why the model is not, or not usefully, fixed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        found = super().to_dict()
+        return {"class": found.pop("class_name"), **found}
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        state = "fixed" if self.fixed else self.problem or "not fixed"
+        return f"{self.class_name} in {self.dtype}, {self.attention}: {state}"
+
+    def __rich__(self) -> Text:
+        """A line for each attribute, and for each layer."""
+        shown = {name: value for name, value in self.to_dict().items() if name not in ("parts", "ranges")}
+        shown |= {role: f"{count.fixed} of {count.total} fixed" for role, count in self.parts.items()}
+        for row in self.ranges:
+            shown[f"layer {row.layer}"] = f"mlp {row.mlp}, o_proj {row.o_proj}, keys {row.keys}"
+        return Text("\n".join(f"{name:>22}  {'' if value is None else value}" for name, value in shown.items()))
+
+
+@dataclass(frozen=True, repr=False)
+class Status(Result):
+    """What runs here."""
+
+    package: str  # the version of this package
+    transformers: str
+    torch: str
+    numerics: int  # the version of the arithmetic: the same number, the same arithmetic
+    supported: str  # the releases of transformers, as a requirement
+    enabled: bool  # False under QWEN2_FP16_FIX=0
+    patch: str | None  # the module that serves the installed transformers
+    tested: bool  # whether the installed transformers is in the tested range
+    registered: dict[str, bool]  # by the name of the Auto class
+    problem: str | None  # why the fix cannot be used here
+    model: ModelStatus | None = None  # of the model that was asked about; left out of `to_dict` if there is none
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data: what `status --json` prints."""
+        found = super().to_dict()
+        if self.model is None:
+            del found["model"]
+        return found
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        state = self.problem or (f"patch {self.patch}" if self.enabled else "switched off by QWEN2_FP16_FIX=0")
+        about = "" if self.model is None else f"; {self.model.summary()}"
+        return f"{self.package} on transformers {self.transformers}, {state}{about}"
+
+    def __rich__(self) -> Text:
+        """A line for each attribute. The command leaves `registered` out: its own process has nothing registered."""
+        shown = {name: value for name, value in self.to_dict().items() if name not in ("registered", "model")}
+        lines = [Text(f"{name:>12}  {'' if value is None else value}") for name, value in shown.items()]
+        return Text("\n").join(lines if self.model is None else [*lines, Text(), self.model.__rich__()])
+
+
+def status(model: nn.Module | None = None) -> Status:
+    """Says what runs here: versions, whether the fix can be used and is on, and with `model` which parts are fixed.
+
+    Never raises for an unsupported release: `problem` holds the sentence, and `model` is then None.
+    """
+    patch, tested, problem = None, False, None
+    registered: dict[str, bool] = {}
+    about = None
     try:
-        found["patch"] = range_for(transformers.__version__).module
-        found["tested"] = not is_untested(transformers.__version__)
-        from .registration.register import (  # raises where the installed source does not fit
-            is_registered,
-            qwen2_auto_classes,
-        )
+        patch = range_for(transformers.__version__).module
+        tested = not is_untested(transformers.__version__)
+        # Raises if the installed source does not fit.
+        from .registration.register import is_registered, qwen2_auto_classes
 
-        found["registered"] = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
-        if model is not None:
-            found["model"] = model_status(model)
+        registered = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
+        about = None if model is None else examine_model(model)
     except Qwen2FP16FixError as error:
-        found["problem"] = str(error)
-    return found
+        problem = str(error)
+    return Status(
+        package=__version__,
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        numerics=NUMERICS,
+        supported=SUPPORTED,
+        enabled=os.environ.get("QWEN2_FP16_FIX", "").strip() != "0",
+        patch=patch,
+        tested=tested,
+        registered=registered,
+        problem=problem,
+        model=about,
+    )
 
 
-def model_status(model: nn.Module) -> dict[str, Any]:
-    """Which parts of the Qwen2 inside `model` are fixed; the model is when all are and nothing overrides them."""
+def examine_model(model: nn.Module) -> ModelStatus:
+    """Which parts of the Qwen2 inside `model` are fixed. The model is if all of them are and nothing overrides them."""
     from .code_copies import code_of, origin_of, own_errors
-    from .patches.blocks import is_stock_eager
+    from .patches.attention import is_stock_eager
 
     code = code_of(model)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -65,31 +154,31 @@ def model_status(model: nn.Module) -> dict[str, Any]:
     try:
         with own_errors():
             code.check_modules(model)
-            is_stock_eager(attention)  # raises for one whose scores are float16
+            is_stock_eager(attention)  # raises if this implementation keeps its scores in float16
     except Qwen2FP16FixError as error:
         problem = str(error)
     problem = problem or load_problem(model, code)
     total, fixed = count_parts(model, code)
     weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "fixed": problem is None and bool(total) and total == fixed,
-        "code": origin_of(code) if any(fixed.values()) else None,
-        "module": code.__name__ if any(fixed.values()) else None,
-        "parts": {role: {"fixed": fixed[role], "total": count} for role, count in total.items()},
-        "dtype": None if weights is None else str(weights).removeprefix("torch."),
-        "attention": attention,
-        "ranges": ranges_of(model),
-        "problem": problem,
-    }
+    return ModelStatus(
+        class_name=f"{type(model).__module__}.{type(model).__qualname__}",
+        fixed=problem is None and bool(total) and total == fixed,
+        code=origin_of(code) if any(fixed.values()) else None,
+        module=code.__name__ if any(fixed.values()) else None,
+        parts={role: PartCount(fixed[role], count) for role, count in total.items()},
+        dtype=None if weights is None else str(weights).removeprefix("torch."),
+        attention=attention,
+        ranges=ranges_of(model),
+        problem=problem,
+    )
 
 
 def load_problem(model: nn.Module, code: Any) -> str | None:
-    """A sentence on fixed layers that compute in range with numbers that are none of the checkpoint's."""
+    """Says which fixed layer has weights that are not the checkpoint's, or None. Such a layer is finite, and wrong."""
+    from .code_copies import stock_classes, stock_of
     from .patches.swap import known_class, layers_of
-    from .running_code import stock_classes, stock_of
 
-    if not hasattr(code, "load_problem"):  # code of a checkpoint that 0.1.0 has exported
+    if not hasattr(code, "load_problem"):  # the code of a checkpoint that 0.1.0 exported
         return None
     for base in code.base_models(model, stock_classes(code)):
         for index, layer in enumerate(layers_of(base)):
@@ -103,9 +192,9 @@ def load_problem(model: nn.Module, code: Any) -> str | None:
 
 
 def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Counter[str]]:
-    """How many parts of each role there are in a model, and how many of them are fixed by this copy of `patches/`."""
+    """The number of parts of each role in a model, and the number that this copy of `patches/` has fixed."""
+    from .code_copies import stock_classes, stock_of
     from .patches.swap import known_class
-    from .running_code import stock_classes, stock_of
 
     total, fixed = Counter[str](), Counter[str]()
     for module in model.modules():
@@ -119,35 +208,30 @@ def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Count
 def is_fixed(model: Any) -> bool:
     """Whether `model` holds a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
 
-    False for whatever is no such model. It looks at the parts alone: `status` says how each layer is planned.
+    False for anything else. Only the parts are looked at: `status` says how each layer is planned.
     """
     if not isinstance(model, nn.Module):
         return False
     try:
         from .code_copies import code_of, own_errors
-        from .patches.blocks import is_stock_eager
+        from .patches.attention import is_stock_eager
 
         code = code_of(model)
         with own_errors():
             code.check_modules(model)
             is_stock_eager(getattr(getattr(model, "config", None), "_attn_implementation", None))
-    except Qwen2FP16FixError:  # no Qwen2, one that another tool has changed, or a transformers that is not supported
+    except Qwen2FP16FixError:  # no Qwen2, parts replaced by another tool, or an unsupported transformers
         return False
     total, fixed = count_parts(model, code)
     return total == fixed
 
 
-def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
-    """How each fixed layer keeps its MLP and its output projection in range, and how it stores its keys.
+def ranges_of(model: nn.Module) -> list[LayerStatus]:
+    """How each fixed layer keeps its numbers in range.
 
-    No plan is believed: the weights are bounded anew, and a plan that is not theirs is dropped.
-
-    An exponent of the plan, "by token", or "not scaled" (o_proj under flash attention before 4.48); "centred",
-    "centred, bias rounded before" (a query or key projection has a hook, a forward of its own or a class that nobody
-    has looked at, or is called by stock's code) or "not centred" (the bias could not be read, or an adapter changes
-    it).
+    The weights are bounded anew, and a plan that was made for other weights is dropped.
     """
-    from .code_copies import code_of, sibling
+    from .code_copies import code_of, sibling, stock_classes, stock_of
     from .patches.swap import known_class, layers_of
 
     code = code_of(model)
@@ -158,7 +242,10 @@ def ranges_of(model: nn.Module) -> list[dict[str, Any]]:
         for index, layer in enumerate(layers_of(base)):
             if known_class(layer, stock_of(code)):
                 check_plan(layer)
-                exponents = {"mlp": layer.mlp.exponent, "o_proj": getattr(layer.self_attn, "exponent", "not scaled")}
-                named = {site: "by token" if value is None else value for site, value in exponents.items()}
-                found.append({"layer": index, **named, "keys": key_state(layer.self_attn)})
+                mlp, o_proj = layer.mlp.exponent, getattr(layer.self_attn, "exponent", "not scaled")
+                found.append(LayerStatus(index, _named(mlp), _named(o_proj), key_state(layer.self_attn)))
     return found
+
+
+def _named(exponent: int | str | None) -> int | str:
+    return "by token" if exponent is None else exponent

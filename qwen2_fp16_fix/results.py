@@ -1,9 +1,9 @@
 """What the public functions return: attributes for a program, a table for a terminal or a notebook, plain data as JSON.
 
-    found = qwen2_fp16_fix.certify("checkpoint")
-    found.proven             # an attribute, which an editor completes
-    found.to_dict()          # what `certify --json` prints
-    rich.print(found)        # what `certify` prints
+found = qwen2_fp16_fix.certify("checkpoint")
+found.proven             # an attribute, which an editor completes
+found.to_dict()          # what `certify --json` prints
+rich.print(found)        # what `certify` prints
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-class Result:
-    """Base of what the public functions return. Derived classes are dataclasses with `frozen=True, repr=False`."""
+class Record:
+    """A part of a result, as a row of its table. Derived classes are dataclasses with `frozen=True`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data: dicts, lists, strings, numbers, booleans and None. `--json` prints it."""
@@ -22,6 +22,10 @@ class Result:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # of a derived class
             found[field.name] = plain(getattr(self, field.name))
         return found
+
+
+class Result(Record):
+    """Base of what the public functions return. Derived classes are dataclasses with `frozen=True, repr=False`."""
 
     def summary(self) -> str:
         """What was found, in one line."""
@@ -47,8 +51,8 @@ class Result:
 
 
 def plain(value: Any) -> Any:
-    """`value` with each result inside it, at any depth of dicts, lists and tuples, as plain data."""
-    if isinstance(value, Result):
+    """`value` with each record inside it, at any depth of dicts, lists and tuples, as plain data."""
+    if isinstance(value, Record):
         return value.to_dict()
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}

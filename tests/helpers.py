@@ -63,3 +63,12 @@ def kl_to(oracle: Tensor, logits: Tensor) -> float:
     """Mean over tokens of KL(oracle || logits), in nats, over logits (..., vocabulary)."""
     p, q = torch.log_softmax(oracle.double(), -1), torch.log_softmax(logits.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def skeleton(data: Any) -> Any:
+    """Plain data with its keys in order, without its values: what a reader of the JSON relies on."""
+    if isinstance(data, dict):
+        return [(key, skeleton(value)) for key, value in data.items()]
+    if isinstance(data, list):
+        return [skeleton(each) for each in data]
+    return "number" if isinstance(data, int | float) and not isinstance(data, bool) else type(data).__name__

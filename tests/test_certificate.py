@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.certificate import bound_scores, casting_losses
-from qwen2_fp16_fix.checkpoints.weight_sources import rotation_scale
+from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
 from qwen2_fp16_fix.patches.range_plan import LayerShape
-from tests.stress.models import KINDS, TINY, build
+from tests.stress import KINDS, TINY, build
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,49 +38,49 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
 def test_stress_checkpoints_are_proven(tmp_path: Path) -> None:
     build(TINY, KINDS).half().save_pretrained(tmp_path)
     found = qwen2_fp16_fix.certify(tmp_path)
-    assert found["proven"], found["verdict"]
-    assert json.loads(json.dumps(found))["layers"] == found["layers"]
-    assert not all(layer["stock_proven"] for layer in found["layers"])
+    assert found.proven, found.verdict
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert not all(layer.stock_proven for layer in found.layers)
 
 
 def test_the_demo_checkpoint_is_proven() -> None:
     found = qwen2_fp16_fix.certify(demo.CHECKPOINT)
-    assert found["proven"], found["verdict"]
-    assert found["casting"] == {}
+    assert found.proven, found.verdict
+    assert found.casting == {}
 
 
 def test_a_folder_and_its_model_have_the_same_bounds(folder: Path) -> None:
     from_disk = qwen2_fp16_fix.certify(folder)
     model = qwen2_fp16_fix.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float16)
     loaded = qwen2_fp16_fix.certify(model)
-    assert loaded["layers"] == from_disk["layers"]
-    assert loaded["logits"] == from_disk["logits"]
-    ranges = qwen2_fp16_fix.status(model)["model"]["ranges"]
-    assert [row["mlp"] for row in ranges] == [layer["exponents"]["mlp"] for layer in from_disk["layers"]]
+    assert loaded.layers == from_disk.layers
+    assert loaded.logits == from_disk.logits
+    ranges = qwen2_fp16_fix.status(model).model.ranges
+    assert [row.mlp for row in ranges] == [layer.exponents["mlp"] for layer in from_disk.layers]
 
 
 def test_shards_and_single_files_have_the_same_bounds(folder: Path, tmp_path: Path) -> None:
     build(TINY, ("swiglu",)).half().save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
-    whole = qwen2_fp16_fix.certify(folder)["layers"]
-    assert qwen2_fp16_fix.certify(tmp_path / "sharded")["layers"] == whole
-    assert qwen2_fp16_fix.certify(folder / "model.safetensors")["layers"] == whole
+    whole = qwen2_fp16_fix.certify(folder).layers
+    assert qwen2_fp16_fix.certify(tmp_path / "sharded").layers == whole
+    assert qwen2_fp16_fix.certify(folder / "model.safetensors").layers == whole
 
 
 def test_a_base_model_and_tied_embeddings_are_read(tmp_path: Path) -> None:
     build(TINY, (), tie_word_embeddings=True).half().save_pretrained(tmp_path / "tied")
-    assert qwen2_fp16_fix.certify(tmp_path / "tied")["proven"]
+    assert qwen2_fp16_fix.certify(tmp_path / "tied").proven
     build(TINY, ()).half().model.save_pretrained(tmp_path / "base")
-    assert qwen2_fp16_fix.certify(tmp_path / "base")["proven"]
+    assert qwen2_fp16_fix.certify(tmp_path / "base").proven
 
 
 def test_a_planted_weight_flips_the_verdict(folder: Path) -> None:
     """q has no exponent to take: a row too large for float16 is named, with its layer."""
     edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
     found = qwen2_fp16_fix.certify(folder)
-    assert not found["proven"]
-    assert found["verdict"].startswith("Not provable: layer 2: q is bounded by ")
-    assert not found["layers"][2]["stock_proven"]
+    assert not found.proven
+    assert found.verdict.startswith("Not provable: layer 2: q is bounded by ")
+    assert not found.layers[2].stock_proven
 
 
 def test_what_cannot_be_bounded_in_a_model_is_named() -> None:
@@ -88,8 +88,8 @@ def test_what_cannot_be_bounded_in_a_model_is_named() -> None:
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # PEFT asks transformers for it
         model = peft.get_peft_model(build(TINY, ()).half(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
     found = qwen2_fp16_fix.certify(model)
-    assert not found["proven"]
-    assert "up_proj is a Linear, whose weights cannot be bounded here" in found["verdict"]
+    assert not found.proven
+    assert "up_proj is a Linear, whose weights cannot be bounded here" in found.verdict
 
 
 def test_the_cast_is_counted_exactly() -> None:
@@ -106,9 +106,9 @@ def test_a_weight_that_the_cast_makes_infinite_is_a_reason(folder: Path) -> None
 
     edit(folder, widen)
     found = qwen2_fp16_fix.certify(folder)
-    assert not found["proven"]
-    assert found["casting"]["model.layers.1.mlp.up_proj.weight"]["overflow"] == 1
-    assert any("1 weights pass 65504" in reason for reason in found["reasons"])
+    assert not found.proven
+    assert found.casting["model.layers.1.mlp.up_proj.weight"]["overflow"] == 1
+    assert any("1 weights pass 65504" in reason for reason in found.reasons)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +200,15 @@ def test_what_no_layer_bound_sees_is_a_reason(slip: str, folder: Path) -> None:
     change, reason = SLIPS[slip]
     edit(folder, change)
     found = qwen2_fp16_fix.certify(folder)
-    assert not found["proven"]
-    assert any(reason in text for text in found["reasons"]), found["reasons"]
-    json.dumps(found, allow_nan=False)
+    assert not found.proven
+    assert any(reason in text for text in found.reasons), found.reasons
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_a_quantised_checkpoint_is_not_proven(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    assert "quantised (gptq)" in qwen2_fp16_fix.certify(folder)["verdict"]
+    assert "quantised (gptq)" in qwen2_fp16_fix.certify(folder).verdict
 
 
 def test_tied_embeddings_are_bounded_beside_a_stored_head(folder: Path) -> None:
@@ -216,7 +216,7 @@ def test_tied_embeddings_are_bounded_beside_a_stored_head(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     edit(folder, lambda t: t["model.embed_tokens.weight"].fill_(6e4))
-    assert "logits" in qwen2_fp16_fix.certify(folder)["verdict"]
+    assert "logits" in qwen2_fp16_fix.certify(folder).verdict
 
 
 @pytest.mark.parametrize("part", ["model.norm", "lm_head", "model.layers.1.mlp.up_proj"])
@@ -224,13 +224,13 @@ def test_a_part_on_the_meta_device_is_named(part: str) -> None:
     model = build(TINY, ()).half()
     model.get_submodule(part).to("meta")
     found = qwen2_fp16_fix.certify(model)
-    assert any("is not loaded" in reason for reason in found["reasons"]), found["verdict"]
+    assert any("is not loaded" in reason for reason in found.reasons), found.verdict
 
 
 def test_a_bias_no_qwen2_has_is_not_bounded() -> None:
     model = build(TINY, ()).half()
     model.model.layers[1].self_attn.o_proj.bias = torch.nn.Parameter(torch.full((TINY.hidden,), 6e4).half())
-    assert "o_proj has a bias" in qwen2_fp16_fix.certify(model)["verdict"]
+    assert "o_proj has a bias" in qwen2_fp16_fix.certify(model).verdict
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_config_that_transformers_trips_over_is_one_sentence(key: str, value: 
     assert "\n" not in str(caught.value)
 
 
-def test_another_architecture(folder: Path) -> None:
+def test_another_architecture_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     with pytest.raises(qwen2_fp16_fix.NotQwen2Error, match="'llama', not 'qwen2'"):
@@ -304,6 +304,7 @@ def test_another_architecture(folder: Path) -> None:
         qwen2_fp16_fix.certify(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.process
 def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any]) -> None:
     command = ("-m", "qwen2_fp16_fix", "certify")
     done = python(*command, str(folder))
@@ -317,11 +318,12 @@ def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any]
 
 GROWTH = """
 import re, sys, qwen2_fp16_fix
-assert qwen2_fp16_fix.certify(sys.argv[1])["proven"]
+assert qwen2_fp16_fix.certify(sys.argv[1]).proven
 print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would count the parent's, too
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of the peak")
 def test_memory_is_about_one_layer(tmp_path: Path) -> None:
     """A layer here is 25 MB; six more of them in a model would be 150 MB."""
@@ -345,7 +347,7 @@ def test_the_final_norm_is_bounded(folder: Path) -> None:
         tensors["lm_head.weight"][:, 1] = 0
 
     edit(folder, grow)
-    assert qwen2_fp16_fix.certify(folder)["verdict"].startswith("Not provable: the final norm is bounded by ")
+    assert qwen2_fp16_fix.certify(folder).verdict.startswith("Not provable: the final norm is bounded by ")
 
 
 def test_stock_scores_are_bounded_and_the_bound_is_near() -> None:
@@ -366,4 +368,4 @@ def test_stock_scores_are_bounded_and_the_bound_is_near() -> None:
     scores = q @ k.repeat_interleave(TINY.heads // TINY.kv_heads, 0).transpose(1, 2)
     assert bound / 16 < float(scores.abs().max()) <= bound
     spiked = qwen2_fp16_fix.certify(build(TINY, ("scores",)).half())
-    assert min(layer["stock_headroom_bits"]["scores"] for layer in spiked["layers"]) < 0
+    assert min(layer.stock_headroom_bits["scores"] for layer in spiked.layers) < 0

@@ -14,56 +14,59 @@ from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
-from qwen2_fp16_fix.cli import commands as cli
+from qwen2_fp16_fix.checkpoints import loading
+from qwen2_fp16_fix.cli import commands
+from qwen2_fp16_fix.demo import Demonstration
+from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
 from tests.helpers import kl_to
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
 
 
 @pytest.fixture(scope="module")
-def findings() -> dict[str, Any]:
+def findings() -> Demonstration:
     return demo.measure()
 
 
-def test_the_demo_is_as_promised(findings: dict[str, Any]) -> None:
-    assert findings["as_promised"]
-    oracle, *others = findings["rows"]
+def test_the_demo_is_as_promised(findings: Demonstration) -> None:
+    assert findings.as_promised
+    oracle, *others = findings.rows
     for row in others[:2]:
-        assert row["text"] == "!" * demo.NEW_TOKENS
-        assert row["perplexity"] is None
+        assert row.text == "!" * demo.NEW_TOKENS
+        assert row.perplexity is None
     for row in others[2:]:
-        assert row["text"] == oracle["text"]
+        assert row.text == oracle.text
         # the noise of float16 rounding on 1,098 tokens: 1.7e-3 a token over the square root of their number, thrice
-        assert row["perplexity"] == pytest.approx(oracle["perplexity"], rel=1.5e-4)
-    assert re.search(r"[a-z]{3,} [a-z]{3,} [a-z]{3,}", oracle["text"])
-    json.dumps(findings)
+        assert row.perplexity == pytest.approx(oracle.perplexity, rel=1.5e-4)
+    assert re.search(r"[a-z]{3,} [a-z]{3,} [a-z]{3,}", oracle.text)
+    json.dumps(findings.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(("readme", "row"), [("README.md", "fixed float16"), ("README.zh-CN.md", "修复后 float16")])
-def test_the_readmes_fixed_rows_are_what_the_demo_finds(findings: dict[str, Any], readme: str, row: str) -> None:
+def test_the_readmes_fixed_rows_are_what_the_demo_finds(findings: Demonstration, readme: str, row: str) -> None:
     """They were remembered: eager stood at 18.838 where the demo prints 18.837."""
     text = (Path(__file__).parents[1] / readme).read_text(encoding="utf-8")
     shown = re.search(rf"^\| \*\*{row}\*\* \| \*\*([\d.]+)\*\* \| \*\*([\d.]+)\*\* \|$", text, re.M)
     assert shown is not None
-    found = [row["perplexity"] for row in findings["rows"] if row["name"].startswith("fixed")]
+    found = [row.perplexity for row in findings.rows if row.name.startswith("fixed")]
     # half a unit of the last digit shown, and the noise of float16 rounding as above: each CPU adds up in another order
     assert [float(figure) for figure in shown.groups()] == pytest.approx(found, rel=0, abs=5e-4 + 1.5e-4 * found[0])
 
 
-def test_the_demo_says_what_was_wrong_where(findings: dict[str, Any]) -> None:
-    stock_eager, stock_sdpa = findings["rows"][1:3]
-    assert stock_eager["first_overflow"] == "layer 0, raw scores q·k"
-    assert stock_sdpa["first_overflow"].startswith("layer 2, ")  # where the residual stream passes 65504
-    sites = {peak["site"]: peak["magnitude"] for peak in findings["peaks"]}
+def test_the_demo_says_what_was_wrong_where(findings: Demonstration) -> None:
+    stock_eager, stock_sdpa = findings.rows[1:3]
+    assert stock_eager.first_overflow == "layer 0, raw scores q·k"
+    assert stock_sdpa.first_overflow.startswith("layer 2, ")  # where the residual stream passes 65504
+    sites = {peak.site: peak.magnitude for peak in findings.peaks}
     for site in ("layer 0, raw scores q·k", "layer 3, raw scores q·k", "layer 3, residual stream"):
-        assert sites[site] > demo.FLOAT16_MAX
-    assert all(row["first_overflow"] is None for row in findings["rows"] if row["finite"])
+        assert sites[site] > FLOAT16_MAX
+    assert all(row.first_overflow is None for row in findings.rows if row.finite)
 
 
 def test_the_checkpoint_can_be_saved_to_a_new_folder(tmp_path: Path) -> None:
     """scan, certify and verify take a folder, and where the package lies nobody should have to find out."""
     out = tmp_path / "new" / "demo"
-    done = CliRunner().invoke(cli.app, ["demo", "--save", str(out)])
+    done = CliRunner().invoke(commands.app, ["demo", "--save", str(out)])
     assert (done.exit_code, done.stdout) == (0, "")
     names = [path.name for path in demo.CHECKPOINT.iterdir()]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -76,12 +79,13 @@ def test_the_checkpoint_can_be_saved_to_a_new_folder(tmp_path: Path) -> None:
 def test_fixed_logits_are_close_on_the_held_out_chapter(attention: str) -> None:
     _, passage = demo._load_text(demo.CHECKPOINT)
     tokens = passage[:, :512]
-    oracle = demo.forward(demo.load(demo.CHECKPOINT, False, torch.float32, attention), tokens)
-    fixed = demo.forward(demo.load(demo.CHECKPOINT, True, torch.float16, attention), tokens)
+    oracle = loading.forward(loading.load(demo.CHECKPOINT, False, torch.float32, attention), tokens)
+    fixed = loading.forward(loading.load(demo.CHECKPOINT, True, torch.float16, attention), tokens)
     assert torch.isfinite(fixed).all()
     assert kl_to(oracle, fixed) < 1e-5  # measured 1.4e-6; stock float16 on the healthy twin is at 3e-5
 
 
+@pytest.mark.process
 def test_a_demo_that_does_not_show_it_exits_1(python: Callable[..., Any]) -> None:
     """Switched off, the fixed rows print `!!!!` as well: exit code 0 would be a lie."""
     done = python("-m", "qwen2_fp16_fix", "demo", "--json", QWEN2_FP16_FIX="0")
@@ -91,6 +95,7 @@ def test_a_demo_that_does_not_show_it_exits_1(python: Callable[..., Any]) -> Non
     assert not found["versions"]["enabled"]
 
 
+@pytest.mark.process
 def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
     done = python("-m", "qwen2_fp16_fix", "demo")
     assert done.returncode == 0, done.stderr
@@ -101,7 +106,7 @@ def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
 
 def test_saving_prints_json_where_that_is_asked(tmp_path: Path) -> None:
     """`demo --save X --json` printed nothing that a program could read."""
-    done = CliRunner().invoke(cli.app, ["demo", "--save", str(tmp_path / "x"), "--json"])
+    done = CliRunner().invoke(commands.app, ["demo", "--save", str(tmp_path / "x"), "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout) == {"saved": str(tmp_path / "x")}
 
@@ -122,6 +127,6 @@ def test_the_checkpoint_is_a_qwen2_of_its_own() -> None:
     assert config.hidden_size // config.num_attention_heads == 64
     assert len(tokenizer) <= config.vocab_size
     assert sum(path.stat().st_size for path in demo.CHECKPOINT.iterdir()) < 6e6
-    bias = demo.load(demo.CHECKPOINT, False, torch.float32, "sdpa").state_dict()
+    bias = loading.load(demo.CHECKPOINT, False, torch.float32, "sdpa").state_dict()
     for layer in (0, config.num_hidden_layers - 1):
         assert bias[f"model.layers.{layer}.self_attn.k_proj.bias"].abs().max() >= 280

@@ -1,4 +1,4 @@
-"""A lock names whatever has drifted from it, and the numerics version stands for the arithmetic that is recorded."""
+"""A lock names whatever has drifted from it."""
 
 import hashlib
 import json
@@ -6,26 +6,22 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.qwen2 import modeling_qwen2 as stock
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix as q
-from qwen2_fp16_fix import locking as pinning
-from qwen2_fp16_fix.cli import commands as cli
-from qwen2_fp16_fix.cli import main
+from qwen2_fp16_fix import locking
+from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.patches import lock, version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
-from tests.stress.models import TINY, build, config
-from tools import numerics
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
+from tests.stress import TINY, build, config
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,8 +50,8 @@ def changed(locked: Path, tmp_path: Path, **fields: Any) -> Path:
 
 
 def test_what_is_locked_here_checks_clean(locked: Path, folder: Path) -> None:
-    assert q.check(locked) == []
-    assert q.check(locked, folder) == []
+    assert q.check(locked).passed
+    assert q.check(locked, folder).passed
 
 
 def test_a_lock_holds_what_decides_the_numbers(locked: Path) -> None:
@@ -73,7 +69,7 @@ def test_a_lock_holds_what_decides_the_numbers(locked: Path) -> None:
     relied_on |= {"ALL_ATTENTION_FUNCTIONS[sdpa]", "ROPE_INIT_FUNCTIONS[yarn]"}
     own = {name for name, thing in vars(stock).items() if getattr(thing, "__module__", "") == stock.__name__}
     assert {name for name in own if name.startswith("Qwen2")} | relied_on <= set(found["upstream"])
-    assert q.status()["numerics"] == version_map.NUMERICS
+    assert q.status().numerics == version_map.NUMERICS
 
 
 def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: Path) -> None:
@@ -83,7 +79,7 @@ def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: P
     (folder / "key_centring.so").touch()  # would be imported in place of key_centring.py
     (folder / "blocks").mkdir()
     (folder / "blocks" / "__init__.py").touch()  # likewise
-    assert q.check(locked, folder) == [
+    assert q.check(locked, folder).differences == [
         "key_centring.so is not in the lock.",
         "numerics.py is not the file that was locked.",
         "v4_37.py is locked and missing.",
@@ -99,27 +95,29 @@ def test_a_configuration_that_runs_other_code_is_named(locked: Path, folder: Pat
     """Whole patch files are no use where the configuration has transformers import something else."""
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": reference}}))
     text = reference.rpartition("--")[2] if isinstance(reference, str) else "other.Slow"  # not whose: doctor prints it
-    assert q.check(locked, folder) == [f"{name} names {text}, which is not in the lock."]
+    assert q.check(locked, folder).differences == [f"{name} names {text}, which is not in the lock."]
 
 
 DRIFTED_PACKAGE = """
 import json, os, sys
 import qwen2_fp16_fix as q
-from qwen2_fp16_fix import locking as pinning
-assert sys.argv[2] in q.__file__ and sys.argv[2] in str(pinning.HERE), (q.__file__, pinning.HERE)
+from qwen2_fp16_fix import locking
+assert sys.argv[2] in q.__file__ and sys.argv[2] in str(locking.HERE), (q.__file__, locking.HERE)
 def error(**options):
     try:
         q.register(**options)
     except q.LockError as caught:
         return str(caught)
 os.environ["QWEN2_FP16_FIX_LOCK"] = sys.argv[1]
-found = {"asked": error(), "problem": q.status()["problem"]}
+found = {"asked": error(), "problem": q.status().problem}
 del os.environ["QWEN2_FP16_FIX_LOCK"]
-found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]), "registered": q.status()["registered"]}
+found |= {"told": error(lock=sys.argv[1]), "check": q.check(sys.argv[1]).differences}
+found["registered"] = q.status().registered
 print(json.dumps(found))
 """
 
 
+@pytest.mark.process
 def test_an_edited_installation_is_caught(locked: Path, python: Callable[..., Any], tmp_path: Path) -> None:
     """In a copy of the package that is really installed elsewhere and really edited."""
     copy = tmp_path / "site"
@@ -143,12 +141,13 @@ import json, sys
 import qwen2_fp16_fix as q
 from qwen2_fp16_fix.patches import lock
 assert lock.transformers.__file__.startswith(sys.argv[2]), lock.transformers.__file__
-edited = q.check(sys.argv[1])
+edited = q.check(sys.argv[1]).differences
 lock.transformers.__version__ = "4.37.0"
-print(json.dumps({"edited": edited, "older": q.check(sys.argv[1])}))
+print(json.dumps({"edited": edited, "older": q.check(sys.argv[1]).differences}))
 """
 
 
+@pytest.mark.process
 def test_an_edited_transformers_is_caught(locked: Path, python: Callable[..., Any], tmp_path: Path) -> None:
     """In a transformers whose modeling_qwen2.py is really another file; the rest of it is linked."""
     installed, copy = Path(transformers.__file__).parent, tmp_path / "transformers"
@@ -183,7 +182,7 @@ def test_a_class_that_another_tool_has_replaced_is_named(locked: Path, monkeypat
     monkeypatch.setattr(stock, "Qwen2RMSNorm", LigerRMSNorm)
     monkeypatch.setattr(stock, "Qwen2MLP", FasterMLP)
     monkeypatch.setattr(stock, "apply_rotary_pos_emb", lambda *args: args)
-    assert q.check(locked) == [
+    assert q.check(locked).differences == [
         f"{name} of transformers is not there." for name in ("Qwen2MLP", "Qwen2RMSNorm", "apply_rotary_pos_emb")
     ]
 
@@ -191,7 +190,7 @@ def test_a_class_that_another_tool_has_replaced_is_named(locked: Path, monkeypat
 def test_our_own_classes_under_stock_names_are_no_drift(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`qwen2-fp16-fix run` puts them there; what they stand in for is still what was locked."""
     monkeypatch.setattr(stock, "Qwen2ForCausalLM", q.Qwen2ForCausalLM)
-    assert q.check(locked) == []
+    assert q.check(locked).passed
 
 
 @pytest.mark.parametrize(
@@ -203,18 +202,18 @@ def test_our_own_classes_under_stock_names_are_no_drift(locked: Path, monkeypatc
     ],
 )
 def test_another_version_is_named(locked: Path, tmp_path: Path, field: str, value: Any, sentence: str) -> None:
-    assert q.check(changed(locked, tmp_path, **{field: value})) == [sentence]
+    assert q.check(changed(locked, tmp_path, **{field: value})).differences == [sentence]
 
 
 def test_another_torch_is_named(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked_torch = str(torch.__version__)
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
-    assert q.check(locked) == [f"torch 2.99.0+cu999 is installed, {locked_torch} is locked."]
+    assert q.check(locked).differences == [f"torch 2.99.0+cu999 is installed, {locked_torch} is locked."]
 
 
 def test_another_release_without_changes_says_so(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock.transformers, "__version__", "4.37.1")
-    assert q.check(locked)[1].endswith("that matter here, none differs.")
+    assert q.check(locked).differences[1].endswith("that matter here, none differs.")
 
 
 def test_fingerprints_do_without_sources() -> None:
@@ -236,15 +235,17 @@ def test_fingerprints_do_without_sources() -> None:
 def test_register_takes_a_lock(locked: Path, tmp_path: Path) -> None:
     with pytest.raises(q.LockError, match=r"numerics are version \d+, 99 is locked\..* lock anew"):
         q.register(lock=changed(locked, tmp_path, numerics=99))
-    assert not any(q.status()["registered"].values())
+    assert not any(q.status().registered.values())
     q.register(lock=locked)
-    assert all(q.status()["registered"].values())
+    assert all(q.status().registered.values())
     q.unregister()
     with q.registered(lock=locked):
-        assert all(q.status()["registered"].values())
+        assert all(q.status().registered.values())
 
 
-def test_the_environment_can_ask(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_the_environment_names_is_checked(
+    locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where this was imported before the variable was set: a check that is asked for and left out is worst."""
     monkeypatch.setenv(lock.VARIABLE, str(changed(locked, tmp_path, torch="2.4.0")))
     stock_model = build(TINY, ())
@@ -254,7 +255,7 @@ def test_the_environment_can_ask(locked: Path, tmp_path: Path, monkeypatch: pyte
             build_fixed()
     assert [type(module) for module in stock_model.modules()] == before
     monkeypatch.setenv(lock.VARIABLE, str(locked))
-    assert q.status(q.fix(stock_model))["model"]["fixed"]
+    assert q.status(q.fix(stock_model)).model.fixed
     monkeypatch.setenv(lock.VARIABLE, str(tmp_path / "absent.json"))
     with pytest.raises(q.LockFileError, match=r"absent\.json cannot be read as a lock"):
         q.Qwen2ForCausalLM(config(TINY))
@@ -287,6 +288,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.process
 def test_remote_code_verifies_its_own_files(
     locked: Path, folder: Path, python: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -313,10 +315,10 @@ def test_remote_code_verifies_its_own_files(
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(commands.app, list(arguments))
 
 
-def test_the_commands(locked: Path, tmp_path: Path) -> None:
+def test_the_commands_print_a_lock_and_its_differences(locked: Path, tmp_path: Path) -> None:
     printed = run("lock")
     assert (printed.exit_code, printed.stdout) == (0, locked.read_text())
     assert run("lock", "-o", str(tmp_path / "here.json")).exit_code == 0
@@ -344,7 +346,9 @@ def test_a_folder_is_checked_by_the_command(locked: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', "\x00\xff", None], ids=lambda text: repr(text)
 )
-def test_what_is_no_lock(text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_no_lock_is_wrong_usage(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sentence and exit code 2, as for any wrong usage; None is a file that is not there."""
     path = tmp_path / "lock.json"
     if text is not None:
@@ -415,102 +419,9 @@ def test_a_lock_in_an_impossible_place_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_release_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinning.transformers, "__version__", "4.36.0")
+    monkeypatch.setattr(locking.transformers, "__version__", "4.36.0")
     with pytest.raises(q.UnsupportedTransformersError):
-        pinning.make_lock()
-
-
-RECORD = json.loads(golden_outputs.RECORD.read_text())
-
-
-def test_the_numerics_are_those_that_were_recorded() -> None:
-    """Fails for whoever changes the arithmetic and does not say so."""
-    found = golden_outputs.changes(RECORD, golden_outputs.current())
-    assert not found, f"{'; '.join(found)}. {golden_outputs.WHAT_TO_DO}"
-    assert RECORD["numerics"] == version_map.NUMERICS, golden_outputs.WHAT_TO_DO
-
-
-def test_no_order_of_summation_changes_a_recorded_output() -> None:
-    """What makes the digests good on any machine: every intermediate is exact, so no order can matter."""
-    forwards, backwards = golden_outputs.outputs(), golden_outputs.outputs(backwards=True)
-    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
-
-
-def norm_rounded_twice(hidden: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    return weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)).to(out_dtype)
-
-
-def rotation_in_float16(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
-    first, second = states.chunk(2, dim=-1)
-    turned = states * cos.half() + torch.cat((-second, first), dim=-1) * sin.half()
-    return turned.float() if shift is None else turned.float() + shift
-
-
-def product_before_its_scale(zero: Tensor, gate: Tensor, up: Tensor, exponent: int) -> Tensor:
-    return gate * up * 2.0**-exponent
-
-
-@pytest.mark.parametrize(
-    ("name", "other", "shows_in"),
-    [
-        ("rms_norm", norm_rounded_twice, {"rms_norm"}),
-        ("rotate", rotation_in_float16, {"rotate", "rotate and shift", "rotate and shift, rounded"}),
-        ("scaled_product", product_before_its_scale, {"scaled_product"}),
-    ],
-)
-def test_other_arithmetic_shows_in_the_outputs(
-    name: str, other: Any, shows_in: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What stock does in its place must not give the recorded bits, or the record would stand for both."""
-    monkeypatch.setattr(golden_outputs.numerics, name, other)
-    found = golden_outputs.changes(RECORD, {**RECORD, "outputs": golden_outputs.current()["outputs"]})
-    assert set(found) == {f"the output of {output} has changed" for output in shows_in}
-
-
-def test_a_changed_output_is_not_recorded_under_the_old_number(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = tmp_path / "numerics.json"
-    outputs = {**RECORD["outputs"], "rms_norm": "0" * 64}
-    record.write_text(json.dumps({**RECORD, "outputs": outputs}))
-    monkeypatch.setattr(golden_outputs, "RECORD", record)
-    assert golden_outputs.main() == 1
-    assert f"the output of rms_norm has changed under numerics {version_map.NUMERICS}" in capsys.readouterr().out
-    assert json.loads(record.read_text())["outputs"] == outputs
-    monkeypatch.setattr(golden_outputs, "NUMERICS", RECORD["numerics"] + 1)
-    assert golden_outputs.main() == 0
-    assert json.loads(record.read_text()) == {**golden_outputs.current(), "numerics": RECORD["numerics"] + 1}
-
-
-def releases(changelog: str) -> list[tuple[Version, int]]:
-    """Version and numerics of every release, newest first. Fails for a release that does not name its numerics."""
-    found = []
-    for section in re.split(r"^## ", changelog, flags=re.M)[1:]:
-        heading = re.match(r"\[(\d[^\]]*)\]", section)
-        if heading:
-            number = re.search(r"^Numerics: (\d+)$", section, re.M)
-            assert number, f"CHANGELOG.md does not name the numerics of {heading[1]}: add `Numerics: N`."
-            found.append((Version(heading[1]), int(number[1])))
-    return found
-
-
-def unannounced(found: list[tuple[Version, int]]) -> list[str]:
-    """Releases that changed the numerics without being major ones."""
-    return [str(new) for (new, n), (old, m) in pairwise(found) if n != m and not (new.major > old.major and n > m)]
-
-
-def test_the_changelog_names_the_numerics_of_every_release() -> None:
-    found = releases((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    assert found[0] == (Version(q.__version__), version_map.NUMERICS)
-    assert unannounced(found) == []
-
-
-def test_other_numerics_are_a_major_release() -> None:
-    text = "## [{}] - 2027-01-01\n\nNumerics: {}\n\n## [1.2.0] - 2026-12-01\n\nNumerics: 3\n"
-    for version, number, wrong in (("2.0.0", 4, False), ("1.3.0", 3, False), ("1.3.0", 4, True), ("2.0.0", 2, True)):
-        assert bool(unannounced(releases(text.format(version, number)))) is wrong
-    with pytest.raises(AssertionError, match=r"1\.2\.0"):
-        releases("## [1.2.0] - 2026-12-01\n\n### Added\n")
+        locking.make_lock()
 
 
 def test_the_stock_classes_are_those_that_are_locked(locked: Path) -> None:

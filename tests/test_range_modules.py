@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 from packaging.specifiers import SpecifierSet
+
 from qwen2_fp16_fix.patches import blocks, modeling_qwen2_fp16, version_map
 from qwen2_fp16_fix.patches.lock import HERE
 from qwen2_fp16_fix.patches.version_map import DIFFERENCES, RANGES

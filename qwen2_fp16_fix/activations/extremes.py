@@ -1,27 +1,30 @@
-"""The extremes of a site: its largest magnitude and where that was, and how much float16 could hold as subnormals only.
+"""The extremes of each site, and the first site with a number that is not finite.
 
-Tensors are measured in blocks, in fp32. Scores are multiplied out for a block of queries at a time and never whole.
+Of a site: its largest magnitude, where that was, and how many numbers float16 could hold as subnormals only. Tensors
+are measured in blocks, in fp32. Scores are multiplied out for a block of queries at a time and never whole.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .sites import Attended
+from .sites import Attended, SitePlace, Watch, execution_order
 
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 BLOCK = 2**21  # numbers measured at a time, 8 MiB in fp32
 LARGE_BLOCK = 2**24  # on an accelerator, where each block costs a wait
+ROWS_LOOKED_AT = 4096  # looked at together for a number that is not finite
 
 
 @dataclass(frozen=True)
-class Spot:
+class TokenPlace:
     """Where a number was. Of a score: its query's position, the key's, the head, and the channel that made most of it.
 
-    head and key_position are None for what is no score.
+    head and key_position are None for a number that is no score.
     """
 
     prompt: int
@@ -33,22 +36,22 @@ class Spot:
 
 @dataclass
 class Extremes:
-    """What is kept of one site. `largest` is NaN or infinite once a number was; `spot` is then the first such one's."""
+    """The extremes of one site. After the first NaN or infinity `largest` stays that, and `spot` says where it was."""
 
     largest: float = 0.0
-    spot: Spot | None = None
+    spot: TokenPlace | None = None
     numbers: int = 0
     subnormal: int = 0
     dtype: torch.dtype | None = None
 
     @property
     def finite(self) -> bool:
-        """Whether every number so far was."""
+        """Whether every number so far is finite."""
         return math.isfinite(self.largest)
 
     @property
     def subnormal_share(self) -> float:
-        """Of the numbers, those that are not zero and below float16's smallest normal number, 2^-14."""
+        """The share of the numbers that are not zero and below float16's smallest normal number, 2^-14."""
         return self.subnormal / self.numbers if self.numbers else 0.0
 
     def add(self, tensor: Tensor, prompt: int, first_channel: int = 0, first_position: int = 0) -> None:
@@ -61,7 +64,7 @@ class Extremes:
             if self.exceeded(top := float(magnitudes.amax())):
                 index = index_of_largest(magnitudes)
                 row, channel = divmod(index, rows.shape[1])
-                self.take(top, Spot(prompt, first_position + start + row, first_channel + channel))
+                self.take(top, TokenPlace(prompt, first_position + start + row, first_channel + channel))
 
     def count(self, magnitudes: Tensor, scale: float = 1.0) -> None:
         """Counts the numbers, and the subnormal ones once they are multiplied by `scale`."""
@@ -71,12 +74,83 @@ class Extremes:
             self.subnormal += below - (magnitudes.numel() - int(torch.count_nonzero(magnitudes)))  # zeros aside
 
     def exceeded(self, top: float) -> bool:
-        """Whether `top` is news. After a number that is not finite nothing is."""
+        """Whether `top` exceeds the largest so far. Always False after a NaN or infinity."""
         return self.finite and (math.isnan(top) or top > self.largest)
 
-    def take(self, top: float, spot: Spot) -> None:
+    def take(self, top: float, spot: TokenPlace) -> None:
         """Keeps a new largest magnitude."""
         self.largest, self.spot = top, spot
+
+
+class Break(NamedTuple):
+    """The first site, in the order of execution, with a number that is not finite, and where that number was."""
+
+    place: SitePlace
+    spot: TokenPlace | None
+
+
+class FirstBreak:
+    """Looks for the first site with a number that is not finite. A later prompt may break an earlier site."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.found: Break | None = None
+
+    def look(self, place: SitePlace, tensor: Tensor, prompt: int = 0) -> None:
+        """Looks at tensor (1, S, channels) or (1, H, S, K), of one prompt, unless an earlier site is known."""
+        if not self._precedes(place):
+            return
+        rows = tensor.flatten(0, -2)
+        if not all(bool(part.isfinite().all()) for part in torch.split(rows, ROWS_LOOKED_AT)):
+            row, channel = divmod(int((~rows.isfinite()).byte().argmax()), rows.shape[1])
+            self.take(place, TokenPlace(prompt, row % tensor.shape[-2], channel))
+
+    def take(self, place: SitePlace, spot: TokenPlace | None) -> None:
+        """Keeps a site that is not finite, unless an earlier one is known."""
+        if self._precedes(place):
+            self.found = Break(place, spot)
+
+    def _precedes(self, place: SitePlace) -> bool:
+        return self.found is None or execution_order(place) < execution_order(self.found.place)
+
+
+def first_break(sites: Mapping[SitePlace, Extremes]) -> Break | None:
+    """The break among sites that have been measured."""
+    first = FirstBreak()
+    for place, extremes in sites.items():
+        if not extremes.finite:
+            first.take(place, extremes.spot)
+    return first.found
+
+
+class Magnitudes(Watch):
+    """While entered, records |x| at every site of every layer of `model`, by the site's name in messages.
+
+    The largest magnitude of a site is NaN or infinite once a number there is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """model: any module with a Qwen2Model inside."""
+        layers: Any = next(module.layers for module in model.modules() if hasattr(module, "layers"))
+        super().__init__(dict(enumerate(layers)), self.note)
+        self.found: dict[str, float] = {}
+        self.first = FirstBreak()
+
+    def note(self, place: SitePlace, tensor: Tensor) -> None:
+        """Records the largest |tensor|, NaN where there is one."""
+        self.first.look(place, tensor)
+        largest = float(torch.abs(tensor.float()).max())
+        before = self.found.get(str(place), 0.0)
+        self.found[str(place)] = largest if math.isnan(largest) or largest > before else before
+
+    def largest(self, count: int) -> list[dict[str, Any]]:
+        """The `count` sites with the largest magnitudes, largest first."""
+        ranked = sorted(self.found.items(), key=lambda item: -item[1])[:count]
+        return [{"site": site, "magnitude": magnitude} for site, magnitude in ranked]
+
+    def first_overflow(self) -> str | None:
+        """The first site with a number that is not finite, in the order of execution, by its name in messages."""
+        return None if self.first.found is None else str(self.first.found.place)
 
 
 def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -92,7 +166,7 @@ def block_size(device: torch.device) -> int:
 
 
 def index_of_largest(magnitudes: Tensor) -> int:
-    """Where the largest is in the flattened tensor; the first that is not a number or infinite where there is one."""
+    """The index of the largest in the flattened tensor; of the first NaN or infinity where there is one."""
     flat = magnitudes.flatten()
     odd = ~flat.isfinite()
     return int((odd.byte() if bool(odd.any()) else flat).argmax())
@@ -114,9 +188,9 @@ class ScoreExtremes:
             for start in range(0, queries.shape[1], size):
                 block = queries[:, start : start + size].float()
                 magnitudes = (block.reshape(-1, block.shape[-1]) @ key.T).abs_()
-                self._note(magnitudes, block, key, Spot(prompt, start, 0, group * shared), attended.scaling)
+                self._note(magnitudes, block, key, TokenPlace(prompt, start, 0, group * shared), attended.scaling)
 
-    def _note(self, magnitudes: Tensor, block: Tensor, key: Tensor, corner: Spot, scaling: float) -> None:
+    def _note(self, magnitudes: Tensor, block: Tensor, key: Tensor, corner: TokenPlace, scaling: float) -> None:
         """magnitudes (shared heads · queries, K) of a block (shared heads, queries, D); corner: of its first query."""
         self.raw.count(magnitudes)
         self.scaled.count(magnitudes, scaling)

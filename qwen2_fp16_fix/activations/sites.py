@@ -9,33 +9,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-FLOAT16_MAX = torch.finfo(torch.float16).max
+from ..patches.architecture import QWEN2, Architecture
 
 #: The sites of a layer in the order of execution, with what messages call them.
-SITES = {
-    "input_norm": "input_layernorm output",
-    "q": "q_proj output",
-    "k": "k_proj output",
-    "v": "v_proj output",
-    "raw_scores": "raw scores q·k",
-    "scaled_scores": "scaled scores",
-    "attention": "attention output",
-    "o_proj": "o_proj output",
-    "residual_attention": "residual stream after attention",
-    "post_norm": "post_attention_layernorm output",
-    "gate": "gate_proj output",
-    "up": "up_proj output",
-    "product": "SwiGLU product",
-    "down_proj": "down_proj output",
-    "residual": "residual stream",
-}
+SITES = {site.name: site.title for site in QWEN2.watched_sites()}
 #: What comes before the first layer and after the last.
 ENDS = {"embedding": "embedding", "final_norm": "final norm output", "logits": "logits"}
+#: The sites of the scores: "raw", which a stock model stores, and "scaled", which a fixed one stores.
+SCORES = {str(s.at).removeprefix("scores:"): s.name for s in QWEN2.sites if str(s.at).startswith("scores:")}
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
-class Place(NamedTuple):
+class SitePlace(NamedTuple):
     """A site of a layer; the ends have no layer."""
 
     layer: int | None
@@ -46,8 +32,15 @@ class Place(NamedTuple):
         return ENDS[self.site] if self.layer is None else f"layer {self.layer}, {SITES[self.site]}"
 
 
+def execution_order(place: SitePlace) -> tuple[int, int]:
+    """Sorts places as they are computed."""
+    if place.layer is None:
+        return (-1, 0) if place.site == "embedding" else (10**9, list(ENDS).index(place.site))
+    return place.layer, list(SITES).index(place.site)
+
+
 class Attended(NamedTuple):
-    """What scores are made of. query (B, H, S, D), key (B, G, K, D) of one head per G, both rotated."""
+    """The operands of the scores. query (B, H, S, D), key (B, G, K, D) of one head per G, both rotated."""
 
     layer: int
     query: Tensor
@@ -55,30 +48,36 @@ class Attended(NamedTuple):
     scaling: float
 
 
-See = Callable[[Place, Tensor], None]
+OnSite = Callable[[SitePlace, Tensor], None]
+OnAttention = Callable[[Attended], None]
 WatchT = TypeVar("WatchT", bound="Watch")
 
 
 class Watch(TorchFunctionMode):
-    """While entered, hands `see` the tensor of every site of the layers, in the order of execution.
+    """While entered, hands `on_site` the tensor of every site of the layers, in the order of execution.
 
-    Scores are the first matmul inside an attention, so they are seen where eager stores them: raw in a stock model,
-    scaled in a fixed one. `attend` gets query and key, also where a fused kernel keeps the scores to itself.
+    Scores are the first matrix product inside an attention, so they are seen where eager attention stores them: raw in
+    a stock model, scaled in a fixed one. `on_attention` gets query and key, also where a fused kernel keeps the scores
+    to itself.
     """
 
     def __init__(
-        self, layers: Mapping[int, nn.Module], see: See, attend: Callable[[Attended], None] | None = None
+        self,
+        layers: Mapping[int, nn.Module],
+        on_site: OnSite,
+        on_attention: OnAttention | None = None,
+        row: Architecture = QWEN2,
     ) -> None:
-        """layers: decoder layers by number. Hooks are placed on entering and taken off on leaving."""
+        """layers: decoder layers of the row, by number. Hooks are placed on entering and taken off on leaving."""
         super().__init__()
-        self.layers, self.see, self.attend = layers, see, attend
+        self.layers, self.on_site, self.on_attention, self.row = layers, on_site, on_attention, row
         self.attention: tuple[int, Any] | None = None  # the one that is running and has not multiplied yet
         self.hooks: list[RemovableHandle] = []
 
     def __enter__(self: WatchT) -> WatchT:
         """Places the hooks."""
         for number, layer in self.layers.items():
-            self._watch(number, layer)
+            self._place_hooks(number, layer)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -90,55 +89,44 @@ class Watch(TorchFunctionMode):
         while self.hooks:
             self.hooks.pop().remove()
 
-    def _watch(self, number: int, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        outputs = {
-            "input_norm": layer.input_layernorm,
-            "q": attention.q_proj,
-            "k": attention.k_proj,
-            "v": attention.v_proj,
-            "o_proj": attention.o_proj,
-            "post_norm": layer.post_attention_layernorm,
-            "gate": mlp.gate_proj,
-            "up": mlp.up_proj,
-            "down_proj": mlp.down_proj,
-            "residual": layer,
-        }
-        inputs = {
-            "attention": attention.o_proj,
-            "residual_attention": layer.post_attention_layernorm,
-            "product": mlp.down_proj,
-        }
-
+    def _place_hooks(self, number: int, layer: nn.Module) -> None:
         def attention_starts(module: nn.Module, args: Any) -> None:
             self.attention = (number, module)
 
+        attention = layer.get_submodule(self.row.path("attention"))
         self.hooks.append(attention.register_forward_pre_hook(attention_starts))
-        for site, module in outputs.items():
-            self.hooks.append(module.register_forward_hook(self._note_output(Place(number, site))))
-        for site, module in inputs.items():
-            self.hooks.append(module.register_forward_pre_hook(self._note_input(Place(number, site))))
+        for site in self.row.watched_sites():
+            if site.module is None:
+                continue
+            module, place = layer.get_submodule(site.module), SitePlace(number, site.name)
+            if site.is_input:
+                self.hooks.append(module.register_forward_pre_hook(self._note_input(place)))
+            else:
+                self.hooks.append(module.register_forward_hook(self._note_output(place)))
 
-    def _note_output(self, place: Place) -> Any:
+    def _note_output(self, place: SitePlace) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             self._hand_over(place, output[0] if isinstance(output, tuple) else output)
 
         return note
 
-    def _note_input(self, place: Place) -> Any:
+    def _note_input(self, place: SitePlace) -> Any:
         def note(module: nn.Module, args: Any) -> None:
             self._hand_over(place, args[0])
 
         return note
 
-    def _hand_over(self, place: Place, tensor: Tensor) -> None:
+    def _hand_over(self, place: SitePlace, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunction():
-            self.see(place, tensor.detach())
+            self.on_site(place, tensor.detach())
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Sees each attention's first matrix product, which makes the scores, and what fused attention is given."""
+        """Sees each attention's first matrix product, which makes the scores, and what fused attention is given.
+
+        The fixed eager attention makes its scores by `baddbmm` (numerics.py): another function there would go unseen.
+        """
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if self.attention is not None:
@@ -151,25 +139,29 @@ class Watch(TorchFunctionMode):
         return result
 
     def _ending(self) -> tuple[int, Any]:
+        """The attention that is running; from here on it has multiplied."""
         assert self.attention is not None
         running, self.attention = self.attention, None
         return running
 
     def _stock_scores(self, number: int, attention: Any, query: Tensor, key: Tensor, scores: Tensor) -> None:
         """Eager attention as stock has it: q by k of its own head, not yet scaled."""
-        self._hand_over(Place(number, "raw_scores"), scores)
+        self._hand_over(SitePlace(number, SCORES["raw"]), scores)
         self._note_heads(number, attention, query, key)
 
     def _fixed_scores(self, number: int, attention: Any, query: Tensor, key: Tensor, scores: Tensor) -> None:
         """Eager attention as the fix has it: all queries of a key head at once, in one list with the batch, scaled."""
-        self._hand_over(Place(number, "scaled_scores"), scores)
+        self._hand_over(SitePlace(number, SCORES["scaled"]), scores)
         config = attention.config
         batch = len(key) // config.num_key_value_heads
         query = query.reshape(batch, config.num_attention_heads, -1, query.shape[-1])
         self._note_heads(number, attention, query, key.view(batch, -1, *key.shape[1:]))
 
-    def _note_heads(self, number: int, attention: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.attend is not None:
-            key = key[:, :: key.shape[1] // attention.config.num_key_value_heads]  # stock hands each over repeatedly
+    def _note_heads(
+        self, number: int, attention: Any, query: Tensor, key: Tensor, *others: Any, **options: Any
+    ) -> None:
+        """Hands over the operands of eager or fused attention; others, options: what else a fused kernel is given."""
+        if self.on_attention is not None:
+            key = key[:, :: key.shape[1] // attention.config.num_key_value_heads]  # stock repeats each key head
             with torch._C.DisableTorchFunction():
-                self.attend(Attended(number, query.detach(), key.detach(), float(attention.head_dim) ** -0.5))
+                self.on_attention(Attended(number, query.detach(), key.detach(), float(attention.head_dim) ** -0.5))

@@ -1,38 +1,20 @@
-"""The commands: the options of each, and the one call it makes."""
+"""The commands: the options of each, and the one call that it makes."""
 
 import json
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import RenderableType
 
 from .._version import __version__
 from ..errors import ExportError, PublishError
-from ..launch.launcher import run as run_program
+from ..launch import launcher
+from .options import AsJson, Attention, Device, Language, WeightsChoice
 from .terminal import Notices, printing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 stderr = Notices(soft_wrap=True)
-
-
-class Language(str, Enum):
-    """A language that a report can be in."""
-
-    ENGLISH = "en"
-    CHINESE = "zh"
-
-
-class Attention(str, Enum):
-    """What a scan runs attention through."""
-
-    eager = "eager"
-    sdpa = "sdpa"
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,17 +25,18 @@ def _print_version(wanted: bool) -> None:
 
 
 def _show(
-    found: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any], Console], None], escaped: bool = True
+    data: dict[str, Any], table: RenderableType, as_json: bool, *, whole_lines: bool = False, escaped: bool = True
 ) -> None:
-    """Prints what a command has found. NaN and infinity are no JSON: who finds them says None.
+    """Prints what a command has found, as JSON or as a table.
 
-    escaped: whether JSON has letters beyond ASCII as their numbers.
+    whole_lines: no line of the table is wrapped. escaped: letters beyond ASCII become escapes in JSON.
     """
     with printing() as page:
         if as_json:
-            print(json.dumps(found, indent=2, ensure_ascii=escaped, allow_nan=False))
+            # JSON has no NaN and no infinity. Results have None instead; anything else raises here.
+            print(json.dumps(data, indent=2, ensure_ascii=escaped, allow_nan=False))
         else:
-            render(found, page)
+            page.print(table, soft_wrap=whole_lines)
 
 
 @app.callback()
@@ -73,18 +56,18 @@ def demo(
     ] = None,
 ) -> None:
     """Show stock float16 printing !!!!!!!! and the fix printing the fp32 text, on a checkpoint inside this package."""
-    from .. import demo as room
+    from .. import demo as demonstration
 
     if save is not None:
-        room.save(save)
+        demonstration.save(save)
         stderr.print(f"wrote {save}", markup=False)
         if as_json:
             with printing():
                 print(json.dumps({"saved": str(save)}, indent=2))
         return
-    findings = room.measure(progress=Notices())
-    _show(findings, as_json, room.render)
-    raise typer.Exit(0 if findings["as_promised"] else 1)
+    found = demonstration.measure(progress=Notices())
+    _show(found.to_dict(), found, as_json)
+    raise typer.Exit(0 if found.as_promised else 1)
 
 
 @app.command()
@@ -93,15 +76,15 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
-    from .. import certificate as room
+    from .. import certificate
 
-    found = room.certify(path, progress=Notices())
-    _show(found, as_json, room.render)
-    raise typer.Exit(0 if found["proven"] else 1)
+    found = certificate.certify(path, progress=Notices())
+    _show(found.to_dict(), found, as_json)
+    raise typer.Exit(0 if found.proven else 1)
 
 
 @app.command()
-def verify(
+def verify(  # noqa: PLR0913, options of a command
     path: Annotated[Path, typer.Argument(help="A checkpoint folder, with its tokenizer.")],
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text; else a passage that comes with this package.")
@@ -117,12 +100,12 @@ def verify(
     resume: Annotated[
         Path | None, typer.Option(help="A JSON file of finished rows: written after each, read at the start.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Run your checkpoint stock and fixed in three precisions and measure how far each row is from stock fp32."""
-    from ..verification import verify as room
+    from ..verification import verify as verification
 
-    found = room.verify(
+    found = verification.verify(
         path,
         text,
         window=window,
@@ -134,15 +117,8 @@ def verify(
         resume=resume,
         progress=Notices(),
     )
-    _show(found, as_json, room.render)
-    raise typer.Exit(0 if found["passed"] else 1)
-
-
-class WeightsChoice(str, Enum):
-    """How the weights get into an export."""
-
-    link = "link"
-    copy = "copy"
+    _show(found.to_dict(), found, as_json)
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()
@@ -162,10 +138,10 @@ def export(
     verification: Annotated[Path | None, typer.Option(help="What `verify --json` printed, for the model card.")] = None,
 ) -> None:
     """Write a folder for the Hub: the checkpoint with the fix as remote code, for use without this package."""
-    from ..hub.export import export as written
+    from ..hub import export as exporting
 
     try:
-        made = written(
+        made = exporting.export(
             path,
             out,
             weights="none" if code_only else weights.value,
@@ -192,13 +168,13 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an exported folder to the Hub, into a private repository unless told otherwise."""
-    from ..hub import push as room
+    from ..hub import push as pushing
 
     try:
-        found = room.push(folder, repo, private=not public, revision=revision, dry_run=dry_run, overwrite=overwrite)
+        found = pushing.push(folder, repo, private=not public, revision=revision, dry_run=dry_run, overwrite=overwrite)
     except KeyboardInterrupt:
         raise PublishError(f"interrupted: {repo} may have part of the weights; push again to go on.") from None
-    _show(found, as_json, room.render)
+    _show(found, pushing.as_table(found), as_json)
 
 
 @app.command()
@@ -208,16 +184,15 @@ def doctor(
     lang: Annotated[Language, typer.Option(help="Of the sentences.")] = Language.ENGLISH,
 ) -> None:
     """Say how to run Qwen2 on this machine, test the fix on it, and name what is in the way. Safe to paste anywhere."""
-    from ..diagnosis import doctor as room
-    from ..diagnosis.text import render
+    from ..diagnosis import doctor as diagnosis
 
-    found = room.doctor(path, language=lang.value, progress=Notices())
-    _show(found, as_json, lambda found, page: render(found, page, lang.value), escaped=False)
-    raise typer.Exit(room.exit_code(found))
+    found = diagnosis.doctor(path, language=lang.value, progress=Notices())
+    _show(found.to_dict(), found, as_json, whole_lines=True, escaped=False)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()
-def scan(
+def scan(  # noqa: PLR0913, options of a command
     path: Annotated[
         Path, typer.Argument(help="A checkpoint folder, with its tokenizer; it may be larger than memory.")
     ],
@@ -236,35 +211,31 @@ def scan(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
     attention: Annotated[Attention, typer.Option(help="eager stores raw scores, sdpa does not.")] = Attention.eager,
     tokens: Annotated[int, typer.Option(help="How many tokens of each prompt to read.")] = 2048,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
-    from ..report.files import ScanFiles
-    from ..scanning import scan as room
-    from ..scanning.sentences import render
+    from ..report.files import ScanFiles, scan_to_files
+    from ..scanning.sentences import rendered
 
-    files = ScanFiles(report, json_file, png, verification, lang.value)
-    verified = files.check(force)
-    both = fixed is None and (report is not None or png is not None)
-    if both or fixed:
-        room.check_switch()  # before stock runs
-    options: dict[str, Any] = {
-        "attention": attention.value,
-        "tokens": tokens,
-        "device": device,
-        "progress": Notices(),
-    }
-    found = []
-    for wanted in (False, True) if both else (bool(fixed),):
-        found.append(room.scan(path, prompts, fixed=wanted, **options))
-    try:
-        for written in files.write(found, verified):
-            stderr.print(f"wrote {written}", markup=False)
-    finally:  # of minutes of work, what cannot be written is at least shown, and what cannot be shown is written
+    def show(scans: list[Any]) -> None:
         with printing() as page:
-            for each in found:
-                render(each, page, lang.value)
-    raise typer.Exit(0 if all(scan["finite"] for scan in found) else 1)
+            for each in scans:
+                page.print(rendered(each, lang.value))
+
+    found = scan_to_files(
+        path,
+        ScanFiles(report, json_file, png, verification, lang.value),
+        fixed=fixed,
+        force=force,
+        wrote=lambda written: stderr.print(f"wrote {written}", markup=False),
+        show=show,
+        prompts=prompts,
+        attention=attention.value,
+        tokens=tokens,
+        device=device,
+        progress=Notices(),
+    )
+    raise typer.Exit(0 if all(scan.finite for scan in found) else 1)
 
 
 @app.command(
@@ -272,22 +243,17 @@ def scan(
 )
 def run(context: typer.Context) -> None:
     """Run an unchanged program with the fix registered, child processes included: run -- python eval.py …"""
-    raise typer.Exit(run_program(context.args))
+    raise typer.Exit(launcher.run(context.args))
 
 
 @app.command()
 def status(as_json: AsJson = False) -> None:
     """Say what is installed, whether this release is supported, and whether the fix is switched on."""
-    from ..model_status import status as found_status
+    from .. import model_status
 
-    def render(found: dict[str, Any], _: Console) -> None:
-        for name, value in found.items():
-            if name != "registered":  # a process of its own has nothing registered
-                print(f"{name:>12}  {'' if value is None else value}")
-
-    found = found_status()
-    _show(found, as_json, render)
-    raise typer.Exit(3 if found["problem"] else 0)
+    found = model_status.status()
+    _show(found.to_dict(), found, as_json, whole_lines=True)
+    raise typer.Exit(3 if found.problem else 0)
 
 
 @app.command()
@@ -298,13 +264,13 @@ def lock(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it says something else.")] = False,
 ) -> None:
     """Write down what decides the numbers here: versions, and hashes of the patches and of what they rely on."""
-    from .. import locking as room
+    from .. import locking
 
     if output is None:
         with printing():
-            print(room.as_text(room.make_lock()), end="")
+            print(locking.as_text(locking.make_lock()), end="")
     else:
-        room.lock(output, force)
+        locking.lock(output, force)
 
 
 @app.command()
@@ -316,9 +282,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Say what has drifted from a lock, a sentence each: patch files, transformers and its Qwen2, torch."""
-    from .. import locking as room
+    from .. import locking
 
-    differences = room.check(file, folder)
-    found = {"lock": str(file), "differences": differences, "passed": not differences}
-    _show(found, as_json, lambda *_: print("\n".join(differences) or f"Nothing differs from {file}."))
-    raise typer.Exit(1 if differences else 0)
+    found = locking.check(file, folder)
+    _show(found.to_dict(), found, as_json, whole_lines=True)
+    raise typer.Exit(0 if found.passed else 1)

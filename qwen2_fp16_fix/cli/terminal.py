@@ -1,4 +1,4 @@
-"""What a command prints, to a stdout that may be a closed pipe, a full disk, or in an alphabet without our signs."""
+"""Printing to a stdout that may be a closed pipe or a full disk, or whose encoding may lack our characters."""
 
 import io
 import os
@@ -9,46 +9,48 @@ from typing import TextIO
 
 from rich.console import Console
 
-CLOSED = 128 + 13  # what a shell says of a program that SIGPIPE has ended
+CLOSED = 128 + 13  # the exit code that a shell gives a program ended by SIGPIPE
 
 
 class PrintError(Exception):
-    """What was found cannot be printed."""
+    """The result cannot be printed."""
+
+    exit_code = 2
 
 
 class Page(Console):
-    """Stdout without rich's markup: a token `[/INST]` is printed as it stands."""
+    """Stdout without rich's markup, so that a token `[/INST]` is printed as it stands."""
 
     def __init__(self) -> None:
         """As wide as the terminal."""
         super().__init__(markup=False)
 
     def on_broken_pipe(self) -> None:
-        """Left to `printing`: rich's own ends the program with 1, which is a finding here."""
+        """Leaves it to `printing`. rich would end the program with 1, which means a finding here."""
         raise BrokenPipeError
 
 
 class Notices(Console):
-    """Stderr; where nobody reads it any more, the run goes on in silence."""
+    """Stderr. If nobody reads it any more, the run continues without it."""
 
     def __init__(self, soft_wrap: bool = False) -> None:
-        """soft_wrap: lines are left as long as they are, for those who search them."""
+        """soft_wrap: lines are not wrapped, so that programs can search them."""
         super().__init__(stderr=True, highlight=False, soft_wrap=soft_wrap)
 
     def on_broken_pipe(self) -> None:
-        """A run of minutes is not lost for a line of progress."""
+        """Prints no more: a run of minutes must not be lost for a line of progress."""
         self.quiet = True
 
 
 def replace_unknown_signs() -> None:
-    """Has stdout print a `?` for a sign that its encoding lacks, in place of failing after the run."""
+    """Makes stdout print `?` for a character that its encoding lacks, instead of failing after the run."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
 def printing() -> Iterator[Console]:
-    """Around what prints findings. Ends the program where the pipe is closed; raises PrintError for other faults."""
+    """For a block that prints results. Ends the program if the pipe is closed; raises PrintError for other faults."""
     try:
         yield Page()
         sys.stdout.flush()
@@ -65,6 +67,6 @@ def printing() -> Iterator[Console]:
 
 
 def _drop_the_rest(stream: TextIO) -> None:
-    """Python would try to write it once more when it ends, and complain with 120."""
+    """Discards what is still buffered: Python would try to write it again when it ends, and exit with 120."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

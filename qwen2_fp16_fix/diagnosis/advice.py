@@ -1,12 +1,13 @@
-"""From what a device is to how a Qwen2 is best run on it, why, and the lines of code that do it."""
+"""How a Qwen2 is best run on a device, why, and the lines of code for it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from packaging.version import Version
-
-from ..doctor_texts import Remark, remark
+from ..checkpoints.config import dtype_keyword
+from ..results import Record
 from .devices import Device
+from .remarks import Remark, in_words, remark
 
 
 class Way(NamedTuple):
@@ -14,10 +15,10 @@ class Way(NamedTuple):
 
     dtype: str
     needs_fix: bool  # without it, the model may overflow
-    takes_fix: bool  # with it, the model computes something else than stock
+    takes_fix: bool  # it changes the numbers
 
 
-#: By the name that reports use. float32 is stock's, bit for bit, with the fix or without.
+#: By the name that reports use. In float32 the fix changes no bit.
 WAYS = {
     "bfloat16": Way("bfloat16", needs_fix=False, takes_fix=True),
     "fixed float16": Way("float16", needs_fix=True, takes_fix=True),
@@ -34,8 +35,47 @@ class Advice(NamedTuple):
     also: tuple[Remark, ...]  # what to change for other needs
 
 
+@dataclass(frozen=True)
+class Recommendation(Record):
+    """One recommendation in words."""
+
+    devices: list[str]  # as torch names them
+    name: str  # of the devices
+    way: str  # a key of WAYS
+    needs_fix: bool
+    title: str
+    reason: str
+    code: str  # what to paste
+    also: list[str]
+
+
+def recommend(
+    hardware: Sequence[Device], language: str, release: str
+) -> tuple[list[Recommendation], list[Remark], list[Remark]]:
+    """The recommendations, no findings, and a warning if the devices should be used in different ways.
+
+    release: of transformers, for the code.
+    """
+    advice = advise(hardware)
+    facts = [
+        Recommendation(
+            devices=[device.place for device in item.devices],
+            name=item.devices[0].name,
+            way=item.way,
+            needs_fix=WAYS[item.way].needs_fix,
+            title=in_words(remark(f"way.{item.way}"), language),
+            reason=in_words(item.reason, language),
+            code=lines_of_code(item.way, item.devices[0], release, among_others=len(advice) > 1),
+            also=[in_words(other, language) for other in item.also],
+        )
+        for item in advice
+    ]
+    ways = {item.way for item in advice}
+    return facts, [], [remark("device.mixed")] if len(ways) > 1 else []
+
+
 def advise(found: Sequence[Device]) -> list[Advice]:
-    """Advice for the accelerators, or for the CPU where there is none; one for devices that are alike."""
+    """Advice for the accelerators, or for the CPU if there are none. Devices of one kind share one."""
     best = [device for device in found if device.kind != "cpu"] or list(found)
     grouped: dict[tuple[str, str, str, str], list[Device]] = {}
     for device in best:
@@ -52,7 +92,7 @@ def advise(found: Sequence[Device]) -> list[Advice]:
 
 
 def choose(device: Device) -> tuple[str, str]:
-    """The way to run on a device, and the name of the sentence that says why."""
+    """The way to run on a device, and the code of the sentence that says why."""
     if device.bfloat16:
         return "bfloat16", "reason.cpu_bfloat16" if device.kind == "cpu" else "reason.native_bfloat16"
     if device.kind == "cpu":
@@ -72,11 +112,11 @@ def _also(way: str, device: Device) -> list[str]:
 
 
 def lines_of_code(way: str, device: Device, transformers_version: str, among_others: bool = False) -> str:
-    """What to paste, for the installed transformers; PATH stands for the checkpoint.
+    """Code to paste, for a release of transformers. PATH stands for the checkpoint.
 
-    among_others: other devices here are better run in another way, so the code names this one.
+    among_others: other devices here should be used in another way, so the code names this one.
     """
-    keyword = "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
+    keyword = dtype_keyword(transformers_version)
     target = device.place if among_others else device.place.partition(":")[0]
     load = f'"PATH", {keyword}=torch.{WAYS[way].dtype}, attn_implementation="sdpa"'
     fix = ["import qwen2_fp16_fix", "", "qwen2_fp16_fix.register()"] if WAYS[way].takes_fix else [""]

@@ -1,34 +1,75 @@
-"""What a checkpoint is, from its config.json and the headers of its shards; weights are read for a quick proof only."""
+"""Facts of a checkpoint, from its config.json and the headers of its shards. Only a quick proof reads weights."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from rich.console import Console
 
-from ..checkpoints.weight_sources import (
+from ..checkpoints.config import (
     MODEL_TYPES,
-    OWN_CODE,
-    FolderSource,
     check_architectures,
+    code_named,
     foreign_code,
+    generates,
+    is_exported,
     read_json,
 )
-from ..doctor_texts import Remark, remark
+from ..checkpoints.folder import LM_HEAD, FolderSource
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
+from ..results import Record
+from .remarks import Remark, in_words, remark
 
-QUICK = 2**26  # bytes of weights that are bounded in about a second
-BYTES_A_SECOND = 5e8  # bounded on two cores: 15 GB in half a minute
-TRAPS = ("checkpoint.stock_name", "checkpoint.no_auto_model", "checkpoint.not_proven")  # notes that are warnings
-QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # with a sentence of their own
+QUICK = 2**26  # bytes of weights, which `certify` bounds in about a second
+BYTES_A_SECOND = 5e8  # of weights that `certify` bounds on two cores: 15 GB in half a minute
+#: Notes that are warnings as well.
+WARNING_CODES = ("checkpoint.stock_name", "checkpoint.no_auto_model", "checkpoint.not_proven")
+QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # each has a sentence of its own
+
+
+@dataclass(frozen=True)
+class CheckpointFacts(Record):
+    """What a checkpoint is."""
+
+    model_type: str
+    architectures: list[str]
+    auto_map: dict[str, str]  # Auto class to module and class, without the repository
+    exported: bool  # it carries the fix as remote code
+    quantised: str | None  # the method
+    layers: int | None
+    hidden: int | None
+    notes: list[str]  # what is wrong with it, and what else to know
+    bytes: int | None = None  # this and the next two only if the weights could be read
+    parameters: int | None = None
+    stored: dict[str, int] | None = None  # parameters by dtype
+    proven: bool | None = None  # by `certify`, only if that was quick
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, without what is not known, and with the notes last."""
+        found = super().to_dict()
+        notes = found.pop("notes")
+        unknown = [name for name in ("bytes", "parameters", "stored", "proven") if found[name] is None]
+        return {name: value for name, value in found.items() if name not in unknown} | {"notes": notes}
+
+
+def examine_checkpoint(
+    path: Path | None, language: str, progress: Console | None
+) -> tuple[CheckpointFacts | None, list[Remark], list[Remark]]:
+    """The facts, problems as findings, and some of the notes as warnings. Nothing without a path."""
+    if path is None:
+        return None, [], []
+    facts, notes, problems = examine(path, progress)
+    found = CheckpointFacts(**facts, notes=[in_words(each, language) for each in (*problems, *notes)])
+    return found, problems, [note for note in notes if note.code in WARNING_CODES]
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, or of the folder a file is in, whatever model it is of.
+    """The config.json of a checkpoint folder, or of the folder that holds the file `path`. Any model's.
 
-    Raises CheckpointError, without the path in its sentence, where there is none to read.
+    Raises CheckpointError if it cannot be read. Its sentence does not contain the path.
     """
     try:
         found, folder = path.exists(), path if path.is_dir() else path.parent
@@ -42,16 +83,16 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any], list[Remark], list[Remark]]:
-    """What the checkpoint is, fit for JSON; what is worth knowing about it; and what makes it unusable.
+    """The fields of CheckpointFacts, notes, and problems that make the checkpoint unusable.
 
-    Raises CheckpointError for what is no checkpoint at all.
+    Raises CheckpointError if there is no checkpoint at all.
     """
     config = config_of(path)
     facts: dict[str, Any] = {
         "model_type": str(config.get("model_type")),
         "architectures": [str(name) for name in config.get("architectures") or ()],
-        "auto_map": _code(config),
-        "exported": _is_exported(config),
+        "auto_map": code_named(config),
+        "exported": is_exported(config),
         "quantised": quantisation(config),
         "layers": config.get("num_hidden_layers"),
         "hidden": config.get("hidden_size"),
@@ -60,15 +101,14 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         if any(isinstance(part, dict) and part.get("model_type") == "qwen2" for part in config.values()):
             return facts, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
         return facts, [], [remark("checkpoint.not_qwen2", kind=facts["model_type"])]
-    notes = [*traps(facts), *_quantised(facts["quantised"])]
+    notes = [*code_warnings(facts), *_quantised(facts["quantised"])]
     foreign = foreign_code(config)
     problems = [] if foreign is None else [remark("checkpoint.foreign_code", module=foreign.partition(".")[0])]
     if _only_pickles(path):
         return facts, [*notes, remark("checkpoint.bin")], problems
     try:
         source = FolderSource(path)
-        generates = any("CausalLM" in name for name in facts["architectures"]) or not facts["architectures"]
-        source.check_complete("lm_head.weight" if generates else None)
+        source.check_complete(LM_HEAD if generates(config, unnamed=True) else None)
         facts |= sizes(source)
         notes.append(_certificate(path, facts, progress))
     except Qwen2FP16FixError as error:
@@ -84,8 +124,8 @@ def quantisation(config: dict[str, Any]) -> str | None:
     return str(found.get("quant_method") or "unnamed") if isinstance(found, dict) else "unnamed"
 
 
-def traps(facts: dict[str, Any]) -> list[Remark]:
-    """Ways in which this checkpoint's code or names lead a loader or an engine to a model without the fix."""
+def code_warnings(facts: dict[str, Any]) -> list[Remark]:
+    """Why a loader or an engine may build a model without the fix: the checkpoint's code and its class names."""
     code, stock = facts["auto_map"], "Qwen2ForCausalLM" in facts["architectures"]
     found = []
     if facts["exported"]:
@@ -98,7 +138,7 @@ def traps(facts: dict[str, Any]) -> list[Remark]:
 
 
 def sizes(source: FolderSource) -> dict[str, Any]:
-    """Bytes, parameters and bytes by stored dtype, from the headers of the shards."""
+    """Bytes, parameters, and parameters by stored dtype, from the headers of the shards."""
     stored, parameters = Counter[str](), 0
     for file in sorted(set(source.files.values())):
         try:
@@ -117,7 +157,7 @@ def sizes(source: FolderSource) -> dict[str, Any]:
 
 
 def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) -> Remark:
-    """The verdict of `certify` where that is quick, or the command."""
+    """The verdict of `certify` if that is quick, or else the command to run."""
     if facts["quantised"]:
         return remark("checkpoint.never_proven")
     if facts["bytes"] > QUICK:
@@ -126,10 +166,10 @@ def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) ->
     from ..certificate import certify
 
     found = certify(path, progress)
-    facts["proven"] = found["proven"]
-    if found["proven"]:
-        return remark("checkpoint.proven", layers=len(found["layers"]), scaled=found["scaled_layers"])
-    return remark("checkpoint.not_proven", reason=found["reasons"][0])
+    facts["proven"] = found.proven
+    if found.proven:
+        return remark("checkpoint.proven", layers=len(found.layers), scaled=found.scaled_layers)
+    return remark("checkpoint.not_proven", reason=found.reasons[0])
 
 
 def _quantised(method: str | None) -> list[Remark]:
@@ -137,18 +177,6 @@ def _quantised(method: str | None) -> list[Remark]:
         return []
     known = next((name for name in QUANTISATIONS if method.startswith(name)), "other")
     return [remark(f"quantised.{known}", method=method)]
-
-
-def _code(config: dict[str, Any]) -> dict[str, str]:
-    """Auto class to the module and class that auto_map names, without the repository, whose owner is a user."""
-    found = config.get("auto_map")
-    named = found if isinstance(found, dict) else {}
-    return {str(auto): str(target).rpartition("--")[2] for auto, target in named.items()}
-
-
-def _is_exported(config: dict[str, Any]) -> bool:
-    modules = {target.partition(".")[0] for target in _code(config).values()}
-    return config.get("model_type") == "qwen2_fp16" or OWN_CODE[0] in modules
 
 
 def _only_pickles(path: Path) -> bool:

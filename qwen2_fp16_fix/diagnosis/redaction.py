@@ -1,35 +1,44 @@
-"""Takes what is private out of a report that people paste into public issues: folders, user names in them, tokens."""
+"""Removes private data from a report that people paste into public issues: folders, with user names, and tokens."""
 
 import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+from ..results import Record
 
 ABSOLUTE = re.compile(r"(?<![\w/.:\\])(?:~|[A-Za-z]:)?[/\\]{1,2}[^\s'\"<>|,;:()]*[^\s'\"<>|,;:().]")
 TOKEN = re.compile(r"\b(?:hf|sk|gh[a-z])[_-]\w{8,}")
 
 
 def redact(tree: Any, places: Mapping[str, str]) -> Any:
-    """`tree`, JSON-fit data, with every string redacted: `places` by the name each has, other absolute paths as "…"."""
+    """`tree` with every string in it redacted: a place in `places` by its name there, other absolute paths as "…".
+
+    tree: a result, or plain data as in JSON.
+    """
     if isinstance(tree, str):
         return _redact_text(tree, places)
     if isinstance(tree, dict):
         return {_redact_text(key, places): redact(value, places) for key, value in tree.items()}
     if isinstance(tree, list):
         return [redact(value, places) for value in tree]
+    if isinstance(tree, Record):
+        found = {field.name: getattr(tree, field.name) for field in fields(tree)}  # type: ignore[arg-type]  # a dataclass
+        return replace(tree, **redact(found, places))  # type: ignore[type-var]
     return tree
 
 
 def private_places(path: Path | None) -> dict[str, str]:
-    """Folders of this machine, longest first, and what to call them. The checkpoint at `path` is PATH."""
+    """Folders of this machine and the name of each in a report, longest first. The checkpoint at `path` is PATH."""
     found = {str(Path.home()): "~", os.getcwd(): ".", sys.prefix: "…"}
     if path is not None:
         folder = path if path.is_dir() else path.parent
         for spelled in (folder, folder.absolute(), folder.resolve()):
             found[str(spelled)] = "PATH"
-    usable = {place: name for place, name in found.items() if len(Path(place).parts) > 1}  # "/" and "." are no secrets
+    usable = {place: name for place, name in found.items() if len(Path(place).parts) > 1}  # "/" and "." are not private
     return dict(sorted(usable.items(), key=lambda item: -len(item[0])))
 
 
@@ -40,5 +49,5 @@ def _redact_text(text: str, places: Mapping[str, str]) -> str:
 
 
 def _keep_what_is_named(found: re.Match[str]) -> str:
-    """A path below one that has been named already ("~/x", "PATH/x") loses what is below, others everything."""
+    """A path below the home folder becomes "~", every other path "…"."""
     return "~" if found[0].startswith("~") else "…"

@@ -1,141 +1,133 @@
-"""The doctor's report as text: the verdict first, then what to do, then what it rests on."""
+"""The doctor's report as text for a terminal."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.filesize import decimal
 from rich.syntax import Syntax
 from rich.text import Text
 
-from ..doctor_texts import in_words, remark
+from .advice import Recommendation
+from .checkpoint import CheckpointFacts
+from .devices import DeviceFacts
+from .environment import SettingFacts, ToolFacts
+from .remarks import Finding, in_words, remark
+from .self_test import SelfTests
 
 
-def render(report: dict[str, Any], console: Console, language: str = "en") -> None:
-    """Prints a report of `doctor`; `language` is that of its sentences."""
-    page = Page(console, language)
-    page.line(report["verdict"], style="bold green" if report["healthy"] else "bold red", indent=0)
-    page.remarks("findings", report["findings"][1:], "red")  # the first is in the verdict
-    page.remarks("warnings", report["warnings"], "yellow")
-    page.advice(report["advice"])
-    page.heading("versions")
-    known = {name: value for name, value in report["versions"].items() if isinstance(value, str | int)}
-    page.line(", ".join(f"{name} {value}" for name, value in known.items() if name != "tested"))
-    page.devices(report["devices"])
-    page.heading("fix")
-    page.line(report["fix"]["text"])
-    page.heading("lock")
-    page.line(report["lock"]["text"], *report["lock"]["differences"][1:])
-    page.self_test(report["self_test"])
-    if report["checkpoint"] is not None:
-        page.checkpoint(report["checkpoint"])
-    page.tools(report["tools"])
-    page.settings(report["settings"])
+class Lines:
+    """Texts below each other, indented and wrapped, without blanks at the end of a line: they get pasted too."""
+
+    def __init__(self, *texts: str, style: str = "", indent: int = 2) -> None:
+        """style: of every line. indent: blanks before every line."""
+        self.texts, self.style, self.indent = texts, style, indent
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The lines."""
+        for text in self.texts:
+            for line in Text(text).wrap(console, options.max_width - self.indent):
+                yield Text(" " * self.indent + line.plain.rstrip(), style=self.style)
+
+
+class Code:
+    """Lines of Python to be copied, in colour on a terminal. Print them with `soft_wrap=True`, which wraps none."""
+
+    def __init__(self, code: str) -> None:
+        """code: the lines."""
+        self.code = code
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The lines, indented."""
+        if options.is_terminal:
+            shown = Syntax(self.code, "python", background_color="default", theme="ansi_dark").highlight(self.code)
+            yield from (Text("    ") + line for line in shown.split("\n") if line.plain)
+        else:
+            yield from (Text(f"    {line}".rstrip()) for line in self.code.splitlines())
 
 
 class Page:
-    """Prints the parts of a report, one below the other."""
+    """The parts of a report, each as a list of what is printed below each other."""
 
-    def __init__(self, console: Console, language: str) -> None:
-        """console: styles come out where it is a terminal's."""
-        self.console, self.language = console, language
+    def __init__(self, language: str) -> None:
+        """language: of the headings and phrases."""
+        self.language = language
 
     def say(self, code: str, **values: object) -> str:
         """A heading or a short phrase."""
         return in_words(remark(f"page.{code}", **values), self.language)
 
-    def heading(self, code: str) -> None:
-        """What the following lines are about."""
-        self.console.print(Text("\n" + self.say(code), style="bold"))
+    def heading(self, code: str) -> Text:
+        """The title of the following lines."""
+        return Text("\n" + self.say(code), style="bold")
 
-    def line(self, *texts: str, style: str = "", indent: int = 2) -> None:
-        """Each text indented, wrapped under itself, without blanks at the end of a line: they get pasted too."""
-        for text in texts:
-            for line in Text(text).wrap(self.console, self.console.width - indent):
-                self.console.print(Text(" " * indent + line.plain.rstrip(), style=style))
+    def findings(self, code: str, findings: Sequence[Finding], style: str) -> list[RenderableType]:
+        """Findings or warnings, if there are any."""
+        if not findings:
+            return []
+        return [self.heading(code), Lines(*(f"- {item.text}" for item in findings), style=style)]
 
-    def remarks(self, code: str, remarks: list[dict[str, str]], style: str) -> None:
-        """Findings or warnings."""
-        if remarks:
-            self.heading(code)
-            self.line(*(f"- {item['text']}" for item in remarks), style=style)
-
-    def advice(self, advice: list[dict[str, Any]]) -> None:
+    def advice(self, advice: Iterable[Recommendation]) -> list[RenderableType]:
         """The recommendation, its reason, the code, and what to change for other needs."""
-        if advice:
-            self.heading("advice")
+        found: list[RenderableType] = []
         for item in advice:
-            self.line(f"{', '.join(item['devices'])}: {item['title']}", style="bold cyan")
-            self.line(item["reason"])
-            self.console.print()
-            self._code(item["code"])
-            self.console.print()
-            self.line(*(f"{self.say('also')}: {other}" for other in item["also"]))
+            title = Lines(f"{', '.join(item.devices)}: {item.title}", style="bold cyan")
+            also = Lines(*(f"{self.say('also')}: {other}" for other in item.also))
+            found += [title, Lines(item.reason), Text(), Code(item.code), Text(), also]
+        return [self.heading("advice"), *found] if found else []
 
-    def _code(self, code: str) -> None:
-        """Lines of code, never wrapped: they are there to be copied."""
-        if self.console.is_terminal:
-            shown = Syntax(code, "python", background_color="default", theme="ansi_dark").highlight(code)
-            self.console.print(
-                *(Text("    ") + line for line in shown.split("\n") if line.plain), sep="\n", soft_wrap=True
-            )
-        else:
-            for line in code.splitlines():
-                self.console.print(Text(f"    {line}".rstrip()), soft_wrap=True)
-
-    def devices(self, devices: list[dict[str, Any]]) -> None:
-        """Each device and what it computes in."""
-        self.heading("devices")
+    def devices(self, devices: Iterable[DeviceFacts]) -> list[RenderableType]:
+        """Each device and the types it computes in."""
+        native = {True: "native", False: "emulated", None: "unknown"}
+        found: list[RenderableType] = [self.heading("devices")]
         for device in devices:
-            known = [device["architecture"], device["level"], *device["flags"]]
-            if device["capability"] is not None:
-                known.append(self.say("capability", capability=device["capability"]))
-            if device["memory"] is not None:
-                known.append(f"{device['memory'] / 2**30:.0f} GiB")
-            about = ", ".join([device["name"], *filter(None, known)])
-            self.line(f"{device['place']}: {about}")
-            native = {True: "native", False: "emulated", None: "unknown"}
-            kinds = (f"{kind} {self.say(native[device[kind]])}" for kind in ("bfloat16", "float16"))
-            self.line(", ".join(kinds), indent=4)
+            known = [device.architecture, device.level, *device.flags]
+            if device.capability is not None:
+                known.append(self.say("capability", capability=device.capability))
+            if device.memory is not None:
+                known.append(f"{device.memory / 2**30:.0f} GiB")
+            found.append(Lines(f"{device.place}: {', '.join([device.name, *filter(None, known)])}"))
+            kinds = (("bfloat16", device.bfloat16), ("float16", device.float16))
+            found.append(Lines(", ".join(f"{kind} {self.say(native[has])}" for kind, has in kinds), indent=4))
+        return found
 
-    def self_test(self, test: dict[str, Any]) -> None:
-        """The outcome on each device, and why the limit is what it is."""
-        self.heading("self_test")
-        for result in test["results"]:
-            mark = self.say("passed" if result["passed"] else "failed")
-            self.line(f"{mark}: {result['text']}", style="green" if result["passed"] else "red")
-        self.line(test["text"], style="dim")
+    def self_test(self, test: SelfTests) -> list[RenderableType]:
+        """The outcome on each device, and the reason for the limit."""
+        found: list[RenderableType] = [self.heading("self_test")]
+        for result in test.results:
+            mark = self.say("passed" if result.passed else "failed")
+            found.append(Lines(f"{mark}: {result.text}", style="green" if result.passed else "red"))
+        return [*found, Lines(test.text, style="dim")]
 
-    def checkpoint(self, facts: dict[str, Any]) -> None:
+    def checkpoint(self, facts: CheckpointFacts) -> list[RenderableType]:
         """What the checkpoint is."""
-        self.heading("checkpoint")
-        self.line(self.say("shape", kind=facts["model_type"], layers=facts["layers"], hidden=facts["hidden"]))
-        if "bytes" in facts:
-            size, dtypes = decimal(facts["bytes"]), ", ".join(facts["stored"])
-            self.line(self.say("size", parameters=facts["parameters"], size=size, dtypes=dtypes))
-        self.line(*facts["notes"])
+        shape = self.say("shape", kind=facts.model_type, layers=facts.layers, hidden=facts.hidden)
+        found: list[RenderableType] = [self.heading("checkpoint"), Lines(shape)]
+        if facts.bytes is not None:
+            size, dtypes = decimal(facts.bytes), ", ".join(facts.stored or ())
+            found.append(Lines(self.say("size", parameters=facts.parameters, size=size, dtypes=dtypes)))
+        return [*found, Lines(*facts.notes)]
 
-    def tools(self, tools: list[dict[str, Any]]) -> None:
+    def tools(self, tools: Sequence[ToolFacts]) -> list[RenderableType]:
         """Each tool and what it means."""
-        self.heading("tools")
+        found: list[RenderableType] = [self.heading("tools")]
         for tool in tools:
-            imported = f" ({self.say('imported')})" if tool["imported"] else ""
-            self.line(f"{tool['name']} {tool['version'] or ''}".rstrip() + f"{imported}: {tool['text']}")
-        if not tools:
-            self.line(self.say("no_tools"))
+            imported = f" ({self.say('imported')})" if tool.imported else ""
+            found.append(Lines(f"{tool.name} {tool.version or ''}".rstrip() + f"{imported}: {tool.text}"))
+        return found if tools else [*found, Lines(self.say("no_tools"))]
 
-    def settings(self, settings: list[dict[str, Any]]) -> None:
-        """Each setting, its value, and whether it matters; those without effect here last."""
-        self.heading("settings")
-        for item in (item for item in settings if item["applies"]):
-            self._setting(item, "yellow" if item["risky"] else "")
-        without_effect = [item for item in settings if not item["applies"]]
+    def settings(self, settings: Sequence[SettingFacts]) -> list[RenderableType]:
+        """Each setting, its value, and whether it matters. Those without effect here come last."""
+        found: list[RenderableType] = [self.heading("settings")]
+        for item in (item for item in settings if item.applies):
+            found += self._setting(item, "yellow" if item.risky else "")
+        without_effect = [item for item in settings if not item.applies]
         if without_effect:
-            self.line(self.say("without_effect"), style="dim")
+            found.append(Lines(self.say("without_effect"), style="dim"))
         for item in without_effect:
-            self._setting(item, "dim")
+            found += self._setting(item, "dim")
+        return found
 
-    def _setting(self, item: dict[str, Any], style: str) -> None:
-        value = self.say("absent") if item["value"] is None else str(item["value"])
-        matters = in_words(remark(f"matters.{item['matters']}"), self.language)
-        self.line(f"{item['name']} = {value} ({matters})", style=style)
-        self.line(item["text"], style=style, indent=4)
+    def _setting(self, item: SettingFacts, style: str) -> list[RenderableType]:
+        value = self.say("absent") if item.value is None else str(item.value)
+        matters = in_words(remark(f"matters.{item.matters}"), self.language)
+        return [Lines(f"{item.name} = {value} ({matters})", style=style), Lines(item.text, style=style, indent=4)]

@@ -1,7 +1,6 @@
 """Exports a checkpoint as a folder for the Hub: its weights, and the fix beside them as remote code.
 
-What is exported loads with `trust_remote_code=True` where this package is not installed. The code is the files of
-`patches/`, unchanged.
+An export loads with `trust_remote_code=True`, without this package. Its code is the files of `patches/`, unchanged.
 """
 
 import errno
@@ -15,10 +14,12 @@ from typing import Any, Literal
 import huggingface_hub
 
 from .. import locking
-from ..checkpoints.weight_sources import FolderSource, reachable, read_config, read_json
+from ..checkpoints.config import reachable, read_config, read_json
+from ..checkpoints.folder import FolderSource, check_no_adapter
 from ..errors import CheckpointError, ExportError
+from ..files import whole_folder
 from ..patches import errors as patches_errors
-from ..whole_folder import whole_folder
+from ..results import Result
 from . import model_card
 from .export_config import check_foreign_code, exported_config, heads_to_check
 
@@ -50,17 +51,17 @@ def export(
     weights: Weights = "link",
     code_repo: str | None = None,
     strict: bool = False,
-    verification: dict[str, Any] | str | Path | None = None,
+    verification: Result | dict[str, Any] | str | Path | None = None,
 ) -> Path:
     """Writes a folder that loads fixed with `trust_remote_code=True`, and returns its path.
 
     path_or_repo: a checkpoint folder, or OWNER/NAME on the Hub (from the cache, if HF_HUB_OFFLINE=1). out: a new
-    folder, or an empty one. weights: hard links (copies, where those cannot be had), copies, or none.
-    code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which then is not copied.
+    folder, or an empty one. weights: hard links (copies, if links are not possible), copies, or none.
+    code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which is then not copied.
     strict: a model type of its own: loading without `trust_remote_code` then fails instead of giving the stock class.
-    verification: what `verify` returned, or a file with it as JSON, for the model card.
-    Raises CheckpointError and NotQwen2Error for a checkpoint that is not a whole Qwen2, ExportError for the rest. After
-    an error, or when interrupted or killed, there is nothing at `out`.
+    verification: for the model card, a result of `verify`, or a file with its JSON.
+    Raises CheckpointError and NotQwen2Error for a checkpoint that is not a whole Qwen2, ExportError for everything
+    else. After an error, an interruption or a kill there is nothing at `out`.
     """
     if weights not in ("link", "copy", "none"):
         raise ExportError(f"weights={weights!r}: give link, copy or none.")
@@ -83,13 +84,13 @@ def export(
         has_weights=weights != "none",
         verification=findings,
     )
-    with whole_folder(target) as written:
+    with whole_folder(target, ExportError) as written:
         for file in files:
             _place(file, written / file.relative_to(folder), link=weights == "link" and file.suffix == ".safetensors")
         for name in () if code_name else CODE_FILES:
             shutil.copyfile(PATCHES / name, written / name)
         texts = {"config.json": json.dumps(exported, indent=2, ensure_ascii=False) + "\n", "README.md": card}
-        if not code_name:  # the lock of code that lies here
+        if not code_name:  # a lock is of the code in the same folder
             texts[locking.FILE_NAME] = locking.as_text(locking.make_lock())
         for name, text in texts.items():
             (written / name).write_text(text, encoding="utf-8")
@@ -109,12 +110,12 @@ def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | N
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether it is OWNER/NAME as the Hub has them; `--` would end the name in an `auto_map`."""
+    """Whether `name` is an OWNER/NAME of the Hub. `--` is refused: it ends the name in an `auto_map`."""
     return re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.A) is not None
 
 
 def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
-    """The checkpoint's folder, absolute, and the repository it came from if that is known."""
+    """The checkpoint's folder, absolute, and the repository that it came from, if that is known."""
     folder = Path(path_or_repo)
     with reachable(folder):
         if folder.is_dir():
@@ -126,7 +127,7 @@ def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
     wanted = ["config.json", "README.md", *CARRIED, *((INDEX, "*.safetensors") if weights != "none" else ())]
     try:
         found = huggingface_hub.snapshot_download(path_or_repo, allow_patterns=wanted)
-    except Exception as error:  # of the Hub, of its HTTP client (three in as many years) or of the cache
+    except Exception as error:  # of the Hub, of its HTTP client, which has changed three times, or of the cache
         offline = "; HF_HUB_OFFLINE=1 leaves only the cache" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(
             f"there is no folder {path_or_repo}, nor a repository on the Hub ({type(error).__name__}{offline})."
@@ -135,7 +136,7 @@ def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
 
 
 def _cached_repo(folder: Path) -> str | None:
-    """OWNER/NAME, if the folder is a snapshot in the Hub's cache."""
+    """OWNER/NAME if the folder is a snapshot in the Hub's cache, or None."""
     repo = folder.parents[1].name if folder.parent.name == "snapshots" else ""
     owner, _, name = repo.removeprefix("models--").partition("--")
     return f"{owner}/{name}" if repo.startswith("models--") and name else None
@@ -150,11 +151,10 @@ def _check_apart(folder: Path, target: Path) -> None:
 
 
 def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Path]:
-    """The shards and their index, checked: nothing is missing, and all of it is what transformers would load."""
+    """The shards and their index. Checked: nothing is missing, and transformers would load these files."""
     if weights == "none":
         return []
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
+    check_no_adapter(folder)
     source = FolderSource(folder)
     shards, index = set(source.files.values()), folder / INDEX
     for shard in shards:
@@ -169,7 +169,7 @@ def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Pa
 
 
 def _tokenizer_class(folder: Path) -> str | None:
-    """The name in tokenizer_config.json, if there is one. Raises ExportError for a tokenizer that is code."""
+    """The class in tokenizer_config.json, if it names one. Raises ExportError for a tokenizer with code of its own."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
@@ -179,14 +179,14 @@ def _tokenizer_class(folder: Path) -> str | None:
 
 
 def _carried_files(folder: Path) -> list[Path]:
-    """Tokenizer, templates, generation configuration and licence."""
+    """The files of the tokenizer, templates, generation configuration and licence."""
     names = (path.relative_to(folder).as_posix() for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")))
     found = {name for name in names for pattern in CARRIED if fnmatch.fnmatch(name, pattern)}
     return [folder / name for name in sorted(found) if not (folder / name).is_dir()]
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Raises ExportError for a link out of the checkpoint; a snapshot's lead to the blobs of its repository."""
+    """Raises ExportError for a link out of the checkpoint. A snapshot may link to the blobs of its repository."""
     real = file.resolve()
     allowed = [folder]
     if _cached_repo(folder) is not None:
@@ -200,7 +200,7 @@ def _check_inside(file: Path, folder: Path) -> None:
 
 
 def _place(file: Path, target: Path, link: bool) -> None:
-    """Puts the file at `target`: the same bytes under a second name, if asked and possible, or else a copy."""
+    """Puts the file at `target`: a hard link if asked and possible, or else a copy."""
     target.parent.mkdir(exist_ok=True)
     real = file.resolve()
     if link:

@@ -1,43 +1,38 @@
-"""The config.json of an exported checkpoint: what tells transformers, and engines built on it, which code to run."""
+"""The config.json of an exported checkpoint. It tells transformers, and engines built on it, which code to run."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoints.config import OWN_CODE
 from ..errors import ExportError
+from ..patches.architecture import QWEN2
 from ..patches.configuration_qwen2_fp16 import Qwen2FP16Config
 
-MODELS = "modeling_qwen2_fp16"
-CONFIGURATION = "configuration_qwen2_fp16"
+MODELS, CONFIGURATION = OWN_CODE
 STRICT = Qwen2FP16Config.model_type
 
-#: Auto class to what the names of its classes end in, and to the weight its head must have. vLLM builds `AutoModel`,
-#: and silently runs the stock class where `auto_map` lacks it.
-AUTO_CLASSES = {
-    "AutoModel": ("Model", None),
-    "AutoModelForCausalLM": ("ForCausalLM", "lm_head.weight"),
-    "AutoModelForSequenceClassification": ("ForSequenceClassification", "score.weight"),
-    "AutoModelForTokenClassification": ("ForTokenClassification", "score.weight"),
-    "AutoModelForQuestionAnswering": ("ForQuestionAnswering", "qa_outputs.weight"),
-}
+#: By Auto class, the end of its classes' names and the weight that its head must have. vLLM builds `AutoModel`, and
+#: silently runs the stock class if `auto_map` lacks it.
+AUTO_CLASSES = {head.auto_class: (head.suffix, head.weight) for head in QWEN2.heads}
 HEADS = dict(AUTO_CLASSES.values())
 
 
 def exported_config(
     config: Mapping[str, Any], strict: bool, code_repo: str | None, tokenizer: str | None
 ) -> dict[str, Any]:
-    """The config with an `auto_map`, and with architectures that no engine has a class of its own for.
+    """The config with an `auto_map`, and with names of architectures for which no engine has its own class.
 
-    code_repo: OWNER/NAME of the repository that holds the code; None for the folder itself. tokenizer: the name of its
-    class, without which `pipeline` loads none for an unknown model type in 4.37 to 4.52.
-    Raises ExportError where the checkpoint names other code or another architecture.
+    code_repo: OWNER/NAME of the repository with the code; None for the folder itself. tokenizer: the name of its class;
+    without it `pipeline` loads no tokenizer for an unknown model type in 4.37 to 4.52.
+    Raises ExportError if the checkpoint names other code or another architecture.
     """
     check_foreign_code(config, "config.json")
     prefix, source = "Qwen2FP16Strict" if strict else "Qwen2FP16", f"{code_repo}--" if code_repo else ""
     auto_map = {auto: f"{source}{MODELS}.{prefix}{end}" for auto, (end, _) in AUTO_CLASSES.items()}
     if strict:
         auto_map = {"AutoConfig": f"{source}{CONFIGURATION}.Qwen2FP16Config"} | auto_map
-    kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of the exporter's machine
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path on the exporter's machine
     named = {"tokenizer_class": tokenizer} if strict and tokenizer else {}
     return (
         kept
@@ -51,7 +46,7 @@ def exported_config(
 
 
 def heads_of(config: Mapping[str, Any]) -> list[str]:
-    """What the names of the checkpoint's architectures end in; a checkpoint without any generates."""
+    """The ends of the checkpoint's architecture names. A checkpoint without any is a ForCausalLM."""
     heads = []
     for architecture in config.get("architectures") or ["Qwen2ForCausalLM"]:
         found = re.fullmatch(r"Qwen2(?:FP16)?(?:Strict)?(\w+)", str(architecture))
@@ -65,23 +60,17 @@ def heads_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def heads_to_check(config: Mapping[str, Any]) -> list[str | None]:
-    """The weight that each architecture's head must have, or None for a model without a head."""
+    """The weight of each architecture's head, or None for a model without a head."""
     return [HEADS[head] for head in heads_of(config)]
 
 
-def is_exported(config: Mapping[str, Any]) -> bool:
-    """Whether the config is one that `exported_config` writes."""
-    auto_map = config.get("auto_map")
-    return isinstance(auto_map, dict) and _module(auto_map.get("AutoModel")) == MODELS
-
-
 def has_own_code(config: Mapping[str, Any]) -> bool:
-    """Whether an exported config takes the code from the folder it lies in."""
+    """Whether an exported config takes its code from its own folder."""
     return "--" not in str(config["auto_map"]["AutoModel"])
 
 
 def check_foreign_code(config: Mapping[str, Any], name: str) -> None:
-    """Raises ExportError where a configuration names code that is not this project's and would get lost."""
+    """Raises ExportError if a configuration names code of others, which an export would lose."""
     auto_map = config.get("auto_map") or {}
     for auto, value in auto_map.items() if isinstance(auto_map, dict) else [("?", auto_map)]:
         if _module(value) not in (MODELS, CONFIGURATION):
@@ -92,5 +81,5 @@ def check_foreign_code(config: Mapping[str, Any], name: str) -> None:
 
 
 def _module(value: Any) -> str:
-    """The module of `OWNER/NAME--module.Class` or `module.Class`; of a value that is neither, something else."""
+    """The module of `OWNER/NAME--module.Class` or `module.Class`. Other values give something that is no module."""
     return str(value).rpartition("--")[2].partition(".")[0]

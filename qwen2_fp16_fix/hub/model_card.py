@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what it is, how to load and pin it, how far from fp32 it was measured."""
+"""The model card of an exported checkpoint, from the template `model_card.md`: how to load, pin and trust it."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..errors import ExportError
 from ..patches.version_map import SUPPORTED
+from ..results import Result
+from ..verification.saved import read_saved
 from .export_config import STRICT, heads_of
 
 TASKS = {
@@ -19,7 +21,7 @@ TASKS = {
     "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
     "Model": ("feature-extraction", "AutoModel"),
 }
-#: How a licence that Qwen checkpoints come under begins, and what the Hub calls it.
+#: The first words of each licence of Qwen checkpoints, and its name on the Hub.
 LICENCES = (
     ("Apache License", {"license": "apache-2.0"}),
     ("Tongyi Qianwen RESEARCH LICENSE", {"license": "other", "license_name": "tongyi-qianwen-research"}),
@@ -29,56 +31,7 @@ LICENCES = (
 )
 MEASURED = ("name", "dtype", "fixed", "finite", "perplexity", "kl_mean", "kl_max", "top1_agreement")
 
-CARD = """
-# {name} in float16, without NaN
-
-{what}
-with [qwen2-fp16-fix](https://pypi.org/project/qwen2-fp16-fix/) {version} as remote code. Qwen2's attention
-scores and residual stream pass what float16 can hold (65504), and stock transformers then prints
-`!!!!!!!!`. This code keeps them in range.
-
-## What changed
-
-Nothing in the weights: {weights}.
-
-In the code, for float16: an fp32 residual stream, norms and rotation in fp32, fp32 scores in eager
-attention, keys centred before they are rounded, and SwiGLU, `down_proj` and `o_proj` kept in range by
-exact powers of two. fp32 is bit for bit transformers' own.
-
-Supported: {supported}. Nothing but transformers, torch and `packaging` is needed.
-
-## Load
-
-```python
-import torch
-from transformers import {auto}
-
-model = {auto}.from_pretrained(
-    "OWNER/NAME",
-    trust_remote_code=True,
-    dtype=torch.float16,  # torch_dtype= before transformers 4.56
-    attn_implementation="eager",  # or "sdpa"
-    revision="COMMIT",{code_revision}
-)
-```
-
-{without}
-
-## Pin
-
-Without a `revision`, what loads is what the branch holds that day. `revision` with a full commit hash pins
-the weights, the configuration and the code of this repository.{pin}
-transformers and torch decide the numbers as well: pin them in your requirements.
-
-## Measured error
-
-{measured}
-
-## Licence
-
-{licence}
-The code of qwen2-fp16-fix is under Apache-2.0.
-"""
+CARD = "\n" + (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
 
 
 def model_card(
@@ -91,7 +44,10 @@ def model_card(
     has_weights: bool,
     verification: Mapping[str, Any] | None,
 ) -> str:
-    """The card as text, with front matter. folder: the original, with its card and licence; config: the exported."""
+    """The card with its front matter.
+
+    folder: the original, with its card and licence. config: the exported one.
+    """
     source = source_metadata(folder)
     licence = {key: source[key] for key in ("license", "license_name", "license_link") if source.get(key)}
     pipeline, auto = TASKS[heads_of(config)[0]]
@@ -122,13 +78,13 @@ def model_card(
 
 
 def source_metadata(folder: Path) -> dict[str, Any]:
-    """The front matter of the checkpoint's own card; where that names no licence, what its LICENSE file is."""
+    """The front matter of the checkpoint's own card. If it names no licence, that of the LICENSE file is added."""
     found: dict[str, Any] = {}
     card = folder / "README.md"
     if card.is_file():
         try:
             found = dict(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.__dict__)
-        except Exception as error:  # the card is a foreign text, and yaml's errors have no common base with the Hub's
+        except Exception as error:  # errors of yaml and of the Hub's client have no common base
             first = str(error).strip().partition("\n")[0]
             raise ExportError(
                 f"{card} has a front matter that cannot be read ({first}): correct or remove it."
@@ -139,7 +95,7 @@ def source_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _licence_of(folder: Path) -> dict[str, str]:
-    """What the Hub calls the licence whose text lies in the folder."""
+    """The Hub's name for the licence whose text is in the folder."""
     file = folder / "LICENSE"
     if not file.is_file():
         return {}
@@ -148,32 +104,27 @@ def _licence_of(folder: Path) -> dict[str, str]:
     return known if known["license"] != "other" else known | {"license_link": "LICENSE"}
 
 
-def read_verification(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """What `verify` returned, or a file with it. Raises ExportError for anything else."""
-    name = "the verification" if isinstance(given, Mapping) else str(given)
+def read_verification(given: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The result of `verify` as plain data, from itself or a file of JSON. Raises ExportError for anything else."""
+    name = "the verification" if isinstance(given, Result | Mapping) else str(given)
     try:
-        found = dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text(encoding="utf-8"))
+        found = read_saved(given, fields=("versions", "checkpoint", "settings", "verdict"), row=MEASURED)
+        _measured(found)
     except OSError as error:
         raise ExportError(f"{name} cannot be read ({error.strerror}): give what `verify --json` printed.") from None
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ExportError(f"{name} is not JSON: give what `verify --json` printed.") from None
-    try:
-        whole = all(key in found for key in ("versions", "checkpoint", "settings", "verdict"))
-        whole = whole and bool(found["rows"]) and all(key in row for row in found["rows"] for key in MEASURED)
-        _measured(found)
-    except (TypeError, KeyError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.")
-    return dict(found)
+    except (TypeError, LookupError, ValueError, AttributeError):
+        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.") from None
+    return found
 
 
 def _measured(verification: Mapping[str, Any] | None) -> str:
-    """The rows in 16 bit as a table, and the verdict."""
+    """The measured rows as a table, and the verdict."""
     if verification is None:
         return "Not measured: `qwen2-fp16-fix verify` on the folder does."
     versions, settings = verification["versions"], verification["settings"]
-    name = PureWindowsPath(str(verification["checkpoint"])).name  # of any system's path, whose folders are private
+    name = PureWindowsPath(str(verification["checkpoint"])).name  # of a path of any system; its folders are private
     lines = [
         f"By `qwen2-fp16-fix verify` on `{name or '.'}`, against stock fp32 eager: {settings['tokens']} "
         f"tokens in windows of {settings['window']} on {settings['device']}, transformers {versions['transformers']}, "

@@ -1,7 +1,7 @@
-"""Pushes an exported folder to the Hub: in one commit, or, where the weights are large, they first and then the rest.
+"""Pushes an exported folder to the Hub, in one commit. Large weights are pushed first, in a commit of their own.
 
-The Hub keeps what has arrived, so a push that was interrupted goes on where it stopped, and what makes the weights
-loadable comes last. The token is the Hub client's own affair: nothing here reads, passes or prints it.
+The Hub keeps files that have arrived, so an interrupted push continues where it stopped. The files that make weights
+loadable come last. The token is left to the Hub's client: nothing here reads, passes or prints it.
 """
 
 import json
@@ -13,24 +13,26 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from rich.console import Console
+from rich.console import Group
+from rich.text import Text
 
 from .._version import __version__
-from ..checkpoints.weight_sources import FolderSource, reachable, read_config
+from ..checkpoints.config import builds_own_model, reachable, read_config
+from ..checkpoints.folder import FolderSource
 from ..errors import CheckpointError, PublishError
 from ..locking import FILE_NAME as LOCK
 from ..patches.errors import LockFileError
 from ..patches.lock import read_lock
 from ..patches.version_map import SUPPORTED
 from .export import CODE_FILES, is_repo_id
-from .export_config import has_own_code, heads_to_check, is_exported
+from .export_config import has_own_code, heads_to_check
 
 WEIGHTS = "*.safetensors"
-MARK = "Pushed by qwen2-fp16-fix."  # in every commit, by which a push that goes on knows what is its own
-LARGE = 5 * 10**9  # bytes of weights, from which an upload takes long enough to be interrupted
-#: The bases of the Hub's own error are those of its HTTP library, which it has changed twice.
+MARK = "Pushed by qwen2-fp16-fix."  # marks our commits, so that a resumed push recognises its own repository
+LARGE = 5 * 10**9  # bytes of weights; from here on an upload takes long enough to be interrupted
+#: The Hub's own error derives from those of its HTTP library, which has changed twice.
 NETWORK_ERRORS: Any = (OSError, *HfHubHTTPError.__bases__)
-#: What transformers would go on loading from a repository if an older push had more of it.
+#: Files transformers would still load from an older push. Deleted if this export lacks them.
 LOADED = (WEIGHTS, "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "adapter_config.json", LOCK)
 
 
@@ -47,13 +49,13 @@ def push(
 ) -> dict[str, Any]:
     """Uploads what `export` has written to a model repository, which is made if there is none.
 
-    repo_id: OWNER/NAME. private: whether a repository made here is; one that is there stays as it is. revision: a
-    branch, made if missing. overwrite: also into a repository that holds something else than an export. dry_run: only
-    checks the folder and lists, without the network. message: of the commit; by default it names the versions. api: a
-    HfApi to upload with, by default one with this machine's login.
-    Returns a dict fit for JSON: `repo`, `revision`, `private`, `message`, `files` (each `path` and `bytes`), `deleted`
-    (files of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
-    Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, PublishError for the rest.
+    repo_id: OWNER/NAME. private: for a new repository; an existing one is not changed. revision: a branch, made if
+    missing. overwrite: push into a repository that holds something other than an export, too. dry_run: only check the
+    folder and list its files, without the network. message: of the commit; by default it names the versions. api: the
+    HfApi to upload with; by default one with this machine's login.
+    Returns a dict as JSON has them: `repo`, `revision`, `private`, `message`, `files` (each `path` and `bytes`),
+    `deleted` (files of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
+    Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, PublishError for everything else.
     """
     folder = Path(folder)
     files = check_export(folder)
@@ -81,7 +83,7 @@ def check_export(folder: Path) -> list[str]:
     if not found:
         raise CheckpointError(f"there is no folder {folder}: give one that `qwen2-fp16-fix export` has written.")
     config = read_config(folder)
-    if not is_exported(config):
+    if not builds_own_model(config):
         raise PublishError(f"{folder} is no export: run `qwen2-fp16-fix export` first, and push what it writes.")
     missing = [name for name in CODE_FILES if not (folder / name).is_file()] if has_own_code(config) else []
     if missing:
@@ -99,7 +101,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def commit_message(folder: Path) -> str:
-    """Names the versions that decide the numbers. Raises PublishError where the folder's lock does not say them."""
+    """The message of the commit, with the versions that decide the numbers. Raises PublishError for a broken lock."""
     known = ""
     if (folder / LOCK).is_file():
         try:
@@ -112,7 +114,7 @@ def commit_message(folder: Path) -> str:
 
 
 def _upload(api: HfApi, folder: Path, files: list[str], plan: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Checks and makes the repository, and uploads."""
+    """Checks the repository, makes it if there is none, and uploads."""
     repo, revision = plan["repo"], plan["revision"]
     stale = [path for path in _remote_files(api, repo, revision, overwrite) if path not in files and _is_loaded(path)]
     api.create_repo(repo, private=plan["private"], exist_ok=True)
@@ -128,7 +130,7 @@ def _upload(api: HfApi, folder: Path, files: list[str], plan: dict[str, Any], ov
 
 
 def _remote_files(api: HfApi, repo: str, revision: str, overwrite: bool) -> list[str]:
-    """What the repository holds, if there is one. Raises PublishError where it is another's."""
+    """The files of the repository, if there is one. Raises PublishError if it holds something other than an export."""
     if not api.repo_exists(repo):
         return []
     branches = {branch.name for branch in api.list_repo_refs(repo).branches}
@@ -144,7 +146,7 @@ def _remote_files(api: HfApi, repo: str, revision: str, overwrite: bool) -> list
 
 
 def _is_ours(api: HfApi, repo: str, revision: str | None, files: list[str]) -> bool:
-    """Whether an export lies there, or part of one: by its lock, its last commit, or what its config.json names."""
+    """Whether the repository holds an export or part of one: by its lock, its last commit, or its config.json."""
     last = next(iter(api.list_repo_commits(repo, revision=revision)), None)
     if LOCK in files or (last is not None and MARK in f"{last.title} {last.message}"):
         return True
@@ -155,7 +157,7 @@ def _is_ours(api: HfApi, repo: str, revision: str | None, files: list[str]) -> b
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(config, dict) and is_exported(config)
+    return isinstance(config, dict) and builds_own_model(config)
 
 
 def _is_loaded(path: str) -> bool:
@@ -164,7 +166,7 @@ def _is_loaded(path: str) -> bool:
 
 @contextmanager
 def _one_sentence(repo: str) -> Iterator[None]:
-    """Turns what the Hub or the network answers into a sentence; its own texts hold URLs, request ids and advice."""
+    """Turns errors of the Hub and the network into one sentence. Their own texts hold URLs and request ids."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -192,14 +194,12 @@ def _answer(repo: str, status: int | None) -> str:
     return f"the Hub answered {status} for {repo}: nothing more was pushed; push again later to go on."
 
 
-def render(found: dict[str, Any], console: Console) -> None:
-    """Prints what was or would be pushed, and where."""
-    for file in found["files"]:
-        console.print(f"{file['bytes']:>14,}  {file['path']}", highlight=False, markup=False)
-    for path in found["deleted"]:
-        console.print(f"{'deleted':>14}  {path}", highlight=False, markup=False)
+def as_table(found: dict[str, Any]) -> Group:
+    """What was or would be pushed, and where, for a terminal."""
+    lines = [f"{file['bytes']:>14,}  {file['path']}" for file in found["files"]]
+    lines += [f"{'deleted':>14}  {path}" for path in found["deleted"]]
     size = sum(file["bytes"] for file in found["files"])
     text = f"{len(found['files'])} files, {size:,} bytes, {'private' if found['private'] else 'public'} if new"
     where = f"{found['repo']} at {found['revision']}"
     verb = f"would go to {where}" if found["commit"] is None else f"are at {where}: {found['commit']}"
-    console.print(f"{text}, {verb} ({found['message']})", highlight=False, markup=False)
+    return Group(*map(Text, [*lines, f"{text}, {verb} ({found['message']})"]))

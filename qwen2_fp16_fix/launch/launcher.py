@@ -14,11 +14,13 @@ STARTUP = Path(__file__).parent / "startup"
 class UsageError(Exception):
     """The command line cannot be run as given."""
 
+    exit_code = 2
+
 
 def command_for(arguments: Sequence[str]) -> list[str]:
-    """The command to start. `-m module` and `script.py` run under this interpreter, anything else as it stands.
+    """The command to start. `-m module` and `script.py` run under this interpreter, anything else as it is.
 
-    Raises UsageError for an empty or unknown command, and for interpreter switches that would keep the fix out.
+    Raises UsageError for an empty or unknown command, and for switches of Python that would keep the fix out.
     """
     if not arguments:
         raise UsageError("nothing to run: write the program after `--`, as in `qwen2-fp16-fix run -- python eval.py`.")
@@ -35,13 +37,13 @@ def command_for(arguments: Sequence[str]) -> list[str]:
 def _refuse_isolation(switches: Sequence[str]) -> None:
     """Raises UsageError for -E, -I and -S, with which Python reads neither PYTHONPATH nor sitecustomize.
 
-    Read letter by letter, as Python does: what follows -W or -X is theirs, what follows -c or -m is the program's.
+    They are read letter by letter, as Python reads them. -W and -X take the next argument. -c and -m end the switches.
     """
     rest = iter(switches)
     for switch in rest:
         if switch in ("-", "--") or not switch.startswith("-"):
             return
-        if switch == "--check-hash-based-pycs":  # the one long switch that takes an argument
+        if switch == "--check-hash-based-pycs":  # the only long switch with an argument
             next(rest, None)
         for place, letter in enumerate("" if switch.startswith("--") else switch[1:], start=2):
             if letter in "EIS":
@@ -55,13 +57,13 @@ def _refuse_isolation(switches: Sequence[str]) -> None:
 
 
 def environment_for(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` with the folder that registers the fix first on PYTHONPATH, which child processes inherit."""
+    """`environment` with PYTHONPATH begun by the folder that registers the fix. Child processes inherit it."""
     path = os.pathsep.join(filter(None, (str(STARTUP), environment.get("PYTHONPATH"))))
     return {**environment, "PYTHONPATH": path}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the program and returns its exit code; on POSIX it takes this process's place and does not return."""
+    """Runs the program and returns its exit code. On POSIX the program replaces this process, and nothing returns."""
     command, environment = command_for(arguments), environment_for(os.environ)
     try:
         if os.name == "posix":

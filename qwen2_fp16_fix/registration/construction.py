@@ -1,8 +1,8 @@
 """Fixes a Qwen2 that is built by its class's own name, by a subclass, or by code that came with a checkpoint.
 
-`watch` wraps the `__init__` of transformers' Qwen2Model, and of what derives from it, so that whatever is built is
-looked at once it is built: fixed where its parts are Qwen2's, and named in a warning where they are not. `unwatch`
-puts everything back. No name is rebound and no class takes another's place.
+`watch` wraps the `__init__` of transformers' Qwen2Model and of the classes derived from it. At the end of its
+construction a model is fixed if its parts are Qwen2's; a warning names it if they are not. `unwatch` puts everything
+back. No name is rebound and no class takes another's place.
 """
 
 import functools
@@ -14,20 +14,20 @@ from torch import nn
 from transformers.models.auto import auto_factory
 
 from ..patches.errors import NotFixedWarning, PatchConflictError, Qwen2FP16FixError
-from ..patches.modeling_qwen2_fp16 import ORIGINAL, fix_built, is_switched_off, stock_is_wanted
+from ..patches.modeling_qwen2_fp16 import STOCK, fix_built, is_switched_off, stock_is_wanted
 from ..patches.swap import base_models
 
 BUILDING = "_qwen2_fp16_fix_building"  # in an instance while its constructor runs
-_MISSING = object()
-#: Owner, name, what it held itself before or _MISSING, what it was given.
+MISSING = object()  # stands for an attribute or an entry that was not there
+#: Owner, name, the owner's own attribute before or MISSING, the one it was given.
 _replaced: list[tuple[Any, str, Any, Any]] = []
-#: The constructors that look at what they have built.
+#: The wrapped constructors that judge the models they have built.
 _watching: set[Any] = set()
 
 
 def watch() -> None:
-    """From here on every Qwen2Model is fixed, or warned of, at the end of its construction."""
-    base = STOCK.Qwen2PreTrainedModel  # of Qwen2Model, its heads, and whatever else is made of Qwen2's parts
+    """From here on every Qwen2Model is fixed at the end of its construction, or a warning says that it is not."""
+    base = STOCK.Qwen2PreTrainedModel  # of Qwen2Model, its heads, and other models made of Qwen2's parts
 
     def __init_subclass__(cls: type, /, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)
@@ -43,11 +43,11 @@ def watch() -> None:
 
 
 def unwatch() -> None:
-    """Puts back what `watch` has replaced. What somebody else has wrapped since stays, and ours in it does nothing."""
+    """Puts back what `watch` has replaced. Where another tool has wrapped ours, both stay; ours does nothing."""
     _watching.clear()
     for owner, name, before, ours in reversed(_replaced):
         if vars(owner).get(name) is ours:
-            delattr(owner, name) if before is _MISSING else setattr(owner, name, before)
+            delattr(owner, name) if before is MISSING else setattr(owner, name, before)
     _replaced.clear()
 
 
@@ -57,25 +57,25 @@ def is_watching() -> bool:
 
 
 def _replace(owner: Any, name: str, ours: Any) -> None:
-    _replaced.append((owner, name, vars(owner).get(name, _MISSING), ours))
+    _replaced.append((owner, name, vars(owner).get(name, MISSING), ours))
     setattr(owner, name, ours)
 
 
 def _derived(kind: type) -> list[type]:
-    """Every class derived from `kind` that there is."""
+    """Every class derived from `kind` so far."""
     direct: list[type] = kind.__subclasses__()
     return [*direct, *(found for child in direct for found in _derived(child))]
 
 
 def _watch_class(kind: Any, judge: Callable[[Any], None]) -> None:
-    """Lets `judge` see what this class has built. Not twice, and no drop-in class: those fix themselves."""
+    """Calls `judge` with each model that this class builds. Leaves a drop-in class as it is: it fixes itself."""
     build = kind.__init__
     if build in _watching or _fixes_itself(kind):
         return
 
     @functools.wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if BUILDING in self.__dict__ or __init__ not in _watching:  # within the constructor of a class derived from it
+        if BUILDING in self.__dict__ or __init__ not in _watching:  # called by the constructor of a derived class
             build(self, *args, **kwargs)
             return
         self.__dict__[BUILDING] = True
@@ -90,7 +90,7 @@ def _watch_class(kind: Any, judge: Callable[[Any], None]) -> None:
 
 
 def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
-    """How the Auto classes come by a checkpoint's own code, with the class that comes watched."""
+    """`fetch`, by which the Auto classes get the class of a checkpoint's own code, with that class watched."""
 
     @functools.wraps(fetch)
     def get_class_from_dynamic_module(*args: Any, **kwargs: Any) -> Any:
@@ -109,17 +109,17 @@ def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fixes_itself(kind: type) -> bool:
-    """Whether this is a drop-in class, of this copy of `patches/` or any other."""
+    """Whether this is a drop-in class, of this copy of `patches/` or of any other."""
     return any(base.__name__ == "FixedOnConstruction" for base in kind.__mro__)
 
 
 def _judge_for(kind: type) -> Callable[[Any], None]:
-    """What looks at the models of this class."""
+    """The function that judges the models of this class."""
     return _judge if issubclass(kind, STOCK.Qwen2Model) else _judge_stack
 
 
 def _judge_stack(model: Any) -> None:
-    """Fixes what holds Qwen2's layers as a Qwen2Model does and is none, or warns of it. Heads are not looked at."""
+    """Fixes a model that is no Qwen2Model but holds Qwen2's layers as one does, or warns of it. Leaves heads alone."""
     inside = any(isinstance(module, STOCK.Qwen2Model) for module in model.modules())
     if inside or _fixes_itself(type(model)) or not any(True for _ in base_models(model, STOCK)):
         return
@@ -130,9 +130,9 @@ def _judge_stack(model: Any) -> None:
 
 
 def _judge(model: Any) -> None:
-    """Fixes a Qwen2Model that has been built. Where a subclass has changed its parts, warns instead.
+    """Fixes a Qwen2Model that has been built. If a subclass has changed its parts, warns instead.
 
-    Raises PatchConflictError where transformers' own class was built and another tool has replaced parts of it.
+    Raises PatchConflictError if it is of transformers' own class and another tool has replaced parts of it.
     """
     if _fixes_itself(type(model)):
         return
@@ -145,7 +145,7 @@ def _judge(model: Any) -> None:
 
 
 def _judge_checkpoints_own(model: Any) -> None:
-    """The same for what a checkpoint's own code has built, if that is for a Qwen2 and not around a Qwen2Model."""
+    """The same for a model of a checkpoint's own code that has a Qwen2Config, and no Qwen2Model inside."""
     inside = any(isinstance(module, STOCK.Qwen2Model) for module in model.modules())
     if inside or not isinstance(getattr(model, "config", None), STOCK.Qwen2Config):
         return

@@ -9,35 +9,36 @@ from typing import Any
 
 from transformers.models.auto import auto_factory, modeling_auto
 
-from ..locking import refuse_drift
+from ..locking import require_lock
 from ..patches.errors import RegistrationError
-from ..patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, is_switched_off
+from ..patches.modeling_qwen2_fp16 import DROP_IN_OF, STOCK, is_switched_off
 from . import construction
+from .construction import MISSING
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
 Qwen2Config: Any = STOCK.Qwen2Config
 
-_MISSING = object()
-#: Auto class to what its table held for Qwen2, or _MISSING, and our class there.
+#: Auto class to the class registered there for Qwen2 before, or MISSING, and to ours.
 _before: dict[Any, tuple[Any, Any]] = {}
-_lock = threading.RLock()  # over all that follows, and over the tables
-_asked = False  # by `register`
-_blocks = 0  # of `registered` that run, in any thread
+_lock = threading.RLock()  # for the variables here and transformers' tables
+_asked = False  # whether `register` has asked for the fix, and `unregister` has not taken it back
+_blocks = 0  # of `registered`, running in any thread
 
 
 def register(lock: str | Path | None = None) -> None:
     """From here on every Qwen2 that this process builds is fixed, whichever way it is built.
 
     AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the drop-in classes. transformers'
-    own, named directly or inside another model, are fixed once they are built, whenever their names were imported.
-    A subclass of Qwen2Model and code that comes with a checkpoint run as they are: fixed where their parts are Qwen2's,
-    else a NotFixedWarning says that they are not.
-    lock: a file made by `qwen2_fp16_fix.lock`; LockError is raised where anything differs from it, LockFileError where
-    it is none. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing and
-    logs a warning.
+    own classes, named directly or inside another model, are fixed at the end of their construction. It does not matter
+    when their names were imported. Subclasses of Qwen2Model and code that comes with a checkpoint run as they are. They
+    are fixed if their parts are Qwen2's; otherwise a NotFixedWarning names them.
+    lock: a file made by `qwen2_fp16_fix.lock`. Raises LockError where anything differs from it, LockFileError where the
+    file is no lock. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing
+    and logs a warning.
     Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
-    RegistrationError where a look-up afterwards does not answer with the fixed class; then nothing is registered.
+    RegistrationError where a look-up afterwards does not answer with the fixed class. After an error nothing is
+    registered.
     """
     global _asked
     if _may_apply(lock):
@@ -47,9 +48,9 @@ def register(lock: str | Path | None = None) -> None:
 
 
 def unregister() -> None:
-    """Lets transformers build what it built before `register`. Models already built stay as they are.
+    """Lets transformers build the classes it built before `register`. Models already built stay as they are.
 
-    Inside a block of `registered`, of this thread or another, that happens when the last block ends.
+    While a block of `registered` runs, in this thread or another, that waits until the last block ends.
     """
     global _asked
     with _lock:
@@ -59,9 +60,9 @@ def unregister() -> None:
 
 @contextlib.contextmanager
 def registered(lock: str | Path | None = None) -> Iterator[None]:
-    """`register` for the length of a with block; a registration made before it, or by another block, outlives it.
+    """`register` for the length of a with block. A registration made before it, or by another block, outlives it.
 
-    lock and errors: as of `register`, before the block begins.
+    lock and errors: as for `register`, before the block begins.
     """
     global _blocks
     if not _may_apply(lock):
@@ -79,9 +80,9 @@ def registered(lock: str | Path | None = None) -> Iterator[None]:
 
 
 def _may_apply(lock: str | Path | None) -> bool:
-    """Whether the environment lets the fix be registered. Raises where the lock does not."""
+    """Whether the environment allows the fix. Raises LockError or LockFileError where the lock does not."""
     if lock is not None:
-        refuse_drift(lock)
+        require_lock(lock)
     if is_switched_off():
         logger.warning("QWEN2_FP16_FIX=0: the fix is switched off, Qwen2 models are built from the stock classes")
         return False
@@ -89,7 +90,7 @@ def _may_apply(lock: str | Path | None) -> bool:
 
 
 def _apply() -> None:
-    """Registers what is not registered; all of it or nothing."""
+    """Registers every class that is not registered yet. After an error nothing is registered, unless it was before."""
     try:
         if not construction.is_watching():
             construction.watch()
@@ -101,21 +102,22 @@ def _apply() -> None:
 
 
 def _undo_unless_wanted() -> None:
+    """Undoes the registration if neither `register` nor a block of `registered` wants it."""
     if _asked or _blocks:
         return
     construction.unwatch()
     for auto, (before, ours) in _before.items():
         table: Any = auto._model_mapping._extra_content
-        if table.get(Qwen2Config) is not ours:  # a checkpoint's own class, which 4.45 to 4.52 put there
+        if table.get(Qwen2Config) is not ours:  # transformers 4.45 to 4.52 put a checkpoint's own class there
             continue
         del table[Qwen2Config]
-        if before is not _MISSING:
+        if before is not MISSING:
             table[Qwen2Config] = before
     _before.clear()
 
 
 def qwen2_auto_classes() -> list[Any]:
-    """The Auto classes that build a Qwen2 for which there is a fixed class, each once."""
+    """The Auto classes that build a Qwen2 class for which there is a fixed one, each once."""
     found: list[Any] = []
     for auto in vars(modeling_auto).values():
         is_auto = isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)
@@ -133,11 +135,12 @@ def is_registered(auto: Any) -> bool:
 
 
 def _register_one(auto: Any) -> None:
+    """Makes one Auto class build our class for Qwen2. Raises RegistrationError where it does not."""
     mapping = auto._model_mapping
     if is_registered(auto):
         return
     extra = mapping._extra_content
-    before = extra.pop(Qwen2Config, _MISSING)  # so that the table answers with the stock class
+    before = extra.pop(Qwen2Config, MISSING)  # so that the table answers with the stock class
     fixed = DROP_IN_OF[mapping[Qwen2Config]]
     _before[auto] = (before, fixed)
     auto.register(Qwen2Config, fixed, exist_ok=True)

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import Any
 
 from ..errors import ScanError
 from ..files import write_whole
+from ..scanning.result import ScanResult
+from ..scanning.scan import check_switch, scan
+from ..verification.saved import read_saved
 
 #: What each kind of file is made with, from the `report` extra.
 NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
@@ -18,7 +21,7 @@ NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
 
 @dataclass(frozen=True)
 class ScanFiles:
-    """Where to write what; None for what is not asked for."""
+    """The files that a scan is to write; None for a file that is not asked for."""
 
     report: Path | None = None
     json: Path | None = None
@@ -27,7 +30,7 @@ class ScanFiles:
     lang: str = "en"
 
     def check(self, force: bool) -> dict[str, Any] | None:
-        """What `verify` found, if a file of that is named. Raises ScanError for whatever would fail after the run."""
+        """What `verify` found, if a file with that is named. Raises ScanError for what would fail after the run."""
         asked = {"report": self.report, "json": self.json, "png": self.png}
         named = {kind: path for kind, path in asked.items() if path is not None}
         if len({path.resolve() for path in named.values()}) < len(named):
@@ -45,11 +48,11 @@ class ScanFiles:
             raise ScanError("a verification goes into a report: add --report OUT.html.")
         return read_verification(self.verification)
 
-    def write(self, scans: list[dict[str, Any]], verification: dict[str, Any] | None) -> list[Path]:
+    def write(self, scans: Sequence[ScanResult], verification: dict[str, Any] | None) -> list[Path]:
         """Writes what was asked for and returns the paths. scans: stock's, fixed's, or both."""
         written: list[Path] = []
         if self.json is not None:
-            named = {"fixed" if scan["settings"]["fixed"] else "stock": scan for scan in scans}
+            named = {"fixed" if scan.settings.fixed else "stock": scan.to_dict() for scan in scans}
             text = json.dumps(named, indent=2, allow_nan=False, ensure_ascii=False)
             written.append(_write(self.json, lambda part: part.write_text(text + "\n", encoding="utf-8")))
         if self.report is not None:
@@ -62,6 +65,43 @@ class ScanFiles:
 
             written.append(_write(self.png, lambda part: draw(scans, part, self.lang)))
         return written
+
+
+def scan_to_files(
+    path: str | Path,
+    files: ScanFiles,
+    *,
+    fixed: bool | None,
+    force: bool,
+    wrote: Callable[[Path], object],
+    show: Callable[[list[ScanResult]], object],
+    **options: Any,
+) -> list[ScanResult]:
+    """Runs the command `scan`: checks the files, scans, writes the files, shows the scans and returns them.
+
+    fixed: which model; None for stock, or for both where there is a report or a picture. force: overwrite files.
+    wrote: is called with each path that was written. show: is called with the scans, also where writing failed.
+    options: of `scan`.
+    Raises what `scan` raises, and ScanError for the files.
+    """
+    verification = files.check(force)
+    both = fixed is None and (files.report is not None or files.png is not None)
+    if both or fixed:
+        check_switch()  # before stock runs
+    found = [scan(path, fixed=wanted, **options) for wanted in ((False, True) if both else (bool(fixed),))]
+    try:
+        for written in files.write(found, verification):
+            wrote(written)
+    finally:  # a scan takes minutes: it is shown even if it cannot be written
+        show(found)
+    return found
+
+
+def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **paths: Any) -> None:
+    """Writes one file of one scan. paths: fields of ScanFiles. Raises ScanError where it cannot be written."""
+    files = ScanFiles(**paths)
+    files.check(force)
+    files.write([found], verification)
 
 
 def _check_extra(kind: str) -> None:
@@ -78,7 +118,7 @@ def _check_path(path: Path, force: bool) -> None:
         if path.exists() and not force:
             raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
         with suppress(FileNotFoundError):
-            path.lstat()  # from Python 3.14, the questions above keep it to themselves that no file can have this name
+            path.lstat()  # from Python 3.14 `exists` returns False for a name that is too long; `lstat` still raises
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -95,10 +135,8 @@ def read_verification(path: Path) -> dict[str, Any]:
     wanted = {"name", "finite", "perplexity", "drift", "kl_mean", "kl_max", "top1_agreement", "first_overflow"}
     wanted |= {"largest_logit_difference"}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        good = {"tokens", "window"} <= set(found["settings"]) and all(wanted <= set(row) for row in found["rows"])
-    except (OSError, ValueError, TypeError, KeyError):
-        good = False
-    if not good or not found["rows"]:
-        raise ScanError(f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json.")
-    return found
+        return read_saved(path, settings=("tokens", "window"), row=wanted)
+    except (OSError, ValueError, LookupError):
+        raise ScanError(
+            f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json."
+        ) from None

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from ..report_texts import TEXTS
+from ..scanning.result import ScanResult
+from ..translations import SCAN_TEXTS as TEXTS
 from .style import STAND_INS, colour_of, log_ticks
 
 
 class Chart(NamedTuple):
-    """A figure with what is said of it. spoken: what a screen reader says in its place."""
+    """A figure with its title and caption. spoken: the text for a screen reader."""
 
     id: str
     title: str
@@ -46,9 +47,9 @@ def layout(height: int, **more: Any) -> go.Layout:
     return go.Layout(**{**shared, **axes, **more})
 
 
-def marker(scan: dict[str, Any], size: float = 15) -> dict[str, Any]:
-    """Stock's is an open ring, fixed's a small square: both are seen where they meet."""
-    if scan["settings"]["fixed"]:
+def marker(scan: ScanResult, size: float = 15) -> dict[str, Any]:
+    """An open ring for stock, a small square for fixed: both can be seen in one place."""
+    if scan.settings.fixed:
         return {"color": colour_of(scan), "symbol": "square", "size": size / 2}
     return {"color": colour_of(scan), "symbol": "circle-open", "size": size, "line": {"width": size / 6}}
 

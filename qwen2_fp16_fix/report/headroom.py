@@ -6,30 +6,28 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ..activations.sites import SITES
-from ..report_texts import TEXTS
-from ..scanning.sentences import place_name, site_name, tightest
+from ..scanning.result import ScanResult
+from ..scanning.sentences import place_name, site_name
+from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, layout, marker
-from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, hover_text, is_past, scan_name
+from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, cells_of, hover_text, layers_of, scan_name
 
-LEAST, MOST = -4.0, 16.0  # bits that a dot can show; what fp32 holds is beyond
+LEAST, MOST = -4.0, 16.0  # bits that a dot can show; fp32 has more
 
 
-def headroom_map(scan: dict[str, Any], lang: str) -> Chart:
+def headroom_map(scan: ScanResult, lang: str) -> Chart:
     """Layer × site: bits below the limit, in bands, with the number in each cell and a cross past the limit."""
-    texts = TEXTS[lang]
-    layers = sorted({site["layer"] for site in scan["sites"] if site["layer"] is not None})
-    by_place = {(site["layer"], site["site"]): site for site in scan["sites"]}
-    cells = [[by_place.get((layer, name)) for name in SITES] for layer in layers]
-    room = 24 if len(layers) <= 40 else 16
+    texts, layers, cells = TEXTS[lang], layers_of(scan), cells_of(scan)
+    row_height = 24 if len(layers) <= 40 else 16
     below = 120 if lang == "en" else 80  # for the slanted names
-    height = 116 + below + room * len(layers)
+    height = 116 + below + row_height * len(layers)
     figure = go.Figure(
         go.Heatmap(
             x=[site_name(name, lang) for name in SITES],
             y=[str(layer) for layer in layers],
             z=[[band_of(cell) for cell in row] for row in cells],
             text=[[bits_text(cell) for cell in row] for row in cells],
-            meta={"short": [["✗" if is_past(cell) else "" for cell in row] for row in cells]},
+            meta={"short": [["✗" if cell and cell.past_limit else "" for cell in row] for row in cells]},
             hovertext=[[hover_text(cell, lang) for cell in row] for row in cells],
             hoverinfo="text",
             texttemplate="%{text}",
@@ -58,8 +56,8 @@ def headroom_map(scan: dict[str, Any], lang: str) -> Chart:
         ),
     )
     _outline_first(figure, scan, layers)
-    past = sum(is_past(cell) for row in cells for cell in row)
-    tight = place_name(tightest(scan), lang)
+    past = sum(cell is not None and cell.past_limit for row in cells for cell in row)
+    tight = place_name(scan.tightest, lang)
     spoken = texts["map_spoken"].format(past=past, place=tight)
     title = texts["map_title"].format(scan=scan_name(scan, lang))
     return Chart("chart-headroom", title, texts["map_caption"], spoken, figure, height)
@@ -71,16 +69,16 @@ def _steps() -> list[list[Any]]:
     return [[(index + side) / count, colour] for index, colour in enumerate(BAND_STAND_INS) for side in (0, 1)]
 
 
-def _outline_first(figure: go.Figure, scan: dict[str, Any], layers: Sequence[int]) -> None:
+def _outline_first(figure: go.Figure, scan: ScanResult, layers: Sequence[int]) -> None:
     """A frame around the cell that breaks first."""
-    first = scan["first_nonfinite"]
-    if first is not None and first["layer"] is not None:
-        x, y = list(SITES).index(first["site"]), layers.index(first["layer"])
+    first = scan.first_nonfinite
+    if first is not None and first.layer is not None:
+        x, y = list(SITES).index(first.site), layers.index(first.layer)
         line = {"color": STAND_INS["ink"], "width": 3}
         figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=line)
 
 
-def stock_against_fixed(scans: Sequence[dict[str, Any]], lang: str) -> Chart:
+def stock_against_fixed(scans: Sequence[ScanResult], lang: str) -> Chart:
     """The least headroom of each site over all layers, stock beside fixed; fp32 is at the right edge."""
     texts, names = TEXTS[lang], list(reversed(SITES))
     height = 90 + 26 * len(names)
@@ -124,11 +122,11 @@ def stock_against_fixed(scans: Sequence[dict[str, Any]], lang: str) -> Chart:
     return Chart("chart-against", texts["against_title"], texts["against_caption"], spoken, figure, height)
 
 
-def least_headroom(scan: dict[str, Any]) -> dict[str, float]:
+def least_headroom(scan: ScanResult) -> dict[str, float]:
     """The least headroom of each site over the layers, at most MOST, for fp32 and what is not stored."""
     found: dict[str, float] = {}
-    for site in scan["sites"]:
-        if site["site"] in SITES:
-            bits = LEAST if site["headroom_bits"] is None else site["headroom_bits"]
-            found[site["site"]] = min(found.get(site["site"], MOST), max(bits, LEAST))
+    for site in scan.sites:
+        if site.site in SITES:
+            bits = LEAST if site.headroom_bits is None else site.headroom_bits
+            found[site.site] = min(found.get(site.site, MOST), max(bits, LEAST))
     return found

@@ -1,4 +1,4 @@
-"""The report: scans, and a verification where there is one, as a single HTML page that asks the network for nothing."""
+"""The report: one HTML page of scans and, if given, a verification. It loads nothing from the network."""
 
 import base64
 import gzip
@@ -12,39 +12,41 @@ import jinja2
 import plotly.offline
 from markupsafe import Markup, escape
 
-from ..report_texts import PAGE, TEXTS
-from ..scanning.sentences import consequences, number, passing, place_name, tightest, verdict
+from ..scanning.result import ScanResult
+from ..scanning.sentences import consequences, number, site_in_layer, verdict
+from ..translations import SCAN_TEXTS as TEXTS
 from .charts import charts
 from .frame import Chart
 from .style import PALETTE, scan_name, stand_ins
 from .tables import all_numbers, cache_table, massive_table, spike_table, verification_table
 
+TEMPLATE = Path(__file__).parent / "template"
 TERMS = ("headroom", "site", "measured", "bound", "subnormal", "massive", "spike", "loss", "score_error")
 
 
-def page(scans: Sequence[dict[str, Any]], verification: dict[str, Any] | None = None, lang: str = "en") -> str:
-    """The page. scans: one of `scan`'s results, or stock's and fixed's; verification: a result of `verify`."""
+def page(scans: Sequence[ScanResult], verification: dict[str, Any] | None = None, lang: str = "en") -> str:
+    """The page. scans: one, or stock's and fixed's; verification: what `verify --json` prints."""
     texts, first = TEXTS[lang], scans[0]
-    rooms = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    rooms.filters["ticked"] = ticked
+    templates.filters["ticked"] = ticked
     drawn = charts(scans, lang)
-    return rooms.get_template("report.html").render(
+    return templates.get_template("report.html").render(
         t=texts,
-        css=Markup(rooms.get_template("report.css").render(palette=PALETTE)),
-        js=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
+        css=Markup(templates.get_template("report.css").render(palette=PALETTE)),
+        js=Markup((TEMPLATE / "report.js").read_text(encoding="utf-8")),
         plotly=packed_plotly(),
         data=Markup(_json({"palette": stand_ins(), "figures": figures(drawn), "tooOld": texts["too_old"]})),
-        name=Path(first["checkpoint"]).resolve().name,  # of ".", too
-        verdicts=[{"finite": scan["finite"], "sentence": verdict(scan, lang)} for scan in scans],
+        name=Path(first.checkpoint).resolve().name,  # of ".", too
+        verdicts=[{"finite": scan.finite, "sentence": verdict(scan, lang)} for scan in scans],
         facts=facts(first, lang),
         consequences=consequences(first, lang),
         charts=[_with_tables(chart, scans, lang) for chart in drawn],
         parts=parts(scans, verification, lang),
         terms=[{"name": texts[f"term_{term}"], "text": texts[f"term_{term}_text"]} for term in TERMS],
-        prompts=first["prompts"],
-        versions=first["versions"],
+        prompts=first.prompts,
+        versions=first.versions,
         version_list=versions(scans, lang),
     )
 
@@ -55,7 +57,7 @@ def ticked(text: str) -> Markup:
 
 
 def packed_plotly() -> str:
-    """plotly.js, compressed, in letters: 2 MB instead of 5. Browsers have unpacked gzip themselves since 2023."""
+    """plotly.js as gzip in base64: 2 MB instead of 5. Browsers have unpacked gzip since 2023."""
     return base64.b64encode(gzip.compress(plotly.offline.get_plotlyjs().encode(), mtime=0)).decode()
 
 
@@ -65,35 +67,35 @@ def figures(drawn: Sequence[Chart]) -> dict[str, Any]:
 
 
 def _json(data: Any) -> str:
-    """JSON that can stand inside a script element, whatever a token says."""
+    """JSON for a script element: no token in it can end the element."""
     return json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _with_tables(chart: Chart, scans: Sequence[dict[str, Any]], lang: str) -> dict[str, Any]:
+def _with_tables(chart: Chart, scans: Sequence[ScanResult], lang: str) -> dict[str, Any]:
     tables = {"chart-spikes": lambda: [spike_table(scans[0], lang)], "chart-int8": lambda: [cache_table(scans, lang)]}
     return {**chart._asdict(), "tables": tables.get(chart.id, list)()}
 
 
-def facts(scan: dict[str, Any], lang: str) -> list[dict[str, str]]:
-    """The numbers to know first."""
-    texts, tight, over = TEXTS[lang], tightest(scan), passing(scan)
-    bits = tight["headroom_bits"]
-    read = {"prompts": len(scan["prompts"]), "tokens": sum(prompt["tokens"] for prompt in scan["prompts"])}
+def facts(scan: ScanResult, lang: str) -> list[dict[str, str]]:
+    """The most important numbers, for the top of the page."""
+    texts, tight = TEXTS[lang], scan.tightest
+    bits = tight.headroom_bits
+    read = {"prompts": len(scan.prompts), "tokens": sum(prompt.tokens for prompt in scan.prompts)}
     shown = texts["not_finite"] if bits is None else f"{bits:+.1f}".replace("-", "−")
     found = [
-        ("fact_tightest", shown, place_name({key: tight[key] for key in ("layer", "site")}, lang)),
-        ("fact_largest", number(tight["largest"], lang), texts["fact_limit"]),
-        ("fact_past", str(len(over)), texts["fact_past_note"].format(sites=len(scan["sites"]))),
+        ("fact_tightest", shown, site_in_layer(tight, lang)),
+        ("fact_largest", number(tight.largest, lang), texts["fact_limit"]),
+        ("fact_past", str(len(scan.past_limit)), texts["fact_past_note"].format(sites=len(scan.sites))),
         ("fact_read", f"{read['tokens']:,}", texts["fact_read_note"].format(**read)),
-        ("fact_proof", texts["proven" if scan["certificate"]["proven"] else "not_proven"], texts["fact_proof_note"]),
+        ("fact_proof", texts["proven" if scan.certificate.proven else "not_proven"], texts["fact_proof_note"]),
     ]
     return [{"name": texts[key], "value": value, "note": note} for key, value, note in found]
 
 
-def parts(scans: Sequence[dict[str, Any]], verification: dict[str, Any] | None, lang: str) -> list[dict[str, Any]]:
-    """What is told in tables alone."""
+def parts(scans: Sequence[ScanResult], verification: dict[str, Any] | None, lang: str) -> list[dict[str, Any]]:
+    """The sections that hold tables alone."""
     texts, found = TEXTS[lang], []
-    massive = scans[0]["massive_activations"]
+    massive = scans[0].massive_activations
     tables = [massive_table(scans[0], lang)] if massive else []
     found.append(
         {
@@ -112,19 +114,19 @@ def parts(scans: Sequence[dict[str, Any]], verification: dict[str, Any] | None, 
     return [*found, numbers | {"tables": all_numbers(scans, lang)}]
 
 
-def versions(scans: Sequence[dict[str, Any]], lang: str) -> list[dict[str, str]]:
-    """Exactly what ran."""
+def versions(scans: Sequence[ScanResult], lang: str) -> list[dict[str, str]]:
+    """The versions, the sizes of the model and the settings of the run."""
     texts, first = TEXTS[lang], scans[0]
-    found, settings, model = first["versions"], first["settings"], first["model"]
+    found, settings, model = first.versions, first.settings, first.model
     sizes = texts["sizes"].format(**{key: model[key] for key in ("layers", "hidden", "heads", "kv_heads", "head_dim")})
     named = [
-        ("qwen2-fp16-fix", f"{found['package']} ({found['patch']})"),
-        ("transformers", found["transformers"]),
-        ("torch", found["torch"]),
+        ("qwen2-fp16-fix", f"{found.package} ({found.patch})"),
+        ("transformers", found.transformers),
+        ("torch", found.torch),
         (texts["model"], sizes),
         (
             texts["ran"],
-            f"{' + '.join(scan_name(scan, lang) for scan in scans)}, {settings['attention']}, {settings['device']}",
+            f"{' + '.join(scan_name(scan, lang) for scan in scans)}, {settings.attention}, {settings.device}",
         ),
     ]
     return [{"name": name, "text": text} for name, text in named]

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -13,11 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..activations.sites import FLOAT16_MAX, SITES
+from ..activations.sites import SITES
 from ..errors import ScanError
-from ..report_texts import TEXTS
+from ..patches.range_plan import FLOAT16_MAX
+from ..scanning.result import ScanResult
 from ..scanning.sentences import site_name, verdict
-from .style import BANDS, PALETTE, band_of, bits_text, is_past, log_ticks, scan_name
+from ..translations import SCAN_TEXTS as TEXTS
+from .style import BANDS, PALETTE, band_of, bits_text, cells_of, kind_of, layers_of, log_ticks, residuals, scan_name
 
 #: Fonts with Chinese letters, as Linux, macOS and Windows call theirs.
 CHINESE_FONTS = (
@@ -46,42 +47,40 @@ def fonts(lang: str) -> list[str]:
     return [*found[:1], *plain]
 
 
-def draw(scans: Sequence[dict[str, Any]], path: Path, lang: str = "en") -> None:
+def draw(scans: Sequence[ScanResult], path: Path, lang: str = "en") -> None:
     """Writes the picture of one scan, or of stock's and fixed's, with the verdicts as its description."""
-    layers = scans[0]["model"]["layers"]
+    layers = scans[0].model["layers"]
     height = 4.6 + 0.24 * max(layers, 6)
     with matplotlib.rc_context({"font.family": fonts(lang), "font.size": 9, "axes.unicode_minus": False}):
         figure = Figure(figsize=(10, height), dpi=160, layout="constrained", facecolor="white")
         top, bottom = figure.subplots(2, 1, height_ratios=[0.24 * max(layers, 6) + 0.6, 2.2])
-        signs = [("✓ " if scan["finite"] else "✗ ") + verdict(scan, lang) for scan in scans]
+        signs = [("✓ " if scan.finite else "✗ ") + verdict(scan, lang) for scan in scans]
         title = "\n".join(_wrapped(sign, lang) for sign in signs)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)  # a token may be a dollar sign
         _headroom(top, scans[0], lang)
         _residual(bottom, scans, lang)
-        figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})  # for who cannot see it
+        # The description is for readers who cannot see the picture.
+        figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})
 
 
 def _wrapped(text: str, lang: str) -> str:
     return "\n    ".join(textwrap.wrap(text, 62 if lang == "zh" else 112, break_long_words=lang == "zh"))
 
 
-def _headroom(axes: Axes, scan: dict[str, Any], lang: str) -> None:
-    texts = TEXTS[lang]
-    layers = sorted({site["layer"] for site in scan["sites"] if site["layer"] is not None})
-    by_place = {(site["layer"], site["site"]): site for site in scan["sites"]}
-    cells = [[by_place.get((layer, name)) for name in SITES] for layer in layers]
+def _headroom(axes: Axes, scan: ScanResult, lang: str) -> None:
+    texts, layers, cells = TEXTS[lang], layers_of(scan), cells_of(scan)
     colours = ListedColormap([colours["light"] for _, colours in BANDS])
     bands = [[float("nan") if (band := band_of(cell)) is None else band for cell in row] for row in cells]
     axes.imshow(bands, cmap=colours, vmin=0, vmax=len(BANDS), aspect="auto")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            ink = "white" if is_past(cell) else PALETTE["ink"]["light"]
+            ink = "white" if cell and cell.past_limit else PALETTE["ink"]["light"]
             axes.text(x, y, bits_text(cell), ha="center", va="center", fontsize=7, color=ink)
     axes.hlines([edge - 0.5 for edge in range(1, len(layers))], -0.5, len(SITES) - 0.5, color="white", linewidth=2)
     axes.vlines([edge - 0.5 for edge in range(1, len(SITES))], -0.5, len(layers) - 0.5, color="white", linewidth=2)
-    first = scan["first_nonfinite"]
-    if first is not None and first["layer"] is not None:
-        corner = (list(SITES).index(first["site"]) - 0.5, layers.index(first["layer"]) - 0.5)
+    first = scan.first_nonfinite
+    if first is not None and first.layer is not None:
+        corner = (list(SITES).index(first.site) - 0.5, layers.index(first.layer) - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=PALETTE["ink"]["light"], linewidth=2.5, zorder=3))
     axes.spines[:].set_visible(False)
     axes.set_xticks(range(len(SITES)), [site_name(name, lang) for name in SITES], rotation=35, ha="right")
@@ -92,18 +91,14 @@ def _headroom(axes: Axes, scan: dict[str, Any], lang: str) -> None:
     axes.tick_params(length=0)
 
 
-def _residuals(scan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [site for site in scan["sites"] if site["site"] == "residual"]
-
-
-def _residual(axes: Axes, scans: Sequence[dict[str, Any]], lang: str) -> None:
+def _residual(axes: Axes, scans: Sequence[ScanResult], lang: str) -> None:
     texts = TEXTS[lang]
     for index, scan in enumerate(scans):
-        points = _residuals(scan)
-        colour = PALETTE["fixed" if scan["settings"]["fixed"] else "stock"]["light"]
+        points = residuals(scan)
+        colour = PALETTE[kind_of(scan)]["light"]
         axes.plot(
-            [site["layer"] for site in points],
-            [float("nan") if site["largest"] is None else site["largest"] for site in points],
+            [site.layer or 0 for site in points],
+            [float("nan") if site.largest is None else site.largest for site in points],
             marker=MARKERS[index],
             markersize=(9, 5)[index],
             fillstyle=("none", "full")[index],
@@ -112,7 +107,7 @@ def _residual(axes: Axes, scans: Sequence[dict[str, Any]], lang: str) -> None:
             label=scan_name(scan, lang),
         )
     axes.axhline(FLOAT16_MAX, color=PALETTE["bad"]["light"], linestyle=":", label=texts["float16_ends"])
-    low, high, ticks = log_ticks([*(site["largest"] for scan in scans for site in _residuals(scan)), FLOAT16_MAX])
+    low, high, ticks = log_ticks([*(site.largest for scan in scans for site in residuals(scan)), FLOAT16_MAX])
     axes.set_yscale("log")
     axes.set_ylim(10**low, 10**high)
     axes.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])

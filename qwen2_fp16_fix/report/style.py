@@ -1,11 +1,12 @@
-"""The looks of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
+"""The style of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from ..report_texts import TEXTS
+from ..activations.sites import SITES
+from ..scanning.result import MeasuredSite, ScanResult
 from ..scanning.sentences import number, place_name
+from ..translations import SCAN_TEXTS as TEXTS
 
 #: Stand-ins for colours that differ by theme: plotly wants colours, the page replaces these by its own.
 PALETTE = {
@@ -37,50 +38,66 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up")
 
 
 def stand_ins() -> dict[str, dict[str, str]]:
-    """What the page replaces in the figures, by theme."""
+    """The colours by theme that the page puts in place of each stand-in."""
     return {STAND_INS[name]: colours for name, colours in PALETTE.items()} | dict(
         zip(BAND_STAND_INS, (colours for _, colours in BANDS), strict=True)
     )
 
 
-def scan_name(scan: dict[str, Any], lang: str) -> str:
+def kind_of(scan: ScanResult) -> str:
+    """The key of a scan's colour and of its name: "fixed" or "stock"."""
+    return "fixed" if scan.settings.fixed else "stock"
+
+
+def scan_name(scan: ScanResult, lang: str) -> str:
     """What a scan is called in a legend."""
-    return TEXTS[lang]["fixed" if scan["settings"]["fixed"] else "stock"]
+    return TEXTS[lang][kind_of(scan)]
 
 
-def colour_of(scan: dict[str, Any]) -> str:
+def colour_of(scan: ScanResult) -> str:
     """A scan's colour, the same in every figure."""
-    return STAND_INS["fixed" if scan["settings"]["fixed"] else "stock"]
+    return STAND_INS[kind_of(scan)]
 
 
-def is_past(cell: dict[str, Any] | None) -> bool:
-    """Whether a site's largest passes what it is stored as, or is not finite."""
-    return cell is not None and (cell["headroom_bits"] is None or cell["headroom_bits"] < 0)
+def layers_of(scan: ScanResult) -> list[int]:
+    """The numbers of the layers."""
+    return sorted({site.layer for site in scan.sites if site.layer is not None})
 
 
-def band_of(cell: dict[str, Any] | None) -> float | None:
+def cells_of(scan: ScanResult) -> list[list[MeasuredSite | None]]:
+    """The cells of a map of headroom: a row for each layer, in it a cell for each of SITES; None where nothing was."""
+    by_place = {(site.layer, site.site): site for site in scan.sites}
+    return [[by_place.get((layer, name)) for name in SITES] for layer in layers_of(scan)]
+
+
+def residuals(scan: ScanResult) -> list[MeasuredSite]:
+    """The residual stream after each layer."""
+    return [site for site in scan.sites if site.site == "residual"]
+
+
+def band_of(cell: MeasuredSite | None) -> float | None:
     """The middle of a site's band, by number; None for what is not stored."""
-    if cell is None or (cell["stored_as"] is None and not is_past(cell)):
+    if cell is None or (cell.stored_as is None and not cell.past_limit):
         return None
-    bits: float = -1.0 if cell["headroom_bits"] is None else cell["headroom_bits"]
+    bits = -1.0 if cell.headroom_bits is None else cell.headroom_bits
     return sum(bits >= edge for edge, _ in BANDS) - 0.5
 
 
-def bits_text(cell: dict[str, Any] | None) -> str:
-    """What a cell of the map says: bits, with a cross past the limit; fp32, or – where it is not stored."""
-    if cell is None or cell["stored_as"] is None:
+def bits_text(cell: MeasuredSite | None) -> str:
+    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – where nothing is stored."""
+    if cell is None or cell.stored_as is None:
         return "–"
-    if cell["headroom_bits"] is None:
+    if cell.headroom_bits is None:
         return "✗"
-    if cell["stored_as"] == "float32":
+    if cell.stored_as == "float32":
         return "fp32"
-    bits = f"{cell['headroom_bits']:.1f}".replace("-", "−")
-    return f"✗ {bits}" if is_past(cell) else bits
+    bits = f"{cell.headroom_bits:.1f}".replace("-", "−")
+    return f"✗ {bits}" if cell.past_limit else bits
 
 
-def hover_text(cell: dict[str, Any] | None, lang: str) -> str:
+def hover_text(cell: MeasuredSite | None, lang: str) -> str:
     """A site's place and its largest, for a pointer."""
-    return "" if cell is None else f"{place_name(cell, lang)}<br>{number(cell['largest'], lang)}".replace("`", "")
+    return "" if cell is None else f"{place_name(cell, lang)}<br>{number(cell.largest, lang)}".replace("`", "")
 
 
 def log_ticks(values: Sequence[float | None]) -> tuple[float, float, list[float]]:

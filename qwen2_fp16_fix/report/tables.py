@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..report_texts import TEXTS
-from ..scanning.sentences import bias_text, number, passing, place_name, site_name, token_name
+from ..scanning.result import CacheLosses, Losses, MeasuredSite, ScanResult
+from ..scanning.sentences import bias_text, number, site_name, token_name, where_text
+from ..translations import SCAN_TEXTS as TEXTS
+from .style import kind_of, scan_name
 
 CALM = 8.0  # bits of headroom from which a row is left out on paper
 
@@ -18,7 +20,7 @@ class Head(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Cells, the first of which heads the row; bad: something to look at; calm: nothing to spend paper on."""
+    """Cells; the first heads the row. bad: the row is marked. calm: the row is left out on paper."""
 
     cells: tuple[str, ...]
     bad: bool = False
@@ -41,74 +43,73 @@ def heads(lang: str, *names: str) -> tuple[Head, ...]:
     return tuple(Head(TEXTS[lang][f"column_{key}"], kind == "n", kind == "w") for kind, _, key in found)
 
 
-def all_numbers(scans: Sequence[dict[str, Any]], lang: str) -> list[Table]:
+def all_numbers(scans: Sequence[ScanResult], lang: str) -> list[Table]:
     """Every site of every layer, a table for each scan."""
     columns = heads(lang, "place", "n:largest", "n:bits", "stored_as", "n:subnormal", "n:bound", "w:where")
     return [
         Table(
-            f"numbers-{'fixed' if scan['settings']['fixed'] else 'stock'}",
-            TEXTS[lang]["numbers_caption"].format(scan=TEXTS[lang]["fixed" if scan["settings"]["fixed"] else "stock"]),
+            f"numbers-{kind_of(scan)}",
+            TEXTS[lang]["numbers_caption"].format(scan=scan_name(scan, lang)),
             columns,
-            [_site_row(site, past=site in passing(scan), lang=lang) for site in scan["sites"]],
+            [_site_row(site, lang) for site in scan.sites],
             tall=True,
         )
         for scan in scans
     ]
 
 
-def _site_row(site: dict[str, Any], past: bool, lang: str) -> Row:
+def _site_row(site: MeasuredSite, lang: str) -> Row:
     texts = TEXTS[lang]
-    layer = "" if site["layer"] is None else f"{site['layer']} · "
-    bits = texts["not_finite"] if site["headroom_bits"] is None else f"{site['headroom_bits']:.2f}".replace("-", "−")
-    where = place_name({**site, "layer": None}, lang).partition(texts["comma"])[2]
+    layer = "" if site.layer is None else f"{site.layer} · "
+    bits = texts["not_finite"] if site.headroom_bits is None else f"{site.headroom_bits:.2f}".replace("-", "−")
     return Row(
         (
-            f"{layer}{site_name(site['site'], lang)}",
-            number(site["largest"], lang),
-            f"✗ {bits}" if past else bits,
-            site["stored_as"] or texts["not_stored"],
-            f"{site['subnormal_share']:.2%}",
-            "–" if site["bound"] is None else f"{site['bound']:,.4g}",
-            where,
+            f"{layer}{site_name(site.site, lang)}",
+            number(site.largest, lang),
+            f"✗ {bits}" if site.past_limit else bits,
+            site.stored_as or texts["not_stored"],
+            f"{site.subnormal_share:.2%}",
+            "–" if site.bound is None else f"{site.bound:,.4g}",
+            where_text(site.where, lang),
         ),
-        past,
-        calm=site["headroom_bits"] is not None and site["headroom_bits"] >= CALM,
+        site.past_limit,
+        calm=site.headroom_bits is not None and site.headroom_bits >= CALM,
     )
 
 
-def spike_table(scan: dict[str, Any], lang: str) -> Table:
+def spike_table(scan: ScanResult, lang: str) -> Table:
     """The largest spikes of the biases."""
     rows = [
         Row(
             (
-                f"{spike['layer']} · {spike['projection']}",
-                str(spike["head"]),
-                str(spike["channel"]),
-                str(spike["rotary_pair"]),
+                f"{spike.layer} · {spike.projection}",
+                str(spike.head),
+                str(spike.channel),
+                str(spike.rotary_pair),
                 bias_text(spike, ",.1f", lang).replace("-", "−"),
-                "–" if spike["times_median"] is None else f"{spike['times_median']:,.0f}",
+                "–" if spike.times_median is None else f"{spike.times_median:,.0f}",
             )
         )
-        for spike in scan["bias_spikes"][:12]
+        for spike in scan.bias_spikes[:12]
     ]
     columns = heads(lang, "bias", "n:head", "n:channel", "n:pair", "n:value", "n:times_median")
-    caption = TEXTS[lang]["spike_table"].format(shown=len(rows), found=scan["bias_spikes_found"])
+    caption = TEXTS[lang]["spike_table"].format(shown=len(rows), found=scan.bias_spikes_found)
     return Table("spike-table", caption, columns, rows)
 
 
-def massive_table(scan: dict[str, Any], lang: str) -> Table:
+def massive_table(scan: ScanResult, lang: str) -> Table:
     """The channels with massive activations."""
     rows = [
         Row(
             (
-                str(found["channel"]),
-                number(found["magnitude"], lang),
-                str(found["layer"]),
-                f"{found['position']} {token_name(found['token_id'], found['token'])}",
-                _ranges(found["layers"]),
+                str(found.where.channel),
+                number(found.magnitude, lang),
+                str(found.layer),
+                f"{found.where.position} {token_name(found.where.token_id, found.where.token)}",
+                _ranges(found.layers),
             )
         )
-        for found in scan["massive_activations"]
+        for found in scan.massive_activations
     ]
     columns = heads(lang, "n:channel", "n:largest", "n:after_layer", "token", "layers")
     return Table("massive-table", TEXTS[lang]["massive_table"], columns, rows)
@@ -125,27 +126,24 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def cache_table(scans: Sequence[dict[str, Any]], lang: str) -> Table:
+def cache_table(scans: Sequence[ScanResult], lang: str) -> Table:
     """What int8 and int4 caches lose, stock beside fixed."""
-    rows = []
-    for scan in scans:
-        name = TEXTS[lang]["fixed" if scan["settings"]["fixed"] else "stock"]
-        limit = scan["quantisation"]["loss_limit"]
-        for found in scan["quantisation"]["cache"]:
-            keys = found["keys"]
-            forms = {"keys": ".1%", "values": ".1%", "score_error": ".3f"}
-            parts = [("–", "–") if found[part] is None else _pair(found[part], form) for part, form in forms.items()]
-            cells = (f"{found['layer']} · {name}", *(cell for pair in parts for cell in pair))
-            rows.append(Row(cells, keys is not None and keys["int8"] > limit))
-    rows.sort(key=lambda row: int(row.cells[0].partition(" ")[0]))
+    found = [(scan, layer) for scan in scans for layer in scan.quantisation.cache]
+    rows = [_cache_row(scan, layer, lang) for scan, layer in sorted(found, key=lambda pair: pair[1].layer)]
     columns = heads(
         lang, "layer", "n:keys_int8", "n:keys_int4", "n:values_int8", "n:values_int4", "n:score_int8", "n:score_int4"
     )
     return Table("cache-table", TEXTS[lang]["cache_table"], columns, rows, tall=True)
 
 
-def _pair(numbers: dict[str, float], form: str) -> tuple[str, str]:
-    return format(numbers["int8"], form), format(numbers["int4"], form)
+def _cache_row(scan: ScanResult, found: CacheLosses, lang: str) -> Row:
+    pairs = (_pair(found.keys, ".1%"), _pair(found.values, ".1%"), _pair(found.score_error, ".3f"))
+    cells = (f"{found.layer} · {scan_name(scan, lang)}", *(cell for pair in pairs for cell in pair))
+    return Row(cells, found.keys is not None and found.keys.int8 > scan.quantisation.loss_limit)
+
+
+def _pair(found: Losses | None, form: str) -> tuple[str, str]:
+    return ("–", "–") if found is None else (format(found.int8, form), format(found.int4, form))
 
 
 def verification_table(found: dict[str, Any], lang: str) -> Table:

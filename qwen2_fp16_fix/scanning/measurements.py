@@ -1,68 +1,57 @@
-"""What a scan keeps of the tensors it sees: extremes by site, outliers by layer, and where float16 first breaks."""
+"""What a scan keeps of the tensors it sees: extremes by site, losses by layer, and where float16 first breaks."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..activations.extremes import Extremes, ScoreExtremes, Spot
-from ..activations.layerwise import Stream
-from ..activations.sites import ENDS, SITES, Attended, Place, Watch
+from ..activations.extremes import Break, Extremes, FirstBreak, ScoreExtremes, first_break
+from ..activations.layerwise import LayerwiseRun
+from ..activations.sites import SCORES, Attended, SitePlace, Watch
+from ..patches.architecture import QWEN2
 from .quantisation import CacheLoss, CacheSummary, LossSummary, MassiveActivations, RoundingLoss
 
 #: The inputs of linears, by the linears they feed: what a quantised matmul would round.
-LINEAR_INPUTS = {"input_norm": "q, k, v", "attention": "o_proj", "post_norm": "gate, up", "product": "down_proj"}
+FED = {site.name: QWEN2.fed_by(site.name) for site in QWEN2.sites}
+LINEAR_INPUTS = {site: ", ".join(linear.writes for linear in linears) for site, linears in FED.items() if linears}
 
 
-class Observer(Protocol):
-    """Looks at a stream of prompts on its way through a model, until it is done."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the rest of the way says nothing more."""
-
-    def start(self, stream: Stream) -> None:
-        """Looks at the embeddings."""
-
-    def watching(self, number: int, layer: Any, prompt: int) -> AbstractContextManager[None]:
-        """Looks at what a layer does to one prompt inside."""
-
-    def close(self, number: int) -> None:
-        """Has seen what a layer does to every prompt."""
-
-    def end(self, stream: Stream) -> None:
-        """Looks at the final norm and the logits."""
-
-
-class Survey:
-    """Everything that is measured on one stream of prompts."""
-
-    done = False
+class Measurements:
+    """Everything that is measured on one run of the prompts."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.sites: dict[Place, Extremes] = {}
+        self.sites: dict[SitePlace, Extremes] = {}
         self.scores: dict[int, ScoreExtremes] = {}
         self.inputs: dict[str, RoundingLoss] = {}  # of the layer that is running, as are keys and values
         self.keys, self.values = CacheLoss(), CacheLoss()
-        self.input_losses: dict[Place, LossSummary] = {}
+        self.input_losses: dict[SitePlace, LossSummary] = {}
         self.cache_losses: dict[int, CacheSummary] = {}
         self.massive = MassiveActivations()
         self.prompt = 0
         self.value_heads = 1
 
+    def start(self, run: LayerwiseRun) -> None:
+        """Measures the embeddings."""
+        for prompt, hidden in enumerate(run.hidden):
+            self.sites.setdefault(SitePlace(None, "embedding"), Extremes()).add(hidden, prompt)
+
+    def step(self, run: LayerwiseRun, number: int, layer: Any) -> None:
+        """Takes every prompt through a layer and measures what it does."""
+        run.step(number, lambda prompt: self.watching(number, layer, prompt))
+        self.close(number)
+
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
-        """Measures what a layer does to one prompt inside."""
+        """Measures what a layer does to one prompt."""
         self.prompt, self.value_heads = prompt, layer.self_attn.config.num_key_value_heads
-        with Watch({number: layer}, self.see, self.attend):
+        with Watch({number: layer}, self.on_site, self.on_attention):
             yield
 
-    def see(self, place: Place, tensor: Tensor) -> None:
-        """Measures a site; scores are left to `attend`."""
-        if place.site in ("raw_scores", "scaled_scores"):
+    def on_site(self, place: SitePlace, tensor: Tensor) -> None:
+        """Measures a site. Scores are left to `on_attention`."""
+        if place.site in SCORES.values():
             self._scores(place.layer).scaled.dtype = tensor.dtype
             return
         self.sites.setdefault(place, Extremes()).add(tensor, self.prompt)
@@ -74,19 +63,18 @@ class Survey:
         elif place.site == "residual":
             self.massive.add(place.layer or 0, self.prompt, tensor)
 
-    def attend(self, attended: Attended) -> None:
+    def on_attention(self, attended: Attended) -> None:
         """Measures the scores of a layer, and what rounding its keys would do to them."""
         self._scores(attended.layer).add(attended, self.prompt)
         self.keys.add(attended.key)
         self.keys.add_scores(attended)
 
     def close(self, number: int) -> None:
-        """Boils the losses of a layer down to a few numbers.
+        """Reduces the losses of a layer to a few numbers.
 
-        The vectors they come from, were they kept, would lie scattered between the activations of later layers, which
-        then fit nowhere twice: the process grew by 22 MB a layer.
+        Keeping a vector per channel fragmented the heap: memory grew by 22 MB a layer.
         """
-        self.input_losses |= {Place(number, site): loss.summary() for site, loss in self.inputs.items()}
+        self.input_losses |= {SitePlace(number, site): loss.summary() for site, loss in self.inputs.items()}
         if self.values.seen:
             self.cache_losses[number] = CacheSummary(
                 self.keys.summary() if self.keys.seen else None,
@@ -95,84 +83,70 @@ class Survey:
             )
         self.inputs, self.keys, self.values = {}, CacheLoss(), CacheLoss()
 
-    def _scores(self, number: int | None) -> ScoreExtremes:
-        scores = self.scores.setdefault(number or 0, ScoreExtremes())
-        self.sites.setdefault(Place(number, "raw_scores"), scores.raw)
-        self.sites.setdefault(Place(number, "scaled_scores"), scores.scaled)
-        return scores
-
-    def start(self, stream: Stream) -> None:
-        """Measures the embeddings."""
-        for prompt, hidden in enumerate(stream.hidden):
-            self.sites.setdefault(Place(None, "embedding"), Extremes()).add(hidden, prompt)
-
-    def end(self, stream: Stream) -> None:
+    def end(self, run: LayerwiseRun) -> None:
         """Measures the final norm and the logits, some tokens at a time."""
         norm, logits = Extremes(), Extremes()
-        for prompt in range(len(stream.hidden)):
-            normed = stream.normed(prompt)
+        for prompt in range(len(run.hidden)):
+            normed = run.normed(prompt)
             norm.add(normed, prompt)
-            for start, part in stream.logits(normed):
+            for start, part in run.logits(normed):
                 logits.add(part, prompt, first_position=start)
-        self.sites[Place(None, "final_norm")] = norm
+        self.sites[SitePlace(None, "final_norm")] = norm
         if logits.numbers:
-            self.sites[Place(None, "logits")] = logits
+            self.sites[SitePlace(None, "logits")] = logits
 
-    def first_break(self) -> Place | None:
-        """The first site, in the order of execution, with a number that is not finite."""
-        broken = [place for place, extremes in self.sites.items() if not extremes.finite]
-        return min(broken, key=execution_order, default=None)
+    @property
+    def broken(self) -> Break | None:
+        """The first site with a number that is not finite."""
+        return first_break(self.sites)
+
+    def _scores(self, number: int | None) -> ScoreExtremes:
+        scores = self.scores.setdefault(number or 0, ScoreExtremes())
+        self.sites.setdefault(SitePlace(number, SCORES["raw"]), scores.raw)
+        self.sites.setdefault(SitePlace(number, SCORES["scaled"]), scores.scaled)
+        return scores
 
 
-class FirstBreak:
-    """Looks for the first site of a stream that is not finite, over all prompts of a layer."""
+class BreakSearch:
+    """Looks where a run breaks first, and measures nothing else: it costs little more than the forward.
+
+    All prompts go through the layer in which one of them breaks: another may break at an earlier site of it.
+    """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.found: Place | None = None
-        self.spot = Spot(0, 0, 0)
-        self.running = 0
+        self.first = FirstBreak()
+        self.prompt = 0
 
     @property
-    def done(self) -> bool:
-        """What comes after a number that is not finite says nothing. Asked between layers."""
-        return self.found is not None
+    def broken(self) -> Break | None:
+        """The first site with a number that is not finite, so far."""
+        return self.first.found
 
-    def start(self, stream: Stream) -> None:
+    def start(self, run: LayerwiseRun) -> None:
         """Looks at the embeddings."""
-        for self.running, hidden in enumerate(stream.hidden):
-            self.see(Place(None, "embedding"), hidden)
+        for self.prompt, hidden in enumerate(run.hidden):
+            self.on_site(SitePlace(None, "embedding"), hidden)
+
+    def step(self, run: LayerwiseRun, number: int, layer: Any) -> None:
+        """Takes every prompt through a layer and looks at its sites."""
+        run.step(number, lambda prompt: self.watching(number, layer, prompt))
 
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
-        """Looks at what a layer does to one prompt inside."""
-        self.running = prompt
-        with Watch({number: layer}, self.see):
+        """Looks at what a layer does to one prompt."""
+        self.prompt = prompt
+        with Watch({number: layer}, self.on_site):
             yield
 
-    def close(self, number: int) -> None:
-        """Keeps what it has."""
+    def on_site(self, place: SitePlace, tensor: Tensor) -> None:
+        """Looks at a site."""
+        self.first.look(place, tensor, self.prompt)
 
-    def see(self, place: Place, tensor: Tensor) -> None:
-        """Notes a site that comes before the one that is known, and the first number in it that is not finite."""
-        if self.found is not None and execution_order(place) >= execution_order(self.found):
-            return
-        if not all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(0, -2), 4096)):
-            rows = tensor.flatten(0, -2)
-            row, channel = divmod(int((~rows.isfinite()).byte().argmax()), rows.shape[1])
-            self.found, self.spot = place, Spot(self.running, row % tensor.shape[-2], channel)
-
-    def end(self, stream: Stream) -> None:
+    def end(self, run: LayerwiseRun) -> None:
         """Looks at the final norm and the logits."""
-        for self.running in range(len(stream.hidden)):
-            normed = stream.normed(self.running)
-            self.see(Place(None, "final_norm"), normed)
-            for _, part in stream.logits(normed):
-                self.see(Place(None, "logits"), part)
-
-
-def execution_order(place: Place) -> tuple[int, int]:
-    """Sorts places as they are computed."""
-    if place.layer is None:
-        return (-1, 0) if place.site == "embedding" else (10**9, list(ENDS).index(place.site))
-    return place.layer, list(SITES).index(place.site)
+        for self.prompt in range(len(run.hidden)):
+            normed = run.normed(self.prompt)
+            self.on_site(SitePlace(None, "final_norm"), normed)
+            for _, part in run.logits(normed):
+                self.on_site(SitePlace(None, "logits"), part)

@@ -1,4 +1,4 @@
-"""What a scan runs on: prompts as token ids, and a model to run them through."""
+"""The prompts of a scan as token ids, and the model and the device that run them."""
 
 import json
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.layerwise import LoadedModel, ModelOnDisk, Subject, is_fixed
-from ..checkpoints.verification_inputs import first_line, open_tokenizer
-from ..demo import quiet
-from ..errors import CheckpointError, ScanError
+from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProvider, is_fixed
+from ..checkpoints.loading import default_device, device_problem, quiet
+from ..checkpoints.tokenizer import open_tokenizer
+from ..errors import CheckpointError, ScanError, first_line
 from ..files import read_utf8
-from ..patches.modeling_qwen2_fp16 import ORIGINAL, check_modules
+from ..patches.modeling_qwen2_fp16 import STOCK, check_modules
 from ..patches.swap import base_models, check_weights
 
-#: What is read where no prompts are given: a question, a story, code and Chinese, as people send them.
+#: Read if no prompts are given: a question, a story, code and Chinese, as people send them.
 DEFAULT_PROMPTS = (
     "What is the capital of France, and since when?",
     "Tell me a story about a lighthouse keeper who finds a letter in a bottle.",
@@ -56,15 +56,18 @@ def _read_file(path: Path) -> list[Any]:
     return found
 
 
-class Readable(NamedTuple):
-    """The prompts as a model reads them: what was asked, ids (1, S) of each, and the tokenizer to read them with."""
+class TokenisedPrompts(NamedTuple):
+    """The prompts as asked, the token ids (1, S) of each, and the tokenizer that reads tokens back."""
 
     asked: list[str | Sequence[int] | Tensor]
     ids: list[Tensor]
     tokenizer: Any
 
     def token(self, prompt: int, position: int) -> tuple[int, str | None]:
-        """A token and how it reads, or is written where it is part of a letter; without a tokenizer None."""
+        """A token and its text. A token that is part of a letter has no text: it is written as the vocabulary has it.
+
+        Without a tokenizer the text is None.
+        """
         token = int(self.ids[prompt][0, position])
         if self.tokenizer is None:
             return token, None
@@ -73,13 +76,16 @@ class Readable(NamedTuple):
         return token, str(self.tokenizer.convert_ids_to_tokens([token])[0]) if odd else text
 
 
-def readable(asked: list[str | Sequence[int] | Tensor], subject: Subject, tokenizer: Any, tokens: int) -> Readable:
-    """The prompts, at most `tokens` of each, in the subject's own tokens. Raises ScanError or CheckpointError."""
-    if tokenizer is None and isinstance(subject, ModelOnDisk) and any(isinstance(prompt, str) for prompt in asked):
-        tokenizer = open_tokenizer(subject.folder)
-    config = subject.base.config
+def tokenise(
+    asked: list[str | Sequence[int] | Tensor], weights: WeightProvider, tokenizer: Any, tokens: int
+) -> TokenisedPrompts:
+    """The prompts as ids of the model's own tokens, at most `tokens` of each. Raises ScanError or CheckpointError."""
+    if tokenizer is None and isinstance(weights, ModelOnDisk) and any(isinstance(prompt, str) for prompt in asked):
+        tokenizer = open_tokenizer(weights.folder)
+    config = weights.base.config
     limit = min(tokens, config.max_position_embeddings)
-    return Readable(asked, [token_ids(prompt, tokenizer, limit, config.vocab_size) for prompt in asked], tokenizer)
+    ids = [token_ids(prompt, tokenizer, limit, config.vocab_size) for prompt in asked]
+    return TokenisedPrompts(asked, ids, tokenizer)
 
 
 def token_ids(prompt: str | Sequence[int] | Tensor, tokenizer: Any, limit: int, vocabulary: int) -> Tensor:
@@ -108,7 +114,7 @@ def token_ids(prompt: str | Sequence[int] | Tensor, tokenizer: Any, limit: int, 
 
 
 def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
-    """A loaded model, ready to walk, and whether it is fixed. Raises where it cannot be scanned as asked."""
+    """A loaded model, ready to run, and whether it is fixed. Raises where it cannot be scanned as asked."""
     check_modules(model)
     check_weights(model)
     if getattr(getattr(model, "config", None), "quantization_config", None):
@@ -127,12 +133,11 @@ def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
 
 def choose_device(device: str | None) -> torch.device:
     """The device by its name; cuda where there is one. Raises ScanError."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    try:
-        chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ScanError(f"{name} is no device here ({first_line(error)}): give cpu, or leave it away.") from None
+    name = default_device() if device is None else device
+    problem = device_problem(name)
+    if problem is not None:
+        raise ScanError(f"{name} is no device here ({first_line(problem)}): give cpu, or leave it away.")
+    chosen = torch.device(name)
     if chosen.type == "meta":
         raise ScanError("the meta device computes nothing: give cpu, or leave it away.")
     return chosen

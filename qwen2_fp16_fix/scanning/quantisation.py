@@ -1,4 +1,4 @@
-"""What quantisation would meet: massive activations, spikes of a bias, outlier channels, and what int8 and int4 lose.
+"""What makes quantisation hard: massive activations, bias spikes, outlier channels; and what int8 and int4 lose.
 
 The measures are simple on purpose. Rounding is symmetric with one scale for a token (for a cache: for a token of a
 head), the largest magnitude over 127 or 7. A loss is the root mean square of the rounding error of a channel over that
@@ -14,29 +14,30 @@ from torch import Tensor, nn
 from ..activations.extremes import blocks
 from ..activations.sites import Attended
 from ..patches.linears import loaded_bias
+from .result import BiasSpike
 
 MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024, section 2: above both is a massive activation
 SPIKE = 20.0  # times the median magnitude of a bias
 LOSS_LIMIT = 0.1  # an int8 loss from which a layer is better left in 16 bit
-SAMPLE = 2**16  # numbers a median is taken of
-LAST_QUERIES = 64  # whose scores are compared
+SAMPLE = 2**16  # numbers that a median is taken of
+LAST_QUERIES = 64  # of a prompt: their scores are compared
 
 
 def rounded(rows: Tensor, levels: int) -> Tensor:
-    """rows (..., channels) in fp32, each rounded to 2·levels + 1 steps of its own."""
+    """rows (..., channels) in fp32, each rounded to one of 2·levels + 1 values, with a scale of its own."""
     scale = (rows.abs().amax(-1, keepdim=True) / levels).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).round_().mul_(scale)
 
 
 class LossSummary(NamedTuple):
-    """Of rounded rows: the loss of the median channel, and the largest magnitude over the median of the channels'."""
+    """Of rounded rows: the median channel's loss, and the largest magnitude over the channels' median magnitude."""
 
     median: float
     outlier_ratio: float
 
 
 class CacheSummary(NamedTuple):
-    """Of a layer's cache, for `int8` and `int4`: losses of keys and values, and by how much scores move."""
+    """The losses of a layer's cache in int8 and int4: of keys, of values, and how far scores move."""
 
     keys: dict[str, float] | None
     score_error: dict[str, float] | None
@@ -67,7 +68,7 @@ class RoundingLoss:
                 self.largest = torch.maximum(self.largest, largest)
 
     def summary(self) -> LossSummary:
-        """In two numbers."""
+        """The loss of the median channel, and how far outliers stand out."""
         return LossSummary(median_loss([self]), self.outlier_ratio())
 
     def outlier_ratio(self) -> float:
@@ -81,7 +82,7 @@ def median_loss(parts: list[RoundingLoss]) -> float:
     """The loss of the median channel over all parts, of those that are not zero throughout."""
     error = torch.cat([part.error for part in parts if part.error is not None])
     power = torch.cat([part.power for part in parts if part.power is not None])
-    alive = power != 0  # NaN among them
+    alive = power != 0  # True for NaN, too
     return float((error[alive] / power[alive]).sqrt().median()) if bool(alive.any()) else 0.0
 
 
@@ -95,7 +96,7 @@ class CacheLoss:
 
     @property
     def seen(self) -> bool:
-        """Whether there was anything."""
+        """Whether any states were added."""
         return bool(self.heads[127])
 
     def add(self, states: Tensor) -> None:
@@ -106,7 +107,10 @@ class CacheLoss:
                 part.add(head)
 
     def add_scores(self, attended: Attended) -> None:
-        """How far rounded keys move the scores of the last queries, by what a softmax can see: the mean taken off."""
+        """Change of the last queries' scores when keys are rounded, less its mean over the keys.
+
+        A softmax does not see a shift that all keys have in common.
+        """
         count = min(LAST_QUERIES, attended.query.shape[2])
         shared = attended.query.shape[1] // attended.key.shape[1]
         query = (attended.query[0, :, -count:].float() * attended.scaling).reshape(
@@ -166,7 +170,7 @@ class MassiveActivations:
             known.layers.add(layer)
 
 
-def bias_spikes(number: int, attention: Any) -> list[dict[str, Any]]:
+def bias_spikes(number: int, attention: Any) -> list[BiasSpike]:
     """The biases of q_proj and k_proj that are more than SPIKE times the median of theirs, largest first."""
     found = []
     for name in ("q_proj", "k_proj"):
@@ -180,14 +184,14 @@ def bias_spikes(number: int, attention: Any) -> list[dict[str, Any]]:
         for index in torch.nonzero(magnitudes > limit).flatten().tolist():
             head, channel = divmod(index, attention.head_dim)
             found.append(
-                {
-                    "layer": number,
-                    "projection": name,
-                    "head": head,
-                    "channel": channel,
-                    "rotary_pair": channel % (attention.head_dim // 2),
-                    "bias": float(bias[index]),
-                    "times_median": float(magnitudes[index]) / (limit / SPIKE) if limit else None,
-                }
+                BiasSpike(
+                    layer=number,
+                    projection=name,
+                    head=head,
+                    channel=channel,
+                    rotary_pair=channel % (attention.head_dim // 2),
+                    bias=float(bias[index]),
+                    times_median=float(magnitudes[index]) / (limit / SPIKE) if limit else None,
+                )
             )
-    return sorted(found, key=lambda spike: -abs(spike["bias"]))
+    return sorted(found, key=lambda spike: -abs(spike.bias or 0.0))

@@ -1,181 +1,257 @@
-"""A survey as plain data: sites with their tokens and bounds, the first break, outliers and what quantisation loses."""
+"""What a scan returns: every site with its largest number, where float16 broke, outliers, and what int8 would lose.
 
-import math
-from collections.abc import Sequence
-from typing import Any
+Attributes are named as the keys of the JSON. Lists are tuples here. What is not finite or not known is None.
+"""
 
-import torch
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..activations.extremes import Extremes, Spot
-from ..activations.sites import FLOAT16_MAX, Place
-from ..patches.range_plan import LIMIT
-from .measurements import LINEAR_INPUTS, FirstBreak, Survey, execution_order
-from .prompts import Readable
-from .quantisation import LOSS_LIMIT
+from ..model_status import Status
+from ..results import Record, Result
 
-LISTED = 32  # massive channels and spikes at most, the largest first
-SMALLEST = 2.0**-149  # stands for a magnitude of 0 in headroom
-#: A site to the bound that certify gives it, and to the exponent that a fixed layer stores it with.
-BOUNDS = {name: name for name in ("q", "k", "v", "attention", "o_proj", "gate", "up", "product", "down_proj")}
-BOUNDS |= {"input_norm": "norm", "post_norm": "norm"}
-EXPONENTS = {"attention": "o_proj", "o_proj": "o_proj", "product": "mlp", "down_proj": "mlp"}
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def findings(
-    survey: Survey,
-    first: FirstBreak | None,
-    spikes: list[dict[str, Any]],
-    read: Readable,
-    fixed: bool,
-    attention: str,
-    certificate: dict[str, Any],
-) -> dict[str, Any]:
-    """What was measured, fit for JSON. first: where stock float16 broke; None for a fixed model."""
-    sites = []
-    for place in sorted(survey.sites, key=execution_order):
-        stored = stored_as(place, survey.sites[place], fixed, attention)
-        site = site_found(place, survey.sites[place], stored, read)
-        sites.append(site | {"bound": bound_of(place, certificate, fixed)})
-    broken = first_nonfinite(survey, first, sites, read)
-    spikes = sorted(spikes, key=lambda spike: -abs(spike["bias"]))
-    return {
-        "model": certificate["config"],
-        "prompts": [prompt_found(read, index) for index in range(len(read.ids))],
-        "sites": sites,
-        "first_nonfinite": broken,
-        "finite": broken is None,
-        "massive_activations": massive_found(survey, read),
-        "bias_spikes": [spike_found(spike) for spike in spikes[:LISTED]],
-        "bias_spikes_found": len(spikes),
-        "quantisation": quantisation_found(survey),
-        "certificate": {key: certificate[key] for key in ("proven", "verdict", "scaled_layers", "max_exponent")},
-    }
+@dataclass(frozen=True)
+class Where(Record):
+    """Where a number was, with the token there.
 
-
-def stored_as(place: Place, extremes: Extremes, fixed: bool, attention: str) -> str | None:
-    """The type a site's numbers are kept in; stock's are measured in fp32, but kept in float16."""
-    if place.site in ("raw_scores", "scaled_scores") and (attention != "eager" or (fixed and place.site[0] == "r")):
-        return None
-    return str(extremes.dtype).removeprefix("torch.") if fixed else "float16"
-
-
-def site_found(place: Place, extremes: Extremes, stored: str | None, read: Readable) -> dict[str, Any]:
-    """One site."""
-    limit = FLOAT16_MAX if stored == "float16" else torch.finfo(torch.float32).max
-    bits = math.log2(limit) - math.log2(max(extremes.largest, SMALLEST)) if extremes.finite else None
-    return {
-        "layer": place.layer,
-        "site": place.site,
-        "largest": finite(extremes.largest),
-        "stored_as": stored,
-        "headroom_bits": None if bits is None else round(bits, 3),
-        "subnormal_share": extremes.subnormal_share,
-        **({} if extremes.spot is None else spot_found(extremes.spot, read)),
-    }
-
-
-def spot_found(spot: Spot, read: Readable) -> dict[str, Any]:
-    """Where a number was, with the tokens there."""
-    token_id, token = read.token(spot.prompt, spot.position)
-    found = {"prompt": spot.prompt, "position": spot.position, "token_id": token_id, "token": token}
-    found |= {"channel": spot.channel}
-    if spot.key_position is not None:
-        key_id, key = read.token(spot.prompt, spot.key_position)
-        found |= {"head": spot.head, "key_position": spot.key_position, "key_token_id": key_id, "key_token": key}
-    return found
-
-
-def finite(number: float) -> float | None:
-    """The number, or None, as JSON knows no other."""
-    return number if math.isfinite(number) else None
-
-
-def all_finite(numbers: dict[str, float]) -> dict[str, float] | None:
-    """The numbers, or None where one of them is not finite."""
-    return numbers if all(math.isfinite(number) for number in numbers.values()) else None
-
-
-def bound_of(place: Place, certificate: dict[str, Any], fixed: bool) -> float | None:
-    """What certify proves of a site for any prompt, as the site is stored. None where it proves nothing."""
-    if place.layer is None:
-        return certificate["logits"] if place.site == "logits" else None
-    layer = certificate["layers"][place.layer]
-    if place.site in BOUNDS:
-        bound = layer["bounds"].get(BOUNDS[place.site])
-        exponent = layer["exponents"].get(EXPONENTS.get(place.site, ""), 0) if fixed else 0
-        return None if bound is None else float(bound * 2.0**-exponent)
-    stock = layer["stock_headroom_bits"]
-    if place.site in ("raw_scores", "scaled_scores") and stock.get("scores") is not None:
-        scaling = certificate["config"]["head_dim"] ** -0.5 if place.site == "scaled_scores" else 1.0
-        return float(LIMIT * 2.0 ** -stock["scores"] * scaling)
-    if place.site.startswith("residual") and stock.get("residual") is not None:
-        return float(FLOAT16_MAX * 2.0 ** -stock["residual"])
-    return None
-
-
-def first_nonfinite(
-    survey: Survey, first: FirstBreak | None, sites: Sequence[dict[str, Any]], read: Readable
-) -> dict[str, Any] | None:
-    """The first site that is not finite, and how large its largest number is in fp32. None where all are finite.
-
-    The number named is the largest of the site if that passes 65504, else the first that float16 lost.
+    A score also has a head and a key's token. It has no channel of its own: `channel` is the one that made most of it.
     """
-    place = survey.first_break() if first is None else first.found
-    if place is None:
-        return None
-    site = next((site for site in sites if (site["layer"], site["site"]) == place), None)
-    if site is not None and site["largest"] is not None and site["largest"] > FLOAT16_MAX:
-        found = {key: value for key, value in site.items() if key not in ("headroom_bits", "subnormal_share", "bound")}
-        return found | {"exact": True}
-    extremes = survey.sites.get(place)
-    spot = extremes.spot if first is None and extremes is not None else None if first is None else first.spot
-    where = {} if spot is None else spot_found(spot, read)
-    return {"layer": place.layer, "site": place.site, "largest": None, "stored_as": "float16", **where, "exact": False}
+
+    prompt: int
+    position: int
+    token_id: int
+    token: str | None  # None without a tokenizer
+    channel: int
+    head: int | None = None
+    key_position: int | None = None
+    key_token_id: int | None = None
+    key_token: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the keys of a score where the number is no score."""
+        found = super().to_dict()
+        if self.key_position is None:
+            for name in ("head", "key_position", "key_token_id", "key_token"):
+                del found[name]
+        return found
 
 
-def prompt_found(read: Readable, index: int) -> dict[str, Any]:
-    """A prompt: its text, if it was one, and how many tokens were read."""
-    asked = read.asked[index]
-    return {"text": asked if isinstance(asked, str) else None, "tokens": read.ids[index].shape[1]}
+class _Placed(Record):
+    """A record with `where`: in `to_dict()` the fields of `where` lie among the record's own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data. Without a `where` its keys are left out."""
+        found: dict[str, Any] = {}
+        for name, value in super().to_dict().items():
+            found |= (value or {}) if name == "where" else {name: value}
+        return found
 
 
-def spike_found(spike: dict[str, Any]) -> dict[str, Any]:
-    """A spike of a bias, which a checkpoint in a wider type may have past float16's range."""
-    return spike | {key: None if spike[key] is None else finite(spike[key]) for key in ("bias", "times_median")}
+@dataclass(frozen=True)
+class MeasuredSite(_Placed):
+    """A site of a layer, over all prompts. The ends (embedding, final norm, logits) have no layer.
+
+    stored_as: the type the model keeps these numbers in; None for scores that a fused kernel keeps to itself.
+    headroom_bits: log2 of what that type holds over the largest; None if a number is not finite.
+    bound: what certify proves for any prompt.
+    """
+
+    layer: int | None
+    site: str
+    largest: float | None
+    stored_as: str | None
+    headroom_bits: float | None
+    subnormal_share: float
+    where: Where | None
+    bound: float | None
+
+    @property
+    def past_limit(self) -> bool:
+        """Whether the largest passes what it is stored as, or is not finite."""
+        return self.headroom_bits is None or self.headroom_bits < 0
 
 
-def massive_found(survey: Survey, read: Readable) -> list[dict[str, Any]]:
-    """The channels of the residual stream with massive activations, the largest first."""
-    found = []
-    for channel, massive in sorted(survey.massive.channels.items(), key=lambda item: -item[1].magnitude):
-        spot = spot_found(Spot(massive.prompt, massive.position, channel), read)
-        found.append(
-            {"magnitude": finite(massive.magnitude), "layer": massive.layer, **spot, "layers": sorted(massive.layers)}
-        )
-    return found[:LISTED]
+@dataclass(frozen=True)
+class FirstNonfinite(_Placed):
+    """The first site with a number that is not finite. exact: `largest` is that number as fp32 has it."""
+
+    layer: int | None
+    site: str
+    largest: float | None
+    stored_as: str | None
+    where: Where | None
+    exact: bool
 
 
-def quantisation_found(survey: Survey) -> dict[str, Any]:
-    """What int8 would lose in linears' inputs, int8 and int4 in the cache, and the layers better left alone."""
-    linears: list[dict[str, Any]] = [
-        {
-            "layer": place.layer,
-            "site": place.site,
-            "feeds": LINEAR_INPUTS[place.site],
-            "outlier_ratio": finite(loss.outlier_ratio),
-            "int8_loss": finite(loss.median),
-        }
-        for place, loss in sorted(survey.input_losses.items(), key=lambda item: execution_order(item[0]))
-    ]
-    cache = [
-        {
-            "layer": layer,
-            "keys": None if losses.keys is None else all_finite(losses.keys),
-            "score_error": None if losses.score_error is None else all_finite(losses.score_error),
-            "values": all_finite(losses.values),
-        }
-        for layer, losses in sorted(survey.cache_losses.items())
-    ]
-    lossy = (found for found in linears if found["int8_loss"] is None or found["int8_loss"] > LOSS_LIMIT)
-    keep = sorted({found["layer"] for found in lossy})
-    return {"loss_limit": LOSS_LIMIT, "linear_inputs": linears, "cache": cache, "keep_16_bit": keep}
+@dataclass(frozen=True)
+class MassiveActivation(_Placed):
+    """A channel of the residual stream with massive activations: the largest, and the layers that have one."""
+
+    magnitude: float | None
+    layer: int
+    where: Where
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BiasSpike(Record):
+    """A bias of q_proj or k_proj that is far from the median. One that is infinite in float16 has `bias` None."""
+
+    layer: int
+    projection: str
+    head: int
+    channel: int
+    rotary_pair: int
+    bias: float | None
+    times_median: float | None
+
+
+@dataclass(frozen=True)
+class LinearInput(Record):
+    """An input of linears, and the loss of its median channel when it is rounded to int8."""
+
+    layer: int
+    site: str
+    feeds: str
+    outlier_ratio: float | None
+    int8_loss: float | None
+
+
+@dataclass(frozen=True)
+class Losses(Record):
+    """The same measure for int8 and for int4."""
+
+    int8: float
+    int4: float
+
+
+@dataclass(frozen=True)
+class CacheLosses(Record):
+    """What a layer's cache loses. score_error: how far scores move when the keys are rounded."""
+
+    layer: int
+    keys: Losses | None
+    score_error: Losses | None
+    values: Losses | None
+
+
+@dataclass(frozen=True)
+class Quantisation(Record):
+    """What quantisation would lose. keep_16_bit: layers with an int8 loss above `loss_limit`."""
+
+    loss_limit: float
+    linear_inputs: tuple[LinearInput, ...]
+    cache: tuple[CacheLosses, ...]
+    keep_16_bit: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Proof(Record):
+    """What `certify` says of the same checkpoint, in short."""
+
+    proven: bool
+    verdict: str
+    scaled_layers: int
+    max_exponent: int
+
+
+@dataclass(frozen=True)
+class ScanSettings(Record):
+    """How the scan ran. tokens: how many of each prompt were read at most."""
+
+    fixed: bool
+    attention: str
+    tokens: int
+    device: str
+
+
+@dataclass(frozen=True)
+class ScannedPrompt(Record):
+    """A prompt: its text, or None if it was given as token ids, and how many tokens were read."""
+
+    text: str | None
+    tokens: int
+
+
+@dataclass(frozen=True, repr=False)
+class ScanResult(Result):
+    """What `scan` returns.
+
+    versions: what ran. foreign_code: the class of the checkpoint's own code that loads in place of what was
+    scanned, or None. model: the sizes. bias_spikes: the largest of the `bias_spikes_found`. verdict: a sentence.
+    """
+
+    versions: Status
+    checkpoint: str
+    foreign_code: str | None
+    settings: ScanSettings
+    model: dict[str, int | float]
+    prompts: tuple[ScannedPrompt, ...]
+    sites: tuple[MeasuredSite, ...]
+    first_nonfinite: FirstNonfinite | None
+    finite: bool
+    massive_activations: tuple[MassiveActivation, ...]
+    bias_spikes: tuple[BiasSpike, ...]
+    bias_spikes_found: int
+    quantisation: Quantisation
+    certificate: Proof
+    verdict: str
+    seconds: float
+
+    @property
+    def past_limit(self) -> list[MeasuredSite]:
+        """The sites whose largest passes what they are stored as, or is not finite."""
+        return [site for site in self.sites if site.past_limit]
+
+    @property
+    def tightest(self) -> MeasuredSite:
+        """The site with the least headroom."""
+        return min(self.sites, key=headroom)
+
+    def summary(self) -> str:
+        """The verdict."""
+        return self.verdict
+
+    def __rich__(self) -> "RenderableType":
+        """The tightest site of each layer, what it means, and the verdict."""
+        from .sentences import rendered
+
+        return rendered(self)
+
+    def save_html(
+        self,
+        path: str | Path,
+        *,
+        verification: Result | None = None,
+        lang: str = "en",
+        force: bool = False,
+    ) -> None:
+        """Writes the page that `scan --report` writes, for this scan alone. Needs the extra `report`.
+
+        verification: a result of `verify`, which becomes a table of the page. lang: "en" or "zh".
+        Raises ScanError where something is missing, the file cannot be written, or it exists and `force` is False.
+        """
+        verified = None if verification is None else verification.to_dict()
+        _report_files().save(self, verified, force, report=Path(path), lang=lang)
+
+    def save_png(self, path: str | Path, *, lang: str = "en", force: bool = False) -> None:
+        """Writes the picture that `scan --png` writes, for this scan alone. Needs the extra `report`.
+
+        Raises ScanError where something is missing, the file cannot be written, or it exists and `force` is False.
+        """
+        _report_files().save(self, None, force, png=Path(path), lang=lang)
+
+
+def headroom(site: MeasuredSite) -> float:
+    """A site's headroom as a number to compare: below all others where a number is not finite."""
+    return -1e9 if site.headroom_bits is None else site.headroom_bits
+
+
+def _report_files() -> Any:
+    """The room of the extra `report`, found by its name: it imports this room, so this room does not import it."""
+    return importlib.import_module("..report.files", __package__)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import VerificationError
 
-CHUNK = 2**22  # logits compared at a time: 32 MiB in fp64
+COMPARED = 2**22  # numbers compared at a time: 32 MiB in fp64
 
 
 class Window(NamedTuple):
@@ -45,7 +45,7 @@ class OracleLogits:
     """The oracle's logits on disk, a file for each window: a vocabulary of 150,000 would fill memory."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        """folder: an empty one. size: how many numbers will come. Raises VerificationError where they do not fit."""
+        """folder: empty. size: how many numbers will be stored. Raises VerificationError if the disk has no room."""
         free = shutil.disk_usage(folder).free
         if 4 * size > free:
             raise VerificationError(
@@ -64,8 +64,8 @@ class OracleLogits:
         return found
 
 
-class Closeness:
-    """Sums, over scored tokens, of what is asked about a run's logits and the oracle's."""
+class Divergence:
+    """How far a run's logits are from the oracle's, summed over scored tokens."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
@@ -78,7 +78,7 @@ class Closeness:
 
         Losses and KL(oracle || run) are taken from fp64 log-softmaxes over the vocabulary, in nats.
         """
-        rows = max(1, CHUNK // logits.shape[-1])
+        rows = max(1, COMPARED // logits.shape[-1])
         parts = (torch.split(tensor, rows) for tensor in (logits, oracle, targets))
         for own, theirs, wanted in zip(*parts, strict=True):
             own, theirs = own.double(), theirs.to(own.device).double()

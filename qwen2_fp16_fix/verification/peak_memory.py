@@ -1,4 +1,4 @@
-"""The most memory a stretch of a run took."""
+"""The most memory that a part of a run took."""
 
 import gc
 import re
@@ -11,10 +11,10 @@ TOLERANCE = 8 * 2**20  # the kernel counts resident pages in batches for each th
 
 
 class PeakMemory:
-    """From its making on: torch's peak on a GPU; on Linux's CPU how far the resident memory rose; else unknown."""
+    """The peak since it was made: on a GPU torch's own, on a CPU under Linux the rise of resident memory."""
 
     def __init__(self, device: torch.device) -> None:
-        """Starts to watch, with nothing left that a collection could free meanwhile: it would be taken off the peak."""
+        """Starts to watch, after a collection: memory that is freed later would lower the peak."""
         gc.collect()
         self.device = device
         self.before: int | None = None
@@ -24,7 +24,7 @@ class PeakMemory:
             self.before = self._lower_the_mark()
 
     def _lower_the_mark(self) -> int | None:
-        """Resident bytes now, with the kernel's high-water mark lowered to them; None where it does not obey.
+        """Lowers the kernel's high-water mark to the resident bytes and returns them. None where the kernel does not.
 
         Writing 5 to clear_refs resets VmHWM (proc(5)). An older peak would otherwise hide this one.
         """

@@ -1,36 +1,39 @@
-"""The rows a verification has finished, in a file, so that a run that was cut off goes on where it ended."""
+"""The rows that a verification has finished, in a file, so that a run that was cut off can be resumed."""
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import VerificationError
 from ..files import write_whole
+from .result import MeasuredRow
 
 
 class FinishedRows:
-    """Rows by name, written to the file after each; without a file they are only held."""
+    """Rows by name, written to the file after each. Without a file they are only kept in memory."""
 
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
         """key: what the rows depend on. Raises VerificationError for a file made under another key, or unusable."""
         self.path, self.key = path, key
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, MeasuredRow] = {}
         if path is not None:
             if path.exists():
                 self.rows = self._read(path)
             self._write(path)  # before the first row, so that hours of work are not lost to a typing error
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: MeasuredRow) -> None:
         """Keeps a row."""
-        self.rows[row["name"]] = row
+        self.rows[row.name] = row
         if self.path is not None:
             self._write(self.path)
 
-    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+    def _read(self, path: Path) -> dict[str, MeasuredRow]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            key, rows = found["key"], {row["name"]: row for row in found["rows"]}
+            key, rows = found["key"], [MeasuredRow(**row) for row in found["rows"]]
+            rows = [replace(row, first_differences=tuple(row.first_differences)) for row in rows]
         except (OSError, ValueError, TypeError, KeyError):
             raise VerificationError(
                 f"{path} holds no finished rows of verify: delete it or name another file to resume from."
@@ -40,16 +43,17 @@ class FinishedRows:
                 raise VerificationError(
                     f"{path} was made with another {field}: delete it or name another file to resume from."
                 )
-        return rows
+        return {row.name: row for row in rows}
 
     def _write(self, path: Path) -> None:
-        text = json.dumps({"key": self.key, "rows": list(self.rows.values())}, indent=2, allow_nan=False)
+        rows = [row.to_dict() for row in self.rows.values()]
+        text = json.dumps({"key": self.key, "rows": rows}, indent=2, allow_nan=False)
         wanted = "another file to resume from"
         write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), wanted, VerificationError)
 
 
-def fingerprint_files(files: list[Path]) -> str:
-    """SHA-256 of the files' names and contents, whole: a header alone would not tell two trainings apart."""
+def digest_of(files: list[Path]) -> str:
+    """SHA-256 of the files' names and whole contents: two trainings of a model have the same headers."""
     digest = hashlib.sha256()
     for file in sorted(files):
         own = hashlib.sha256()

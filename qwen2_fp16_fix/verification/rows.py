@@ -11,18 +11,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..activations.magnitudes import Magnitudes
-from ..checkpoints.verification_inputs import first_line
-from ..demo import forward, load, quiet
-from ..errors import CheckpointError
-from ..model_status import model_status
+from ..activations.extremes import Magnitudes
+from ..checkpoints.loading import forward, load, quiet
+from ..errors import CheckpointError, first_line
+from ..model_status import examine_model
 from ..patches.errors import PatchConflictError, Qwen2FP16FixError
-from .divergence import Closeness, OracleLogits, Window
+from .divergence import Divergence, OracleLogits, Window
 from .peak_memory import PeakMemory
+from .result import MeasuredRow
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
-UNKNOWN = dict.fromkeys(
+UNKNOWN: dict[str, Any] = dict.fromkeys(
     ("perplexity", "kl_mean", "kl_max", "top1_agreement", "largest_logit_difference"), None
 )  # of a row that is not finite
 
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As the demo names its rows."""
+        """The name of the row in tables and sentences."""
         return f"{'fixed' if self.fixed else 'stock'} {self.dtype} {self.attention}"
 
 
@@ -45,7 +45,7 @@ ORACLE = Row("float32", "eager", fixed=False)
 
 
 @dataclass
-class Bench:
+class RowInputs:
     """What every row runs on. tokens (1, S); oracle: its logits; continuations: its greedy tokens, by prompt."""
 
     folder: Path
@@ -79,41 +79,41 @@ def flash_attentions(device: torch.device) -> list[str]:
     ]
 
 
-def measure(bench: Bench, row: Row) -> dict[str, Any]:
+def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
     """Loads the row's model, scores the text with it, continues the prompts, and gives the row.
 
     Raises CheckpointError where the oracle itself is not finite: there is nothing to compare with.
     """
-    peak = PeakMemory(bench.device)
-    model = open_row(bench.folder, row, bench.device)
-    closeness, broken, seconds = score(bench, model, keep=row == ORACLE)
-    site = first_overflow(model, bench, broken or bench.windows[0])
+    peak = PeakMemory(inputs.device)
+    model = open_row(inputs.folder, row, inputs.device)
+    divergence, broken, seconds = score(inputs, model, keep=row == ORACLE)
+    site = first_overflow(model, inputs, broken or inputs.windows[0])
     if broken is not None and row == ORACLE:
         raise CheckpointError(
             f"{row.name} is not finite, first in {site or 'the logits'}: the checkpoint is broken, and there is "
             "nothing to compare with."
         )
-    continued = [continuation(model, prompt) for prompt in prompts_of(bench.tokens)]
+    continued = [continuation(model, prompt) for prompt in prompts_of(inputs.tokens)]
     if row == ORACLE:
-        bench.continuations = continued
-    return {
-        "name": row.name,
-        "dtype": row.dtype,
-        "attention": row.attention,
-        "fixed": row.fixed,
-        "finite": broken is None,
-        **(closeness.summary() if broken is None else UNKNOWN),
-        "first_overflow": site,
-        "first_differences": [
-            first_difference(ours, theirs) for ours, theirs in zip(continued, bench.continuations, strict=True)
-        ],
-        "seconds": round(seconds, 3),
-        "peak_bytes": peak.bytes(),
-    }
+        inputs.continuations = continued
+    return MeasuredRow(
+        name=row.name,
+        dtype=row.dtype,
+        attention=row.attention,
+        fixed=row.fixed,
+        finite=broken is None,
+        **(divergence.summary() if broken is None else UNKNOWN),
+        first_overflow=site,
+        first_differences=tuple(
+            first_difference(ours, theirs) for ours, theirs in zip(continued, inputs.continuations, strict=True)
+        ),
+        seconds=round(seconds, 3),
+        peak_bytes=peak.bytes(),
+    )
 
 
 def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
-    """The row's model, on the device, and checked to be what the row is called.
+    """The row's model, on the device, checked to be stock or fixed as the row's name says.
 
     Raises CheckpointError where transformers cannot load it, PatchConflictError where stock and fixed are not.
     """
@@ -121,10 +121,10 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
         model = load(folder, row.fixed, DTYPES[row.dtype], row.attention)
     except Qwen2FP16FixError:
         raise
-    except Exception as error:  # as many kinds as there are ways for a config to be wrong
+    except Exception as error:  # a wrong config ends in any kind of error
         raise CheckpointError(f"transformers cannot load {folder} as {row.name} ({first_line(error)}).") from None
     model = model.to(device)
-    found = model_status(model)
+    found = examine_model(model).to_dict()
     asked = (row.fixed, row.dtype, row.attention)
     partly = not row.fixed and any(part["fixed"] for part in found["parts"].values())
     if found["problem"] or partly or (found["fixed"], found["dtype"], found["attention"]) != asked:
@@ -135,32 +135,32 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
     return model
 
 
-def score(bench: Bench, model: nn.Module, keep: bool) -> tuple[Closeness, Window | None, float]:
-    """The closeness over all windows, the first window whose logits are not finite, which ends it, and seconds.
+def score(inputs: RowInputs, model: nn.Module, keep: bool) -> tuple[Divergence, Window | None, float]:
+    """The divergence over the windows, the first window with logits that are not finite (the last run), and seconds.
 
     keep: the model is the oracle, whose logits are kept and then compared with themselves.
     """
-    closeness, seconds = Closeness(), 0.0
-    for index, window in enumerate(bench.windows):
+    divergence, seconds = Divergence(), 0.0
+    for index, window in enumerate(inputs.windows):
         started = time.monotonic()
-        logits = forward(model, bench.tokens[:, window.start : window.end].to(bench.device))[0]
+        logits = forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))[0]
         finite = bool(torch.isfinite(logits).all())  # waits for the GPU
         seconds += time.monotonic() - started
         if not finite:
-            bench.tick(len(bench.windows) - index)
-            return closeness, window, seconds
+            inputs.tick(len(inputs.windows) - index)
+            return divergence, window, seconds
         scored = logits[window.predictions]
         if keep:
-            bench.oracle.put(index, scored)
-        closeness.add(scored, bench.oracle.get(index), bench.tokens[0, window.first : window.end])
-        bench.tick(1)
-    return closeness, None, seconds
+            inputs.oracle.put(index, scored)
+        divergence.add(scored, inputs.oracle.get(index), inputs.tokens[0, window.first : window.end])
+        inputs.tick(1)
+    return divergence, None, seconds
 
 
-def first_overflow(model: nn.Module, bench: Bench, window: Window) -> str | None:
-    """The first site that is not finite when the window runs; apart from the scoring, which watching would slow."""
+def first_overflow(model: nn.Module, inputs: RowInputs, window: Window) -> str | None:
+    """The first site that is not finite when the window runs. A run of its own: watching would slow the scoring."""
     with Magnitudes(model) as magnitudes:
-        forward(model, bench.tokens[:, window.start : window.end].to(bench.device))
+        forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))
     return magnitudes.first_overflow()
 
 
@@ -189,6 +189,6 @@ def continuation(model: Any, prompt: Tensor) -> list[int]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Where two continuations part, also where one ends before the other; None if they are equal."""
+    """The index of the first token that differs, also where one continuation is shorter; None if they are equal."""
     pairs = enumerate(zip_longest(ours, theirs))
     return next((index for index, (own, other) in pairs if own != other), None)

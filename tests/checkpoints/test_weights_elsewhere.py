@@ -13,9 +13,9 @@ from torch.nn.utils import prune
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import range_plan, scaling
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK_OF
 from tests.helpers import kl_to, replicated
-from tests.stress.models import TINY, build, random_prompt
+from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=1, length=24)
 #: KL to fp32 of a fixed model, nats: the conformance suite's limit, an order above the rounding of 11 bits.
@@ -33,7 +33,7 @@ def fixed(*kinds: str, **settings: Any) -> Any:
 
 
 def ranges(model: Any, site: str = "mlp") -> list[Any]:
-    return [row[site] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]]
+    return [getattr(row, site) for row in qwen2_fp16_fix.status(model).model.ranges]
 
 
 @pytest.mark.parametrize("grad", [False, True])

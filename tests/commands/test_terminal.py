@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwen2_fp16_fix import demo
-from qwen2_fp16_fix import locking as pinning
+from qwen2_fp16_fix import demo, locking
 from qwen2_fp16_fix.cli import main
 from tests.helpers import ROOT
 
@@ -37,7 +36,8 @@ def into_a_closed_pipe(*arguments: str, stderr: int = subprocess.PIPE) -> subpro
         os.close(writer)
 
 
-def test_signs_that_stdout_lacks_cost_no_scan(python: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.process
+def test_characters_that_stdout_lacks_do_not_end_a_scan(python: Callable[..., Any], tmp_path: Path) -> None:
     """A token's `␣` on a stdout in cp1252 was a UnicodeEncodeError after the run, and the file was not written."""
     data = tmp_path / "scan.json"
     done = python(*COMMAND, *SCAN, str(data), PYTHONIOENCODING="cp1252", COLUMNS="200")
@@ -46,8 +46,9 @@ def test_signs_that_stdout_lacks_cost_no_scan(python: Callable[..., Any], tmp_pa
     assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["verdict"]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
-def test_a_closed_pipe_costs_no_file(tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_lose_the_file(tmp_path: Path) -> None:
     """`scan --json a.json | head -1` printed first, died of that and wrote nothing."""
     data = tmp_path / "scan.json"
     done = into_a_closed_pipe(*SCAN, str(data))
@@ -57,22 +58,25 @@ def test_a_closed_pipe_costs_no_file(tmp_path: Path) -> None:
     assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["finite"]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
-def test_progress_that_nobody_reads_costs_no_run(tmp_path: Path) -> None:
+def test_a_run_continues_when_nobody_reads_its_progress(tmp_path: Path) -> None:
     """`scan … 2>&1 | head -1` ended at the second line of progress, with a finding's exit code and no file."""
     data = tmp_path / "scan.json"
     assert into_a_closed_pipe(*SCAN, str(data), stderr=subprocess.STDOUT).returncode == 141
     assert json.loads(data.read_text(encoding="utf-8"))["fixed"]["finite"]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
 @pytest.mark.parametrize("arguments", [("status", "--json"), ("status",), ("--version",)])
-def test_a_closed_pipe_is_no_finding(arguments: tuple[str, ...]) -> None:
+def test_a_closed_pipe_has_an_exit_code_of_its_own(arguments: tuple[str, ...]) -> None:
     """What was printed last was written when Python ended, with a complaint and the exit code 120."""
     done = into_a_closed_pipe(*arguments)
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux's full device")
 @pytest.mark.parametrize("arguments", [("status", "--json"), ("--version",)])
 def test_a_full_stdout_is_one_sentence(arguments: tuple[str, ...]) -> None:
@@ -104,15 +108,15 @@ def test_a_path_that_the_system_refuses_is_one_sentence(
 ) -> None:
     """Before Python 3.14, asking whether it is there raises, with a traceback; so do folders one may not look into."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lock.json").write_text(pinning.as_text(pinning.make_lock()))
+    (tmp_path / "lock.json").write_text(locking.as_text(locking.make_lock()))
     monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", *arguments])
     monkeypatch.setattr("qwen2_fp16_fix.verification.verify._fill", lambda *_: pytest.fail("the run before the check"))
-    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.walk", lambda *_: pytest.fail("the run before the check"))
+    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.measure", lambda *_: pytest.fail("the run before the check"))
     if "locked" in arguments:
         monkeypatch.setattr(Path, "is_file", denied)
     with pytest.raises(SystemExit) as ended:
         main.main()
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("reading")]
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("hashing")]
     assert (ended.value.code, len(said)) == (2, 1), said
     assert said[0].startswith("qwen2-fp16-fix: ")
 
@@ -133,7 +137,9 @@ def test_an_error_of_the_system_names_its_file(
     assert capsys.readouterr().err == f"qwen2-fp16-fix: {sentence}\n"
 
 
-def test_a_crash_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crash_has_an_exit_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Python ends it with 1, which a CI job reads as a verdict on the checkpoint."""
 
     def crash() -> None:

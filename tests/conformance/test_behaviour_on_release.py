@@ -7,7 +7,7 @@ import torch
 from packaging.version import Version
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from tests.conformance.models import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
 from tests.stress import TINY
 
@@ -176,4 +176,4 @@ def test_a_fused_step_ends_every_plan() -> None:
     model.eval()
     assert torch.isfinite(logits(model)).all()
     assert all(layer.plan is not None for layer in model.model.layers)
-    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert qwen2_fp16_fix.status(model).model.fixed

@@ -30,7 +30,7 @@ def asks_for_the_type(model: nn.Module) -> list[str]:
 
 
 def keys(model: Any) -> set[str]:
-    return {row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]}
+    return {row.keys for row in qwen2_fp16_fix.status(model).model.ranges}
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def test_status_knows_what_loading_made_up(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     qwen2_fp16_fix.register()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    found = qwen2_fp16_fix.status(model)["model"]
-    assert not found["fixed"]
-    assert "layers.1.self_attn.k_proj.weight was not in the checkpoint" in found["problem"]
-    base = qwen2_fp16_fix.status(transformers.AutoModel.from_pretrained(folder))["model"]
-    assert base["problem"] == found["problem"]
+    found = qwen2_fp16_fix.status(model).model
+    assert not found.fixed
+    assert "layers.1.self_attn.k_proj.weight was not in the checkpoint" in found.problem
+    base = qwen2_fp16_fix.status(transformers.AutoModel.from_pretrained(folder)).model
+    assert base.problem == found.problem

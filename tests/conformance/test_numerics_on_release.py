@@ -89,10 +89,10 @@ if RELEASE < Version("4.48"):  # a class of its own for each backend
         for cast in (model.half, model.float, model.half):
             cast()
             assert kl(oracle, logits(qwen2_fp16_fix.fix(model))) < CLOSE
-            found = qwen2_fp16_fix.status(model)["model"]
-            assert found["fixed"]
-            assert {row["o_proj"] for row in found["ranges"]} == {"not scaled"}
-            assert all(isinstance(row["mlp"], int) for row in found["ranges"])
+            found = qwen2_fp16_fix.status(model).model
+            assert found.fixed
+            assert {row.o_proj for row in found.ranges} == {"not scaled"}
+            assert all(isinstance(row.mlp, int) for row in found.ranges)
 
 
 def scaled_rope(kind: str, factor: float = 4.0) -> dict[str, Any]:
@@ -124,7 +124,7 @@ if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
         settings = scaled_rope("linear", factor=1e46)
         model = fixed_half(("keys",), attention, **settings)
         assert not model.model.rotary_emb.inv_freq.any()
-        assert {row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]} == {"centred"}
+        assert {row.keys for row in qwen2_fp16_fix.status(model).model.ranges} == {"centred"}
         assert kl(logits(stress(("keys",), **settings)), logits(model)) < CLOSE
 
     class InTf32(TorchDispatchMode):

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import errors, version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import MODELS, ORIGINAL, PARTS, RANGE
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import DROP_IN_OF, PARTS, RANGE, STOCK
 from tests.conformance.models import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, logits, stress
 from tests.stress import TINY, config
 
@@ -55,31 +55,31 @@ def test_the_release_is_taken_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", qwen2_fp16_fix.UntestedTransformersWarning)
         qwen2_fp16_fix.register()
-    assert qwen2_fp16_fix.status()["problem"] is None
-    assert qwen2_fp16_fix.status()["tested"]
+    assert qwen2_fp16_fix.status().problem is None
+    assert qwen2_fp16_fix.status().tested
 
 
 def test_every_auto_class_of_the_release_is_registered() -> None:
     qwen2_fp16_fix.register()
-    assert set(HEADS) <= set(qwen2_fp16_fix.status()["registered"])
-    assert all(qwen2_fp16_fix.status()["registered"].values())
+    assert set(HEADS) <= set(qwen2_fp16_fix.status().registered)
+    assert all(qwen2_fp16_fix.status().registered.values())
 
 
 def test_a_lock_made_here_checks_clean_until_something_differs(tmp_path: Path) -> None:
     """Every release has other classes and functions; those the fix lays its parts over are among what is locked."""
     path = qwen2_fp16_fix.lock(tmp_path / "lock.json")
-    assert qwen2_fp16_fix.check(path) == []
+    assert qwen2_fp16_fix.check(path).passed
     content = json.loads(path.read_text())
     assert {*PARTS, "Qwen2Model", "Qwen2ForCausalLM", "apply_rotary_pos_emb"} <= set(content["upstream"])
     content["upstream"]["Qwen2MLP"] = content["patches"]["numerics.py"] = "0" * 64
     path.write_text(json.dumps(content))
-    assert qwen2_fp16_fix.check(path) == [
+    assert qwen2_fp16_fix.check(path).differences == [
         "numerics.py is not the file that was locked.",
         "Qwen2MLP of transformers is not the code that was locked.",
     ]
     with pytest.raises(qwen2_fp16_fix.LockError):
         qwen2_fp16_fix.register(lock=path)
-    assert not any(qwen2_fp16_fix.status()["registered"].values())
+    assert not any(qwen2_fp16_fix.status().registered.values())
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -91,9 +91,9 @@ def test_registering_makes_auto_classes_build_the_fix(name: str, folder: Path) -
     loaded = load(name, folder)
     assert type(loaded) is ours
     assert type(getattr(transformers, name).from_config(config(TINY))) is ours
-    found = qwen2_fp16_fix.status(loaded)["model"]
-    assert all(part["fixed"] == part["total"] for part in found["parts"].values())
-    assert found["fixed"] or (name == "AutoModelForQuestionAnswering" and "not in the checkpoint" in found["problem"])
+    found = qwen2_fp16_fix.status(loaded).model
+    assert all(part.fixed == part.total for part in found.parts.values())
+    assert found.fixed or (name == "AutoModelForQuestionAnswering" and "not in the checkpoint" in found.problem)
     qwen2_fp16_fix.unregister()
     assert type(load(name, folder)) is getattr(STOCK, HEADS[name])
     # A head that the checkpoint lacks is left uninitialised by 5.8, and the base of question answering, whose name
@@ -112,14 +112,14 @@ def test_registering_reaches_classes_by_their_own_names(name: str, folder: Path)
         loaded = load_class(kind, folder)
         assert type(loaded) is kind
         assert qwen2_fp16_fix.is_fixed(loaded)
-        status = qwen2_fp16_fix.status(loaded)["model"]
-        assert status["fixed"]
+        status = qwen2_fp16_fix.status(loaded).model
+        assert status.fixed
         with qwen2_fp16_fix.stock_models():
             assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
     assert [vars(STOCK.Qwen2Model).get(hook) for hook in ("__init__", "__init_subclass__")] == before
     assert not qwen2_fp16_fix.is_fixed(kind(config(TINY)))
     if name != "Qwen2ForQuestionAnswering":  # as above
-        assert all(isinstance(row["mlp"], int) and row["keys"] == "centred" for row in status["ranges"])
+        assert all(isinstance(row.mlp, int) and row.keys == "centred" for row in status.ranges)
         with torch.no_grad():
             found = loaded.base_model(input_ids=PROMPT[:1], output_hidden_states=True, output_attentions=True)
         assert torch.isfinite(found.last_hidden_state).all()
@@ -189,11 +189,11 @@ def test_a_registration_of_the_users_own_comes_back() -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_fix_takes_every_class(name: str, folder: Path) -> None:
     model = load(name, folder)
-    assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert not qwen2_fp16_fix.status(model).model.fixed
     assert qwen2_fp16_fix.fix(model) is model
-    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert qwen2_fp16_fix.status(model).model.fixed
     assert type(qwen2_fp16_fix.unfix(model)) is getattr(STOCK, HEADS[name])
-    assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert not qwen2_fp16_fix.status(model).model.fixed
 
 
 def test_errors_get_through_pipeline() -> None:

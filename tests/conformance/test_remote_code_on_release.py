@@ -200,14 +200,14 @@ def test_beside_the_package_remote_code_is_known(
     model = load(transformers.AutoModelForCausalLM, folders[kind], trust_remote_code=True)
     for act in (lambda m: m, qwen2_fp16_fix.fix):
         act(model)
-        status = qwen2_fp16_fix.status(model)["model"]
-        assert (status["fixed"], status["code"], status["problem"]) == (True, "remote", None)
-        assert status["module"] == type(model).__module__
-        assert {layer["keys"] for layer in status["ranges"]} == {"centred"}
+        status = qwen2_fp16_fix.status(model).model
+        assert (status.fixed, status.code, status.problem) == (True, "remote", None)
+        assert status.module == type(model).__module__
+        assert {layer.keys for layer in status.ranges} == {"centred"}
         with torch.no_grad():
             assert torch.equal(model(input_ids=prompt).logits, expected["eager"])
-    status = qwen2_fp16_fix.status(qwen2_fp16_fix.unfix(model))["model"]
-    assert (status["fixed"], status["code"]) == (False, None)
+    status = qwen2_fp16_fix.status(qwen2_fp16_fix.unfix(model)).model
+    assert (status.fixed, status.code) == (False, None)
     assert all(type(layer).__module__.startswith("transformers.") for layer in model.model.layers)
 
 
@@ -219,8 +219,8 @@ def test_registered_or_remote_whichever_wins_is_fixed(
     """From 5.5 a registered class wins over remote code for a type that transformers knows."""
     with qwen2_fp16_fix.registered():
         model = load(transformers.AutoModelForCausalLM, folders[kind], trust_remote_code=True)
-    status = qwen2_fp16_fix.status(model)["model"]
-    assert status["fixed"]
-    assert status["code"] == "remote" or kind == "plain"
+    status = qwen2_fp16_fix.status(model).model
+    assert status.fixed
+    assert status.code == "remote" or kind == "plain"
     with torch.no_grad():
         assert torch.equal(model(input_ids=prompt).logits, expected["eager"])

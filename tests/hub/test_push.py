@@ -16,11 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.cli import commands as cli
-from qwen2_fp16_fix.cli import main
+from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.errors import CheckpointError, PublishError
-from qwen2_fp16_fix.hub import push as publishing
+from qwen2_fp16_fix.hub import push as pushing
 from qwen2_fp16_fix.hub.push import LOCK, push
 from qwen2_fp16_fix.patches.errors import NotQwen2Error
 
@@ -131,7 +130,7 @@ def test_a_push_makes_a_private_repository(exported: Path, hub: Hub) -> None:
     }
     (message,) = [arguments["message"] for method, arguments in hub.log if method == "upload_folder"]
     assert message == found["message"]
-    for version in (qwen2_fp16_fix.__version__, "4.37.0", qwen2_fp16_fix.status()["supported"]):
+    for version in (qwen2_fp16_fix.__version__, "4.37.0", qwen2_fp16_fix.status().supported):
         assert version in message
     push(exported, "me/open", private=False, api=hub)
     assert not hub.private["me/open"]
@@ -209,7 +208,7 @@ def test_large_weights_go_first_and_an_interrupted_push_goes_on(
     exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What makes weights loadable comes last: before that, the repository does not look whole."""
-    monkeypatch.setattr(publishing, "LARGE", 1)
+    monkeypatch.setattr(pushing, "LARGE", 1)
     uploads = 0
 
     def interrupt(method: str, **arguments: Any) -> None:
@@ -328,17 +327,17 @@ def test_the_real_client_offline_is_one_sentence(exported: Path, monkeypatch: py
 
 
 def test_the_command_lists_what_it_would_push(exported: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["push", str(exported), "me/new", "--dry-run"])
+    done = CliRunner().invoke(commands.app, ["push", str(exported), "me/new", "--dry-run"])
     assert done.exit_code == 0
     assert all(name in done.output for name in contents(exported))
     assert "private" in done.output
-    done = CliRunner().invoke(cli.app, ["push", str(exported), "me/new", "--dry-run", "--public", "--json"])
+    done = CliRunner().invoke(commands.app, ["push", str(exported), "me/new", "--dry-run", "--public", "--json"])
     assert json.loads(done.output)["private"] is False
 
 
 def test_the_command_pushes(exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "HfApi", lambda: hub)
-    done = CliRunner().invoke(cli.app, ["push", str(exported), "me/new", "--revision", "v1"])
+    monkeypatch.setattr(pushing, "HfApi", lambda: hub)
+    done = CliRunner().invoke(commands.app, ["push", str(exported), "me/new", "--revision", "v1"])
     assert done.exit_code == 0
     assert "https://hub/me/new/commit/1" in done.output.replace("\n", "")
     assert set(hub.repos["me/new"]["v1"]) == {*contents(exported), ".gitattributes"}
@@ -347,7 +346,7 @@ def test_the_command_pushes(exported: Path, hub: Hub, monkeypatch: pytest.Monkey
 def test_errors_and_interruptions_are_one_sentence_with_exit_code_2(
     exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(publishing, "HfApi", lambda: hub)
+    monkeypatch.setattr(pushing, "HfApi", lambda: hub)
     for failure in (answered(403), KeyboardInterrupt()):
         hub.fails["create_repo"] = failure
         monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", "push", str(exported), "me/new"])

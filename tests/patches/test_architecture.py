@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import swap
 from qwen2_fp16_fix.patches.architecture import (
     QWEN2,
@@ -25,9 +28,6 @@ from qwen2_fp16_fix.patches.architecture import (
     stock_classes,
 )
 from qwen2_fp16_fix.patches.range_plan import Exponents, LayerBounds, LayerShape, layer_shapes
-from torch import Tensor, nn
-
-import qwen2_fp16_fix
 
 HEADS, KEY_HEADS, TOKENS = 4, 2, 5
 #: No two sizes are equal, so that none passes for another.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches import attention_classes, blocks, linears, numerics, v4_37
-from tests.stress.models import TINY, build, random_prompt
+from qwen2_fp16_fix.patches import attention, attention_classes, linears, numerics, v4_37
+from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=1, length=16)
 POSITIONS = torch.tensor([[0, 1, 1000, 4000]])

@@ -18,7 +18,7 @@ import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
 from qwen2_fp16_fix.patches import caches
 from tests.helpers import kl_to
-from tests.stress.models import KINDS, TINY, build, random_prompt
+from tests.stress import KINDS, TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=48)
 FIRST = 32

@@ -11,7 +11,7 @@ import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
 from qwen2_fp16_fix.patches import numerics
 from tests.helpers import Logits, kl_to
-from tests.stress.models import KINDS, TINY, build, random_prompt
+from tests.stress import KINDS, TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=1, length=24)
 ROUNDINGS = 5e-6  # a compiler takes addcmul apart, and sdpa another path: a fifth of what float16 itself costs here

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import transformers
 from torch import Tensor
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.diagnosis import self_test, self_test_model
+from qwen2_fp16_fix.diagnosis import self_test
 from qwen2_fp16_fix.patches import numerics, v4_37
 from tests.helpers import kl_to
-from tests.stress.models import KINDS, TINY, build, random_prompt
+from tests.stress import KINDS, TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 MASK = torch.ones_like(PROMPT).index_put_((torch.zeros(5, dtype=torch.long), torch.arange(5)), torch.tensor(0))
@@ -160,8 +161,8 @@ def test_a_checkpoint_loaded_under_another_default_is_the_same_model(
     proof = qwen2_fp16_fix.certify(tmp_path)
     with default(dtype):
         other = load()
-        assert qwen2_fp16_fix.certify(tmp_path) | {"seconds": 0} == proof | {"seconds": 0}
-        assert qwen2_fp16_fix.certify(other)["layers"] == proof["layers"]
+        assert replace(qwen2_fp16_fix.certify(tmp_path), seconds=0) == replace(proof, seconds=0)
+        assert qwen2_fp16_fix.certify(other).layers == proof.layers
         found = logits(other)
     assert all(same(one, two) for one, two in zip(constants(model), constants(other), strict=True))
     assert same(logits(model), found)
@@ -200,8 +201,8 @@ def test_the_commands_find_the_same(dtype: torch.dtype) -> None:
     with default(dtype):
         found = self_test.self_test("cpu"), qwen2_fp16_fix.scan(half(), prompts=[PROMPT[0]])
     assert expected[0] == found[0]
-    assert expected[0][0]["passed"]
-    assert {**expected[1], "seconds": 0} == {**found[1], "seconds": 0}
+    assert expected[0].passed
+    assert replace(expected[1], seconds=0) == replace(found[1], seconds=0)
 
 
 # --- the default device ---
@@ -217,16 +218,16 @@ def elsewhere() -> Iterator[None]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_nothing_is_made_on_the_default_device(attention: str, request: pytest.FixtureRequest) -> None:
     """As under `torch.set_default_device("cuda")` with a model on the CPU, or on the next card."""
-    model, stock = half(attention), self_test_model.stock_model(attention)
+    model, stock = half(attention), self_test.stock_model(attention)
     expected, proof = constants(qwen2_fp16_fix.fix(half(attention))), qwen2_fp16_fix.certify(model)
     logits_there = logits(qwen2_fp16_fix.fix(half(attention)))
     request.getfixturevalue("elsewhere")
     qwen2_fp16_fix.fix(model)
     assert all(same(one, other) for one, other in zip(expected, constants(model), strict=True))
-    assert qwen2_fp16_fix.certify(model)["layers"] == proof["layers"]
+    assert qwen2_fp16_fix.certify(model).layers == proof.layers
     assert same(logits_there, logits(model))
-    assert self_test_model.prompt().device.type == "cpu"
-    assert same(stock.lm_head.weight, self_test_model.stock_model(attention).lm_head.weight)
+    assert self_test.prompt().device.type == "cpu"
+    assert same(stock.lm_head.weight, self_test.stock_model(attention).lm_head.weight)
 
 
 @pytest.mark.usefixtures("elsewhere")

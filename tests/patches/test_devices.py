@@ -1,6 +1,7 @@
 """Devices that are not here: one without fp64, whose kernels are those of torch's MPS, is played on a CPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 import qwen2_fp16_fix
 from benchmarks.cost import cost_of
 from qwen2_fp16_fix import certificate
-from qwen2_fp16_fix.diagnosis import self_test, self_test_model
+from qwen2_fp16_fix.diagnosis import self_test
 from qwen2_fp16_fix.patches import numerics
 from qwen2_fp16_fix.scanning import quantisation as outliers
 from tests.helpers import kl_to
-from tests.stress.models import KINDS, TINY, build
+from tests.stress import KINDS, TINY, build
 
 MPS = torch.device("mps")
 CREATORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.arange, torch.tensor)
@@ -130,8 +131,8 @@ def test_a_plan_is_made_on_a_device_without_fp64() -> None:
     with OnMps():
         qwen2_fp16_fix.fix(there)
         proof = certificate.certify(there)
-    assert proof | {"seconds": 0} == certificate.certify(here) | {"seconds": 0}
-    assert qwen2_fp16_fix.status(there)["model"] == qwen2_fp16_fix.status(here)["model"]
+    assert replace(proof, seconds=0) == replace(certificate.certify(here), seconds=0)
+    assert qwen2_fp16_fix.status(there).model == qwen2_fp16_fix.status(here).model
     for one, other in zip(here.model.layers, there.model.layers, strict=True):
         assert torch.equal(one.self_attn.shift, other.self_attn.shift)
         assert one.mlp.exponent == other.mlp.exponent
@@ -141,9 +142,9 @@ def test_a_plan_is_made_on_a_device_without_fp64() -> None:
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "by token"])
 def test_a_model_runs_on_a_device_with_the_kernels_of_mps(attention: str, planned: bool) -> None:
     """It was infinite there in just the layers that have an exponent, and without a plan it did not run at all."""
-    tokens = self_test_model.prompt()  # with a product of 90,000
-    oracle = logits(self_test_model.stock_model(attention), tokens)
-    model = self_test_model.stock_model(attention).half()
+    tokens = self_test.prompt()  # with a product of 90,000
+    oracle = logits(self_test.stock_model(attention), tokens)
+    model = self_test.stock_model(attention).half()
     with OnMps():
         qwen2_fp16_fix.fix(model)
         assert max(layer.mlp.exponent for layer in model.model.layers) > 0
@@ -240,6 +241,6 @@ def test_the_self_test_says_what_a_device_without_fp64_raises(monkeypatch: pytes
             raise error
 
         monkeypatch.setattr(self_test, "_row", run)
-        result, finding = self_test.self_test("mps")
-        assert (result["passed"], finding.code) == (False, "self_test.not_run")
-        assert type(error).__name__ in finding.values["reason"]
+        outcome = self_test.self_test("mps")
+        assert (outcome.passed, outcome.remark.code) == (False, "self_test.not_run")
+        assert type(error).__name__ in outcome.remark.values["reason"]

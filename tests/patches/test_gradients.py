@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import numerics, scaling
-from tests.stress.models import TINY, build, random_prompt
+from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 SCALE = 2.0**6  # of the loss: float16 has no gradient below 2^-24

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
-from qwen2_fp16_fix.patches import keys, linears, numerics, range_plan
-from qwen2_fp16_fix.patches.keys import centre_factors
+from qwen2_fp16_fix.patches import attention as attention_steps
+from qwen2_fp16_fix.patches import key_centring, linears, numerics, range_plan
+from qwen2_fp16_fix.patches.key_centring import centre_factors
 from qwen2_fp16_fix.patches.numerics import grouped_attention, rotate
 from tests.helpers import kl_to
-from tests.stress.models import QWEN2_7B_SLIM, ROPE_THETA, TINY, Shape, build, random_prompt
+from tests.stress import QWEN2_7B_SLIM, ROPE_THETA, TINY, Shape, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=48)
 
@@ -35,7 +36,7 @@ def logits(model: Any, tokens: Tensor = PROMPT, **inputs: Any) -> Tensor:
 
 
 def states(model: Any) -> set[str]:
-    return {row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]}
+    return {row.keys for row in qwen2_fp16_fix.status(model).model.ranges}
 
 
 # --- the centre ---
@@ -281,7 +282,7 @@ def test_a_centre_that_is_not_finite_is_not_kept(broken: str) -> None:
     if broken == "bias":
         attention.k_proj.bias.data[3] = math.inf
     qwen2_fp16_fix.fix(model)
-    assert [row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]].count("not centred") == (
+    assert [row.keys for row in qwen2_fp16_fix.status(model).model.ranges].count("not centred") == (
         1 if broken == "bias" else 0
     )
     frequencies, scale = model.model.rotary_emb.frequencies(), 1.0

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import linears
 from tests.helpers import kl_to, replicated
-from tests.stress.models import TINY, build, random_prompt
+from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 EXACT, ROUNDED, UNCENTRED = {"centred"}, {"centred, bias rounded before"}, {"not centred"}
@@ -39,7 +39,7 @@ def attentions(model: Any) -> list[Any]:
 
 
 def states(model: Any) -> set[str]:
-    return {row["keys"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]}
+    return {row.keys for row in qwen2_fp16_fix.status(model).model.ranges}
 
 
 @functools.cache
@@ -628,7 +628,7 @@ def test_status_knows_what_loading_made_up(tmp_path: Any) -> None:
     half().save_pretrained(tmp_path)
     qwen2_fp16_fix.register()
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert qwen2_fp16_fix.status(whole)["model"]["fixed"]
+    assert qwen2_fp16_fix.status(whole).model.fixed
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     state = dict(tensors)
@@ -636,12 +636,12 @@ def test_status_knows_what_loading_made_up(tmp_path: Any) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert list(told["missing_keys"]) == ["model.layers.3.self_attn.k_proj.weight"]
-    found = qwen2_fp16_fix.status(model)["model"]
-    assert not found["fixed"]
-    assert "layers.3.self_attn.k_proj.weight was not in the checkpoint" in found["problem"]
-    assert qwen2_fp16_fix.status(copy.deepcopy(model))["model"]["problem"] == found["problem"]
+    found = qwen2_fp16_fix.status(model).model
+    assert not found.fixed
+    assert "layers.3.self_attn.k_proj.weight was not in the checkpoint" in found.problem
+    assert qwen2_fp16_fix.status(copy.deepcopy(model)).model.problem == found.problem
     model.load_state_dict(state)
-    assert qwen2_fp16_fix.status(model)["model"]["fixed"]
+    assert qwen2_fp16_fix.status(model).model.fixed
 
 
 def test_status_knows_weights_of_another_kind_than_their_linear() -> None:
@@ -649,7 +649,7 @@ def test_status_knows_weights_of_another_kind_than_their_linear() -> None:
     model = qwen2_fp16_fix.fix(half())
     k_proj = attentions(model)[1].k_proj
     k_proj.weight = nn.Parameter(k_proj.weight.detach().to(torch.int8), requires_grad=False)
-    found = qwen2_fp16_fix.status(model)["model"]
-    assert not found["fixed"]
-    assert "layers.1.self_attn.k_proj is a plain linear with weights of int8" in found["problem"]
-    assert qwen2_fp16_fix.status(quantised())["model"]["fixed"]
+    found = qwen2_fp16_fix.status(model).model
+    assert not found.fixed
+    assert "layers.1.self_attn.k_proj is a plain linear with weights of int8" in found.problem
+    assert qwen2_fp16_fix.status(quantised()).model.fixed

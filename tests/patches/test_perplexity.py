@@ -50,25 +50,26 @@ def passage() -> torch.Tensor:
 
 
 @cache
-def perplexity(dtype: torch.dtype, attention: str, fixed: bool) -> float:
-    """Of the passage, under a copy of the weights."""
+def perplexity(dtype: torch.dtype, attention: str, fixed: bool, tokens: int = WINDOWS * LENGTH) -> float:
+    """Of the passage's first tokens, under a copy of the weights."""
     model = type(weights())(weights().config)
     model.load_state_dict(weights().state_dict())
     model.set_attn_implementation(attention)
     model = model.to(dtype).eval()
-    return demo.perplexity_of(qwen2_fp16_fix.fix(model) if fixed else model, passage())
+    return demo.perplexity_of(qwen2_fp16_fix.fix(model) if fixed else model, passage()[:, :tokens])
 
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def test_stock_float16_eager_is_nan() -> None:
-    assert math.isnan(perplexity(HALF, "eager", fixed=False))
+    assert math.isnan(perplexity(HALF, "eager", fixed=False, tokens=2048))
 
 
 def test_stock_bfloat16_eager_is_visibly_worse_than_sdpa() -> None:
-    """Published: 12 % on 7B."""
-    assert perplexity(BF16, "eager", fixed=False) > 1.1 * perplexity(BF16, "sdpa", fixed=False)
+    """Published: 12 % on 7B. Here it is more than twice, for which a quarter of the passage is enough."""
+    eager, sdpa = (perplexity(BF16, attention, fixed=False, tokens=16384) for attention in ("eager", "sdpa"))
+    assert eager > 1.1 * sdpa
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -14,12 +14,13 @@ from torch import nn
 
 import qwen2_fp16_fix
 from benchmarks.cost import cost_of
-from qwen2_fp16_fix.patches.blocks import project_output
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.attention import project_output
+from qwen2_fp16_fix.patches.blocks import MLP
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from qwen2_fp16_fix.patches.planning import plan_layers
 from qwen2_fp16_fix.patches.scaling import linear_by_token
 from tests.helpers import kl_to
-from tests.stress.models import KINDS, TINY, build, random_prompt
+from tests.stress import KINDS, TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 
@@ -30,7 +31,7 @@ def logits(model: Any, tokens: torch.Tensor = PROMPT) -> torch.Tensor:
 
 
 def exponents(model: Any) -> list[Any]:
-    return [row["mlp"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]]
+    return [row.mlp for row in qwen2_fp16_fix.status(model).model.ranges]
 
 
 def fixed(*kinds: str, attention: str = "eager") -> Any:
@@ -342,8 +343,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], dtype=torch.float16, tp_plan="auto", attn_implementation="eager"
 ).eval()
-ranges = qwen2_fp16_fix.status(model)["model"]["ranges"]
-assert {row["mlp"] for row in ranges} == {"by token"}, ranges
+ranges = qwen2_fp16_fix.status(model).model.ranges
+assert {row.mlp for row in ranges} == {"by token"}, ranges
 with torch.no_grad():
     logits = model(input_ids=torch.load(sys.argv[2])).logits
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits

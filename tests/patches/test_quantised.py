@@ -14,7 +14,7 @@ from torch import Tensor
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import linears
 from tests.helpers import kl_to
-from tests.stress.models import TINY, build, random_prompt
+from tests.stress import TINY, build, random_prompt
 
 Auto = transformers.AutoModelForCausalLM
 PROMPT = random_prompt(TINY, batch=2, length=24)
@@ -86,9 +86,9 @@ def check(model: Any, kind: str) -> None:
     """Quantised through and through, finite, and near to fp32."""
     quantised = {"nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}[kind]
     assert {type(projection) for projection in projections(model)} == {quantised}
-    found = qwen2_fp16_fix.status(model)["model"]
-    assert found["fixed"], found["problem"]
-    assert {row["keys"] for row in found["ranges"]} == {"centred"}
+    found = qwen2_fp16_fix.status(model).model
+    assert found.fixed, found.problem
+    assert {row.keys for row in found.ranges} == {"centred"}
     assert kl_to(oracle(model), logits_of(model)) < CLOSE[kind]
 
 

@@ -22,7 +22,7 @@ from qwen2_fp16_fix.patches.range_plan import (
     plan_layer,
     unproven_sites,
 )
-from tests.stress.models import KINDS, TINY, build
+from tests.stress import KINDS, TINY, build
 
 HIDDEN, HEADS, KV, DIM, INNER = 16, 4, 2, 4, 24
 SHAPE = LayerShape(hidden=HIDDEN, heads=HEADS, kv_heads=KV, head_dim=DIM, positions=64)

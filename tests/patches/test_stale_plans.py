@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import qwen2_fp16_fix
 from benchmarks.cost import cost_of
 from tests.helpers import Logits, kl_to, replicated
-from tests.stress.models import TINY, build, random_prompt
+from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
 #: KL to fp32 of a fixed model, nats: the conformance suite's limit, an order above the rounding of 11 bits.
@@ -38,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def ranges(model: Any) -> list[Any]:
-    return [row["mlp"] for row in qwen2_fp16_fix.status(model)["model"]["ranges"]]
+    return [row.mlp for row in qwen2_fp16_fix.status(model).model.ranges]
 
 
 def held(model: Any) -> list[int | None]:
@@ -85,7 +85,7 @@ UNSEEN = [by_data, by_numpy, by_dlpack, by_storage]
 @pytest.mark.parametrize("write", UNSEEN)
 def test_status_and_certify_believe_no_plan(write: Callable[[nn.Parameter], None]) -> None:
     """`status` said 0 and `certify` said proven of a model that overflowed at the next prompt."""
-    for ask in (ranges, lambda model: qwen2_fp16_fix.certify(model)["proven"]):
+    for ask in (ranges, lambda model: qwen2_fp16_fix.certify(model).proven):
         model = fixed()
         for weight in growing(model):
             write(weight)
@@ -93,8 +93,8 @@ def test_status_and_certify_believe_no_plan(write: Callable[[nn.Parameter], None
         assert ask(model) in (["by token", *[0] * (TINY.layers - 1)], False)
         assert held(model) == [None, *[0] * (TINY.layers - 1)]
         assert kl_to(oracle(), logits(model)) < CLOSE
-    assert "layer 0" in qwen2_fp16_fix.certify(tampered())["reasons"][0]
-    assert qwen2_fp16_fix.certify(qwen2_fp16_fix.fix(tampered()))["proven"]
+    assert "layer 0" in qwen2_fp16_fix.certify(tampered()).reasons[0]
+    assert qwen2_fp16_fix.certify(qwen2_fp16_fix.fix(tampered())).proven
 
 
 def tampered() -> Any:
@@ -339,7 +339,7 @@ def test_a_wrapped_layer_can_be_certified(wrap: Callable[[Any], Any]) -> None:
     model = fixed("swiglu")
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = wrap(layer)
-    assert qwen2_fp16_fix.certify(model)["proven"]
+    assert qwen2_fp16_fix.certify(model).proven
 
 
 @pytest.mark.parametrize("part", ["self_attn", "mlp"])

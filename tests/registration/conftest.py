@@ -10,13 +10,13 @@ import torch
 from transformers.models.auto import auto_factory
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from tests.registration.models import PROMPT
 from tests.stress import TINY, build
 
 WRAPPED = (
-    (ORIGINAL.Qwen2Model, "__init__"),
-    (ORIGINAL.Qwen2Model, "__init_subclass__"),
+    (STOCK.Qwen2Model, "__init__"),
+    (STOCK.Qwen2Model, "__init_subclass__"),
     (auto_factory, "get_class_from_dynamic_module"),
 )
 

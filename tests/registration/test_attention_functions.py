@@ -53,7 +53,7 @@ def test_ours_stands_in_for_stocks_eager_under_any_name(
     stock_attention(monkeypatch, name, STOCK_EAGER[kind])
     model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
     model.set_attn_implementation(name)
-    assert qwen2_fp16_fix.status(model)["model"]["problem"] is None
+    assert qwen2_fp16_fix.status(model).model.problem is None
     torch._dynamo.reset()
     run: Any = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     found = run(input_ids=PROMPT, use_cache=False).logits
@@ -71,7 +71,7 @@ def test_stocks_eager_inside_something_else_is_refused(
     stock_attention(monkeypatch, "mine", function)
     model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
     model.set_attn_implementation("mine")
-    assert "mine" in qwen2_fp16_fix.status(model)["model"]["problem"]
+    assert "mine" in qwen2_fp16_fix.status(model).model.problem
     with pytest.raises(qwen2_fp16_fix.HalfPrecisionScoresError, match="mine"):
         model(input_ids=PROMPT)
 

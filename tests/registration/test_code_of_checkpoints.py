@@ -98,11 +98,11 @@ def own(tmp_path: Path) -> Path:
 def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
     """`certify` said Proven and `doctor` that all is well about a model that does not load."""
     found = qwen2_fp16_fix.certify(own)
-    assert not found["proven"]
-    assert "modeling_own.OwnModel" in found["verdict"]
+    assert not found.proven
+    assert "modeling_own.OwnModel" in found.verdict
     scanned = qwen2_fp16_fix.scan(own, [[5, 6, 7]])
-    assert scanned["foreign_code"] == "modeling_own.OwnModel"
-    assert "modeling_own.OwnModel" in scanned["verdict"]
+    assert scanned.foreign_code == "modeling_own.OwnModel"
+    assert "modeling_own.OwnModel" in scanned.verdict
     with pytest.raises(qwen2_fp16_fix.ExportError, match="OwnModel"):
         qwen2_fp16_fix.export(own, own.parent / "out")
     from qwen2_fp16_fix.diagnosis.checkpoint import examine
@@ -112,12 +112,12 @@ def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
 
 def test_verify_says_so_too(own: Path) -> None:
     found = qwen2_fp16_fix.verify(own, "And the LORD said unto Moses, go", window=8)
-    assert not found["passed"]
-    assert "modeling_own.OwnModel" in found["verdict"]
+    assert not found.passed
+    assert "modeling_own.OwnModel" in found.verdict
 
 
 def test_a_loaded_model_with_a_forward_of_its_own_is_not_proven(source: Any) -> None:
     """The bounds are those of transformers' forward."""
     with qwen2_fp16_fix.registered():
         model = OwnForward(source.config).half()
-    assert "OwnForward has a forward of its own, which is not bounded here" in qwen2_fp16_fix.certify(model)["reasons"]
+    assert "OwnForward has a forward of its own, which is not bounded here" in qwen2_fp16_fix.certify(model).reasons

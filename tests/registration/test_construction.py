@@ -19,7 +19,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import modeling_qwen2_fp16 as patched
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from qwen2_fp16_fix.registration import construction
 from tests.registration.models import PROMPT, OwnForward
 from tests.stress import TINY, build, config
@@ -32,8 +32,8 @@ def base_of(model: nn.Module) -> Any:
 def check_fixed(model: nn.Module, source: Any, oracle: torch.Tensor) -> None:
     """By what it says and by what it computes: close to fp32 in float16 eager, its states and attentions recorded."""
     assert qwen2_fp16_fix.is_fixed(model)
-    status = qwen2_fp16_fix.status(model)["model"]
-    assert (status["fixed"], status["problem"]) == (True, None)
+    status = qwen2_fp16_fix.status(model).model
+    assert (status.fixed, status.problem) == (True, None)
     base = base_of(model)
     missing, unexpected = base.load_state_dict(source.model.state_dict(), strict=False)  # whatever it was built with
     assert not unexpected
@@ -47,9 +47,9 @@ def check_fixed(model: nn.Module, source: Any, oracle: torch.Tensor) -> None:
     assert torch.isfinite(found.last_hidden_state).all()
     error = (found.last_hidden_state.float() - oracle).norm() / oracle.norm()
     assert error < 5e-3  # 11 bits of mantissa in each of some ten roundings; stock is NaN here
-    for row in qwen2_fp16_fix.status(model)["model"]["ranges"]:
-        assert isinstance(row["mlp"], int)  # planned, by whichever way it was built and loaded
-        assert row["keys"] == "centred"
+    for row in qwen2_fp16_fix.status(model).model.ranges:
+        assert isinstance(row.mlp, int)  # planned, by whichever way it was built and loaded
+        assert row.keys == "centred"
 
 
 class OwnConstructor(Qwen2Model):
@@ -286,7 +286,7 @@ def test_what_is_wrapped_still_counts_as_transformers_own(tmp_path: Path) -> Non
     before = qwen2_fp16_fix.lock(tmp_path / "before.json")
     with qwen2_fp16_fix.registered():
         patched.check_structure(STOCK, patched.PARTS, transformers.__version__)
-        assert qwen2_fp16_fix.check(before) == []
+        assert qwen2_fp16_fix.check(before).passed
         assert Qwen2Model.__init__.__module__ == modeling_qwen2.__name__
 
 
@@ -299,10 +299,10 @@ def test_overlapping_blocks_are_counted() -> None:
     assert qwen2_fp16_fix.is_fixed(AutoModelForCausalLM.from_config(config(TINY)))
     qwen2_fp16_fix.unregister()  # ends register(), not a block
     assert qwen2_fp16_fix.is_fixed(Qwen2ForCausalLM(config(TINY)))
-    assert all(qwen2_fp16_fix.status()["registered"].values())
+    assert all(qwen2_fp16_fix.status().registered.values())
     second.__exit__(None, None, None)
     assert not construction.is_watching()
-    assert not any(qwen2_fp16_fix.status()["registered"].values())
+    assert not any(qwen2_fp16_fix.status().registered.values())
 
 
 def test_register_outlives_blocks() -> None:
@@ -361,7 +361,7 @@ def test_nothing_of_ours_is_kept_alive() -> None:
     assert not [kind for kind in Qwen2Model.__subclasses__() if kind.__name__ == "Later"]
 
 
-class OwnStack(ORIGINAL.Qwen2PreTrainedModel):  # type: ignore[misc, name-defined]
+class OwnStack(STOCK.Qwen2PreTrainedModel):  # type: ignore[misc, name-defined]
     """Holds Qwen2's layers, norm and rotation as a Qwen2Model does, and is none."""
 
     def __init__(self, config: Any) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import qwen2_fp16_fix as q
 from qwen2_fp16_fix.launch import launcher as launch
 from qwen2_fp16_fix.patches import structure, version_map
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL, PARTS
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import PARTS, STOCK
 from tests.stress import TINY, build, config
 
 
@@ -111,16 +111,16 @@ def test_a_forward_bound_to_one_module(part: str) -> None:
 
     module.forward = types.MethodType(fast_forward, module)
     refuses(q.PatchConflictError, model, f"layers.0.{part}", "fast_forward")
-    status = q.status(model)["model"]
-    assert not status["fixed"]
-    assert "fast_forward" in status["problem"]
+    status = q.status(model).model
+    assert not status.fixed
+    assert "fast_forward" in status.problem
 
 
 def test_a_forward_bound_after_the_fix_shows_in_status() -> None:
     model = q.fix(build(TINY, ()))
     attention = model.model.layers[0].self_attn
     attention.forward = types.MethodType(STOCK.Qwen2Attention.forward, attention)
-    assert not q.status(model)["model"]["fixed"]
+    assert not q.status(model).model.fixed
 
 
 @pytest.mark.parametrize("name", ["Qwen2Attention", "Qwen2MLP", "Qwen2Model", "Qwen2ForCausalLM"])
@@ -200,7 +200,7 @@ with warnings.catch_warnings(record=True) as caught:
     qwen2_fp16_fix.register()
 ours = [w for w in caught if issubclass(w.category, qwen2_fp16_fix.UntestedTransformersWarning)]
 found = qwen2_fp16_fix.status()
-print(len(ours), "5.99.0" in str(ours[0].message), found["tested"], all(found["registered"].values()))
+print(len(ours), "5.99.0" in str(ours[0].message), found.tested, all(found.registered.values()))
 """
     done = python("-c", program)
     assert done.stdout.split() == ["1", "True", "False", "True"], done.stderr
@@ -218,7 +218,7 @@ for use in (lambda: q.register(), lambda: q.fix(None), lambda: q.Qwen2ForCausalL
         use()
     except q.UnsupportedTransformersError as error:
         print(str(error).startswith("transformers 4.36.2 is installed"))
-print(q.status()["problem"].startswith("transformers 4.36.2"), q.status()["patch"])
+print(q.status().problem.startswith("transformers 4.36.2"), q.status().patch)
 """
     done = python("-c", program)
     assert done.stdout.split() == ["True"] * 4 + ["None"], done.stderr
@@ -284,7 +284,7 @@ def test_registration_that_does_not_take_is_an_error(monkeypatch: pytest.MonkeyP
     with pytest.raises(q.RegistrationError, match="AutoModel"):
         q.register()
     monkeypatch.undo()
-    assert not any(q.status()["registered"].values())
+    assert not any(q.status().registered.values())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import ORIGINAL
+from qwen2_fp16_fix.model_status import PartCount
+from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
@@ -48,7 +48,7 @@ def is_fixed(model: nn.Module) -> bool:
     with torch.no_grad():
         output = model(input_ids=PROMPT)
     found = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    return bool(qwen2_fp16_fix.status(model)["model"]["fixed"]) and bool(torch.isfinite(found).all())
+    return bool(qwen2_fp16_fix.status(model).model.fixed) and bool(torch.isfinite(found).all())
 
 
 def load(auto: Any, folder: Path, **kwargs: Any) -> Any:
@@ -76,8 +76,8 @@ def test_registered_as_a_context_manager(folder: Path) -> None:
         assert is_fixed(load(AutoModelForCausalLM, folder))
         with qwen2_fp16_fix.registered():
             pass
-        assert all(qwen2_fp16_fix.status()["registered"].values())
-    assert not any(qwen2_fp16_fix.status()["registered"].values())
+        assert all(qwen2_fp16_fix.status().registered.values())
+    assert not any(qwen2_fp16_fix.status().registered.values())
 
 
 def test_fix() -> None:
@@ -92,7 +92,7 @@ def test_fix() -> None:
 def test_fused_backends_stay_chosen_and_finite(attention: str) -> None:
     model = qwen2_fp16_fix.fix(stress(attention))
     assert is_fixed(model)
-    assert qwen2_fp16_fix.status(model)["model"]["attention"] == attention
+    assert qwen2_fp16_fix.status(model).model.attention == attention
 
 
 def test_shapes_can_be_asked_of_a_model_without_weights() -> None:
@@ -112,7 +112,7 @@ def test_importing_auto_registers(folder: Path, python: Callable[..., Any]) -> N
 import qwen2_fp16_fix.auto, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype=torch.float16)
-print(qwen2_fp16_fix.status(model)["model"]["fixed"])
+print(qwen2_fp16_fix.status(model).model.fixed)
 """
     done = python("-c", program)
     assert done.stdout.strip() == "True", done.stderr
@@ -170,7 +170,7 @@ def test_auto_model_inside_another_model() -> None:
 
 def test_fix_reaches_a_qwen2_inside_another_model() -> None:
     tower = TwoTower(TwoTowerConfig(text_config=stress().config.to_dict()))
-    assert qwen2_fp16_fix.status(qwen2_fp16_fix.fix(tower))["model"]["fixed"]
+    assert qwen2_fp16_fix.status(qwen2_fp16_fix.fix(tower)).model.fixed
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks transformers for it
@@ -281,24 +281,14 @@ def test_switched_off_by_the_environment(folder: Path, monkeypatch: pytest.Monke
     qwen2_fp16_fix.register()
     assert type(load(AutoModelForCausalLM, folder)) is STOCK.Qwen2ForCausalLM
     model = qwen2_fp16_fix.fix(stress())
-    assert not qwen2_fp16_fix.status(model)["model"]["fixed"]
-    assert not qwen2_fp16_fix.status(load(qwen2_fp16_fix.Qwen2ForCausalLM, folder))["model"]["fixed"]
-    assert not qwen2_fp16_fix.status()["enabled"]
+    assert not qwen2_fp16_fix.status(model).model.fixed
+    assert not qwen2_fp16_fix.status(load(qwen2_fp16_fix.Qwen2ForCausalLM, folder)).model.fixed
+    assert not qwen2_fp16_fix.status().enabled
     assert sum("QWEN2_FP16_FIX=0" in record.message for record in caplog.records) >= 2
 
 
-def test_status_is_plain_data() -> None:
+def test_a_status_is_plain_data_too() -> None:
     found = qwen2_fp16_fix.status(qwen2_fp16_fix.fix(stress()))
-    assert json.loads(json.dumps(found)) == found
-    assert found["model"]["parts"]["Qwen2DecoderLayer"] == {"fixed": TINY.layers, "total": TINY.layers}
-    assert (found["model"]["dtype"], found["model"]["attention"]) == ("float16", "eager")
-
-
-def test_an_export_of_0_1_1_is_asked_by_its_own_names() -> None:
-    """Its code stays in the checkpoint. STOCK was its table of fixed classes, and is the stock classes now."""
-    table = {int: float}
-    old = types.SimpleNamespace(ORIGINAL="classes", STOCK=table)
-    new = types.SimpleNamespace(STOCK="classes", STOCK_OF=table)
-    for code in (old, new):
-        assert running_code.stock_classes(code) == "classes"
-        assert running_code.stock_of(code) is table
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert found.model.parts["Qwen2DecoderLayer"] == PartCount(TINY.layers, TINY.layers)
+    assert (found.model.dtype, found.model.attention) == ("float16", "eager")

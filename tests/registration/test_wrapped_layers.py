@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
+from qwen2_fp16_fix.model_status import PartCount
 from tests.registration.models import PROMPT
 from tests.stress import TINY
 
@@ -35,10 +36,10 @@ def test_fully_shard_renames_classes(source: Any) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert type(model.model.layers[0]).__name__ == "FSDPQwen2DecoderLayer"
-    status = qwen2_fp16_fix.status(model)["model"]
-    assert (status["fixed"], status["problem"], status["code"]) == (True, None, "package")
-    assert status["parts"]["Qwen2DecoderLayer"] == {"fixed": TINY.layers, "total": TINY.layers}
-    assert len(status["ranges"]) == TINY.layers
+    status = qwen2_fp16_fix.status(model).model
+    assert (status.fixed, status.problem, status.code) == (True, None, "package")
+    assert status.parts["Qwen2DecoderLayer"] == PartCount(TINY.layers, TINY.layers)
+    assert len(status.ranges) == TINY.layers
     assert qwen2_fp16_fix.is_fixed(model)
     found = model(input_ids=PROMPT).logits
     assert torch.isfinite(found).all()
@@ -70,9 +71,9 @@ def test_layers_wrapped_afterwards_stay_fixed(source: Any) -> None:
     model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
     model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
-    status = qwen2_fp16_fix.status(model)["model"]
-    assert (status["fixed"], status["problem"]) == (True, None)
-    assert len(status["ranges"]) == TINY.layers
+    status = qwen2_fp16_fix.status(model).model
+    assert (status.fixed, status.problem) == (True, None)
+    assert len(status.ranges) == TINY.layers
     assert qwen2_fp16_fix.is_fixed(qwen2_fp16_fix.fix(model))
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=PROMPT).logits).all()

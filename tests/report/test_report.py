@@ -1,4 +1,4 @@
-"""The report as its reader meets it: in a browser, by keyboard, in the dark, on a phone, on paper, with no network."""
+"""The report in a browser: by keyboard, in a dark theme, on a phone and on paper, and without a network."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ import pytest
 from PIL import Image
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.activations.sites import SITES
-from qwen2_fp16_fix.report import page
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
 from qwen2_fp16_fix.report import picture as report_picture
 from qwen2_fp16_fix.report import style as report_style
 from qwen2_fp16_fix.report.files import ScanFiles, read_verification
+from qwen2_fp16_fix.report.page import page
 from qwen2_fp16_fix.report.style import PALETTE
-from qwen2_fp16_fix.scanning import sentences as wording
+from qwen2_fp16_fix.scanning import sentences
+from qwen2_fp16_fix.scanning.result import CacheLosses, ScannedPrompt, ScanResult
 from qwen2_fp16_fix.verification import rows as verification_rows
 from qwen2_fp16_fix.verification import verify as verification
-from tests.stress.models import TINY, build, random_prompt
+from tests.scanning.planted import with_tokens
+from tests.stress import TINY, build, random_prompt
 
 pytestmark = pytest.mark.xdist_group("report")  # one worker starts the browser, for all
 
@@ -51,7 +54,7 @@ VERIFICATION: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def scans(tmp_path_factory: pytest.TempPathFactory) -> list[ScanResult]:
     """Stock's and fixed's, of a checkpoint with everything planted."""
     folder = tmp_path_factory.mktemp("checkpoint")
     build(TINY, ("scores", "residual", "swiglu", "massive")).half().save_pretrained(folder)
@@ -60,12 +63,12 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def reports(scans: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def reports(scans: list[ScanResult], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The page in each language."""
     folder = tmp_path_factory.mktemp("report")
-    for lang in wording.LANGUAGES:
+    for lang in sentences.LANGUAGES:
         (folder / f"{lang}.html").write_text(page(scans, VERIFICATION, lang), encoding="utf-8")
-    return {lang: folder / f"{lang}.html" for lang in wording.LANGUAGES}
+    return {lang: folder / f"{lang}.html" for lang in sentences.LANGUAGES}
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +133,8 @@ def comes_true(opened: Any, expression: str) -> None:
     pytest.fail(f"never true: {expression}")
 
 
-@pytest.mark.parametrize("lang", wording.LANGUAGES)
-def test_it_opens_from_a_file_without_a_word_and_asks_nobody(
+@pytest.mark.parametrize("lang", sentences.LANGUAGES)
+def test_it_opens_from_a_file_without_messages_or_requests(
     visit: Callable[..., Visit], reports: dict[str, Path], lang: str
 ) -> None:
     one = visit()
@@ -147,50 +150,50 @@ def test_it_opens_from_a_file_without_a_word_and_asks_nobody(
 
 
 def test_the_charts_have_their_data(
-    visit: Callable[..., Visit], reports: dict[str, Path], scans: list[dict[str, Any]]
+    visit: Callable[..., Visit], reports: dict[str, Path], scans: list[ScanResult]
 ) -> None:
     """What is drawn is what was measured, chart by chart."""
     charts = visit().open(reports["en"]).evaluate(DRAWN)
     assert set(charts) == {f"chart-{name}" for name in ("headroom", "residual", "spikes", "against", "int8")}
     assert all(chart["height"] > 150 and chart["points"] for chart in charts.values())
     stock, fixed = scans
-    by_place = {(site["layer"], site["site"]): site for site in stock["sites"]}
+    by_place = {(site.layer, site.site): site for site in stock.sites}
     (cells,) = charts["chart-headroom"]["traces"]
     assert cells["y"] == [str(layer) for layer in range(TINY.layers)]
-    assert cells["x"] == [wording.site_name(name) for name in SITES]
+    assert cells["x"] == [sentences.site_name(name) for name in SITES]
     for layer, row in enumerate(cells["text"]):
         for name, text in zip(SITES, row, strict=True):
-            bits = by_place[layer, name]["headroom_bits"]
+            bits = by_place[layer, name].headroom_bits
             assert float(text.removeprefix("✗ ").replace("−", "-")) == pytest.approx(bits, abs=0.051)
             assert text.startswith("✗") == (bits < 0)
     for trace, scan in zip(charts["chart-residual"]["traces"], scans, strict=False):
-        assert trace["y"] == [site["largest"] for site in scan["sites"] if site["site"] == "residual"]
+        assert trace["y"] == [site.largest for site in scan.sites if site.site == "residual"]
     drawn = [y for trace in charts["chart-spikes"]["traces"] for y in trace["y"]]
-    assert sorted(drawn) == sorted(abs(spike["bias"]) for spike in stock["bias_spikes"])
+    assert sorted(drawn) == sorted(abs(spike.bias) for spike in stock.bias_spikes)
     losses = [y for trace in charts["chart-int8"]["traces"][:4] for y in trace["y"]]
-    assert sorted(losses) == sorted(found["int8_loss"] for found in stock["quantisation"]["linear_inputs"])
+    assert sorted(losses) == sorted(found.int8_loss for found in stock.quantisation.linear_inputs)
     ends = {trace["name"]: trace for trace in charts["chart-against"]["traces"] if trace["name"]}
-    least = min(site["headroom_bits"] for site in fixed["sites"] if site["site"] == "down_proj")
+    least = min(site.headroom_bits for site in fixed.sites if site.site == "down_proj")
     at = ends["fixed float16"]["y"].index("down_proj")
     assert ends["fixed float16"]["x"][at] == pytest.approx(least)
 
 
 def test_the_verdict_and_the_tables_say_what_was_found(
-    visit: Callable[..., Visit], reports: dict[str, Path], scans: list[dict[str, Any]]
+    visit: Callable[..., Visit], reports: dict[str, Path], scans: list[ScanResult]
 ) -> None:
     opened = visit().open(reports["en"])
     shown = opened.locator(".verdict").all_inner_texts()
     assert [text.split("\n")[0] for text in shown] == ["✗ Breaks", "✓ Finite"]
     for text, scan in zip(shown, scans, strict=True):
-        assert wording.verdict(scan).replace("`", "") in " ".join(text.split())
+        assert sentences.verdict(scan).replace("`", "") in " ".join(text.split())
     for name, scan in zip(("stock", "fixed"), scans, strict=True):
-        assert opened.locator(f"#numbers-{name} tbody tr").count() == len(scan["sites"])
-    assert opened.locator("#numbers-stock tr.bad").count() == len(wording.passing(scans[0])) > 4
+        assert opened.locator(f"#numbers-{name} tbody tr").count() == len(scan.sites)
+    assert opened.locator("#numbers-stock tr.bad").count() == len(scans[0].past_limit) > 4
     assert "18.5000" in opened.locator("#verify-table tr:not(.bad)").last.inner_text()
     assert "NaN" in opened.locator("#verify-table tr.bad").inner_text()
     assert opened.locator("table caption").count() == opened.locator("table").count() == 6
     versions = opened.locator("dl.plain").last.inner_text()
-    assert all(scans[0]["versions"][name] in versions for name in ("package", "transformers", "torch"))
+    assert all(getattr(scans[0].versions, name) in versions for name in ("package", "transformers", "torch"))
 
 
 def test_everything_is_reached_by_keyboard(visit: Callable[..., Visit], reports: dict[str, Path]) -> None:
@@ -232,7 +235,9 @@ def test_pictures_and_regions_have_names(visit: Callable[..., Visit], reports: d
     assert opened.evaluate(heads)
 
 
-def test_a_phone_the_dark_and_paper(visit: Callable[..., Visit], reports: dict[str, Path], tmp_path: Path) -> None:
+def test_the_page_fits_a_phone_follows_the_theme_and_prints_on_white(
+    visit: Callable[..., Visit], reports: dict[str, Path], tmp_path: Path
+) -> None:
     """Nothing sticks out of a narrow page, charts follow the theme, and paper is white, with charts of its width."""
     one = visit(viewport={"width": 360, "height": 740}, color_scheme="dark")
     opened = one.open(reports["en"])
@@ -253,15 +258,11 @@ def test_a_phone_the_dark_and_paper(visit: Callable[..., Visit], reports: dict[s
 
 
 def test_a_token_that_is_markup_stays_text(
-    visit: Callable[..., Visit], scans: list[dict[str, Any]], tmp_path: Path
+    visit: Callable[..., Visit], scans: list[ScanResult], tmp_path: Path
 ) -> None:
     """Tokens, prompts and names come from whoever wrote the checkpoint."""
-    poisoned = json.loads(json.dumps(scans))
-    for scan in poisoned:
-        scan["checkpoint"] = EVIL.replace("/", "")
-        for found in [*scan["sites"], *scan["massive_activations"], scan["first_nonfinite"] or {}]:
-            found.update({key: EVIL for key in ("token", "key_token") if key in found})
-        scan["prompts"][0]["text"] = EVIL
+    prompts = (ScannedPrompt(EVIL, 40), ScannedPrompt(None, 12))
+    poisoned = [with_tokens(scan, EVIL, checkpoint=EVIL.replace("/", ""), prompts=prompts) for scan in scans]
     verification = json.loads(json.dumps(VERIFICATION))
     verification["rows"][0]["name"] = EVIL
     (tmp_path / "page.html").write_text(page(poisoned, verification), encoding="utf-8")
@@ -285,7 +286,7 @@ def test_one_scan_alone_makes_a_page(tmp_path: Path, kinds: tuple[str, ...]) -> 
     build(TINY, kinds).half().save_pretrained(tmp_path)
     for fixed in (False, True):
         scan = qwen2_fp16_fix.scan(tmp_path, [random_prompt(TINY, 1, 9)], fixed=fixed, device="cpu")
-        for lang in wording.LANGUAGES:
+        for lang in sentences.LANGUAGES:
             html = page([scan], None, lang)
             assert 'id="chart-spikes"' not in html
             assert 'id="chart-against"' not in html
@@ -293,22 +294,24 @@ def test_one_scan_alone_makes_a_page(tmp_path: Path, kinds: tuple[str, ...]) -> 
             assert ('id="massive-table"' in html) == bool(kinds)
 
 
-def test_the_current_folder_has_a_name(scans: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_current_folder_has_a_name(scans: list[ScanResult], tmp_path: Path, monkeypatch: Any) -> None:
     """`scan .` made a page without a heading."""
     (tmp_path / "Qwen2-7B").mkdir()
     monkeypatch.chdir(tmp_path / "Qwen2-7B")
-    assert re.search("<h1>[^<]*Qwen2-7B", page([scans[0] | {"checkpoint": "."}]))
+    assert re.search("<h1>[^<]*Qwen2-7B", page([replace(scans[0], checkpoint=".")]))
 
 
-def test_a_scan_of_nan_makes_a_page_and_a_picture(scans: list[dict[str, Any]], tmp_path: Path) -> None:
-    broken = json.loads(json.dumps(scans[0]))
-    for site in broken["sites"]:
-        if site["layer"] is None or site["layer"] > 1:
-            site.update(largest=None, headroom_bits=None)
-    for found in broken["quantisation"]["linear_inputs"]:
-        found.update(int8_loss=None)
-    for found in broken["quantisation"]["cache"]:
-        found.update(keys=None, values=None, score_error=None)
+def test_a_scan_of_nan_makes_a_page_and_a_picture(scans: list[ScanResult], tmp_path: Path) -> None:
+    sites = tuple(
+        replace(site, largest=None, headroom_bits=None) if site.layer is None or site.layer > 1 else site
+        for site in scans[0].sites
+    )
+    lost = replace(
+        scans[0].quantisation,
+        linear_inputs=tuple(replace(found, int8_loss=None) for found in scans[0].quantisation.linear_inputs),
+        cache=tuple(CacheLosses(found.layer, None, None, None) for found in scans[0].quantisation.cache),
+    )
+    broken = replace(scans[0], sites=sites, quantisation=lost)
     assert "not finite" in page([broken])
     report_picture.draw([broken], tmp_path / "out.png")
 
@@ -340,7 +343,7 @@ def test_text_has_contrast(theme: str) -> None:
                 assert (pair[1] + 0.05) / (pair[0] + 0.05) >= least, (name, ground)
 
 
-def test_the_picture(scans: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture(scans: list[ScanResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a letter that the font lacks is a warning and an empty box
         written = ScanFiles(png=tmp_path / "out.png").write(scans, None)
@@ -357,12 +360,9 @@ def test_the_picture(scans: list[dict[str, Any]], tmp_path: Path, monkeypatch: p
         ScanFiles(png=tmp_path / "zh.png", lang="zh").check(force=False)
 
 
-def test_a_token_of_dollars_is_no_formula_in_the_picture(scans: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_token_of_dollars_is_no_formula_in_the_picture(scans: list[ScanResult], tmp_path: Path) -> None:
     """matplotlib sets what stands between dollars as mathematics, and raised: after the run, no picture."""
-    found = json.loads(json.dumps(scans[0]))
-    for place in (found["first_nonfinite"], *found["sites"]):
-        place.update(token="$^$", key_token="$^$")
-    report_picture.draw([found], tmp_path / "out.png")
+    report_picture.draw([with_tokens(scans[0], "$^$")], tmp_path / "out.png")
 
 
 def test_axes_have_ticks_between_their_ends() -> None:
@@ -373,11 +373,11 @@ def test_axes_have_ticks_between_their_ends() -> None:
         assert all(low <= value <= high for value in [*known, *map(math.log10, ticks)])
 
 
-def test_what_verify_prints_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's keys are verify's own: here of a real run, so that the two cannot part."""
     rows = [verification_rows.ORACLE, *(verification_rows.Row("float16", "eager", fixed) for fixed in (False, True))]
     monkeypatch.setattr(verification, "planned_rows", lambda device: rows)
     monkeypatch.setattr(verification_rows, "NEW_TOKENS", 2)
-    found = qwen2_fp16_fix.verify(demo.CHECKPOINT, window=16, stride=8, tokens=17, device="cpu")
-    (tmp_path / "verify.json").write_text(json.dumps(found))
-    assert read_verification(tmp_path / "verify.json") == found
+    found = qwen2_fp16_fix.verify(CHECKPOINT, window=16, stride=8, tokens=17, device="cpu")
+    (tmp_path / "verify.json").write_text(json.dumps(found.to_dict()))
+    assert read_verification(tmp_path / "verify.json") == found.to_dict()

@@ -4,15 +4,17 @@ Reads requests from stdin, a JSON line each: pytest's `arguments`, and the file 
 line: pytest's exit code. What is under test is not imported here, so that every fork imports it anew.
 """
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401
-import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
+#: What the tests import, the slowest first: once here, and not in each fork.
+SLOW = ("torch._dynamo", "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "torch.distributed.tensor")
+SLOW += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "hypothesis", "xdist")
 CRASHED = 70
 
 
@@ -34,5 +36,8 @@ def run(arguments: list[str], output: str) -> int:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this file's folder: what is under test is in the current one
+    for name in SLOW:
+        importlib.import_module(name)
+    assert "qwen2_fp16_fix" not in sys.modules
     for line in sys.stdin:
         print(run(**json.loads(line)), flush=True)

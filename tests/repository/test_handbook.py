@@ -136,8 +136,8 @@ def test_python_runs_as_it_stands(
     exec(compile(fill(block.code, PATH=DEMO, OWNER__NAME=exported), block.page, "exec"), variables)
     assert "!!!!" not in capsys.readouterr().out
     if "model" in variables:
-        found = qwen2_fp16_fix.status(variables["model"])["model"]
-        assert found["fixed"], found
+        found = qwen2_fp16_fix.status(variables["model"]).model
+        assert found.fixed, found
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason], ids=name_of)

@@ -30,8 +30,8 @@ def test_misplaced_mutations_are_named(tmp_path: Path) -> None:
     there = Mutation("there", "a.py", "x = 1", "", "a.py::test_x[1]")
     cases = (
         (there, []),
-        (there._replace(old="x = 2"), ["there: a.py has 0 times 'x = 2'"]),
-        (there._replace(old="y = 2"), ["there: a.py has 2 times 'y = 2'"]),
+        (there._replace(old="x = 2"), ["there: 'x = 2' is not found exactly once in a.py, but 0 times"]),
+        (there._replace(old="y = 2"), ["there: 'y = 2' is not found exactly once in a.py, but 2 times"]),
         (there._replace(file="b.py"), ["there: there is no b.py"]),
         (there._replace(red="a.py::test_y"), ["there: a.py defines no test_y"]),
         (there._replace(red="b.py::test_x"), ["there: there is no b.py"]),

@@ -1,7 +1,7 @@
-"""Python runs this at the start of every process beneath `qwen2-fp16-fix run`, and it registers the fix there.
+"""Registers the fix in a process under `qwen2-fp16-fix run`. Python runs this file at the start of each of them.
 
-It waits until the program imports transformers, so that processes which never do pay nothing. Where the fix cannot be
-had, the process ends with one sentence and exit code 3 rather than going on with a stock Qwen2.
+It waits until the program imports transformers, so that other programs lose no time. If the fix cannot be registered,
+the process ends with one sentence and exit code 3: it must not continue with a stock Qwen2.
 """
 
 import importlib.abc
@@ -18,12 +18,12 @@ CHECKOUT = HERE.parents[2]
 
 
 class AfterTransformers(importlib.abc.MetaPathFinder):
-    """Lets `transformers` be found as always, and registers the fix once its package has run."""
+    """Finds `transformers` as usual, and registers the fix once its package has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec only for `transformers`, and only the first time."""
+        """The spec of `transformers`, the first time only; None for everything else."""
         if fullname != "transformers":
             return None
         sys.meta_path.remove(self)
@@ -40,10 +40,10 @@ class AfterTransformers(importlib.abc.MetaPathFinder):
 
 
 def register_or_exit() -> None:
-    """Registers the fix in this process, or ends it with the reason."""
+    """Registers the fix, or ends the process with the reason."""
     try:
         if (CHECKOUT / "pyproject.toml").is_file() and str(CHECKOUT) not in sys.path:
-            sys.path.append(str(CHECKOUT))  # run from a checkout that is not installed
+            sys.path.append(str(CHECKOUT))  # for a checkout that is not installed
         from qwen2_fp16_fix.registration.register import register
 
         register()
@@ -56,13 +56,13 @@ def register_or_exit() -> None:
 
 
 def end(sentence: str) -> NoReturn:
-    """Ends the process: SystemExit passes through programs that catch every Exception."""
+    """Ends the process. SystemExit is not caught by programs that catch every Exception."""
     print(f"qwen2-fp16-fix: {sentence}", file=sys.stderr)
     raise SystemExit(3)
 
 
 def run_shadowed_sitecustomize() -> None:
-    """Runs the sitecustomize that this one hides, if the environment has another."""
+    """Runs the sitecustomize that this one hides, if there is another on the path."""
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
     if spec is not None and spec.loader is not None:

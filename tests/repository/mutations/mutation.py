@@ -33,7 +33,7 @@ def _misplaced_anchor(path: Path, anchor: str) -> str:
     if not path.is_file():
         return f"there is no {path.name}"
     count = path.read_text(encoding="utf-8").count(anchor)
-    return "" if count == 1 else f"{path.name} has {count} times {anchor!r}"
+    return "" if count == 1 else f"{anchor!r} is not found exactly once in {path.name}, but {count} times"
 
 
 def _missing_test(path: Path, function: str) -> str:

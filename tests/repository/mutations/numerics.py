@@ -145,7 +145,7 @@ MUTATIONS = (
         FILE,
         "mask = mask[..., :key_length]\n    if mask.dtype == torch.bool:\n        return mask",
         "if mask.dtype == torch.bool:\n        return mask",
-        "tests/patches/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[seal_mask]",
+        "tests/patches/test_numerics.py::test_a_mask_one_column_too_wide_is_cut[mask_to_minus_inf]",
     ),
     Mutation(
         "a hook's output is overwritten",

@@ -1,0 +1,179 @@
+"""The config.json of a checkpoint, checked: which model it is of, its sizes, and the code that loads it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from ..errors import CheckpointError
+from ..patches.architecture import QWEN2
+from ..patches.errors import NotQwen2Error
+from ..patches.range_plan import LayerShape
+
+MODEL_TYPES = QWEN2.model_types
+STRICT = MODEL_TYPES[1]
+#: The files of this project that an export's auto_map names.
+OWN_CODE = ("modeling_qwen2_fp16", "configuration_qwen2_fp16")
+NUMBERS = ("rms_norm_eps", "rope_theta")  # of config.json, besides the sizes
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises CheckpointError, or NotQwen2Error where it is another model's."""
+    with reachable(folder):
+        found = (folder / "config.json").is_file()
+    if not found:
+        raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
+    check_architectures(config)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with a JSON object. Raises CheckpointError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, parse_constant=_finite_number, parse_float=_finite_number)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object.")
+    return found
+
+
+def _finite_number(text: str) -> float:
+    """Raises ValueError for NaN and infinity: Python's JSON reads them, no other JSON does."""
+    found = float(text)
+    if not math.isfinite(found):
+        raise ValueError(f"{text} is no finite number")
+    return found
+
+
+@contextmanager
+def reachable(path: Path) -> Iterator[None]:
+    """Around questions about a path that the system may refuse to answer. Raises CheckpointError where it does."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): change the rights, or name another folder."
+        ) from None
+
+
+# Classes and code
+
+
+def check_architectures(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless they are a list of names, or none."""
+    found = config.get("architectures")
+    if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise CheckpointError(f"config.json has architectures = {found!r}, not a list of names.")
+
+
+def generates(config: Mapping[str, Any], unnamed: bool) -> bool:
+    """Whether an architecture of the config predicts tokens. unnamed: the answer where the config names none."""
+    names = config.get("architectures")
+    return any("CausalLM" in str(name) for name in names) if names else unnamed
+
+
+def code_named(config: Mapping[str, Any]) -> dict[str, str]:
+    """Auto class to the module and class in the config's auto_map. The repository is left out: its owner is a user."""
+    auto_map = config.get("auto_map")
+    named = auto_map if isinstance(auto_map, dict) else {}
+    return {str(auto): _without_repository(target) for auto, target in named.items()}
+
+
+def _without_repository(target: Any) -> str:
+    """`module.Class`, of that or of `OWNER/NAME--module.Class`."""
+    return str(target).rpartition("--")[2]
+
+
+def foreign_code(config: Mapping[str, Any]) -> str | None:
+    """The first class in the config's auto_map that builds the model and is not this project's."""
+    auto_map = config.get("auto_map") or {}
+    named = code_named(config) if isinstance(auto_map, dict) else {"AutoModel": _without_repository(auto_map)}
+    for auto, name in named.items():
+        if auto.startswith(("AutoModel", "AutoConfig")) and name.partition(".")[0] not in OWN_CODE:
+            return name
+    return None
+
+
+def is_exported(config: Mapping[str, Any]) -> bool:
+    """Whether the config is an export's: by its model type, which only a strict one has, or by the code it names."""
+    modules = {name.partition(".")[0] for name in code_named(config).values()}
+    return config.get("model_type") == STRICT or OWN_CODE[0] in modules
+
+
+def builds_own_model(config: Mapping[str, Any]) -> bool:
+    """Whether AutoModel builds this project's class by the config's auto_map. Every export has it."""
+    return code_named(config).get("AutoModel", "").partition(".")[0] == OWN_CODE[0]
+
+
+def dtype_keyword(transformers_version: str) -> str:
+    """The keyword by which from_pretrained of that transformers release takes the dtype of a model."""
+    return "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
+
+
+# Sizes
+
+
+def read_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A size from a config; `default` where it is absent or null. Raises CheckpointError unless it is above 0."""
+    found = config.get(key)
+    found = default if found is None else found
+    if type(found) is not int or found < 1:
+        raise CheckpointError(f"config.json has {key} = {found!r}, not a whole number above 0.")
+    return found
+
+
+def read_shape(config: Mapping[str, Any]) -> LayerShape:
+    """The sizes of a layer. Raises CheckpointError where no Qwen2 has them."""
+    hidden, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
+    kv_heads = read_size(config, "num_key_value_heads", heads)
+    positions = read_size(config, "max_position_embeddings", 32768)
+    head_dim = read_size(config, "head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise CheckpointError(f"config.json has {heads} heads for {kv_heads} key heads, {head_dim} wide: no Qwen2 has.")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    try:
+        scale = rotation_scale(scaling, positions)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        raise CheckpointError(f"config.json has a rope scaling that cannot be read: {scaling!r}.") from None
+    for place in (config, scaling):
+        for key in NUMBERS:
+            _check_number(key, place.get(key))
+    return LayerShape(hidden, heads, kv_heads, head_dim, positions, str(config.get("hidden_act", "silu")), scale)
+
+
+def _check_number(key: str, found: Any) -> None:
+    """Raises CheckpointError for a number that a model would fail at later, in its arithmetic. null is a default."""
+    if found is not None and (type(found) not in (int, float) or not 0 <= found < math.inf):
+        raise CheckpointError(f"config.json has {key} = {found!r}, not a finite number from 0.")
+
+
+def rotation_scale(scaling: Mapping[str, Any], positions: int = 0) -> float:
+    """The factor of cos and sin under yarn (Peng et al. 2023, eq. 22) and longrope; 1 for other scalings.
+
+    Some releases take the factor as written, others from `positions`, the longest context, and old ones do not scale.
+    The largest of these bounds them all.
+    """
+    kind, original = scaling.get("rope_type", scaling.get("type")), scaling.get("original_max_position_embeddings")
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return max(1.0, float(scaling["attention_factor"]))
+    factor = max(1.0, float(scaling.get("factor") or 1.0), positions / original if original else 1.0)
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original or positions or 32768))
+    plain = 0.1 * math.log(factor) + 1
+    if not scaling.get("mscale") or not scaling.get("mscale_all_dim"):
+        return plain
+    whole = 0.1 * float(scaling["mscale_all_dim"]) * math.log(factor) + 1
+    return max(1.0, plain, (0.1 * float(scaling["mscale"]) * math.log(factor) + 1) / whole)

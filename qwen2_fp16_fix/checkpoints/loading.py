@@ -1,0 +1,84 @@
+"""Loads a checkpoint as a stock or a fixed model, quietly, and runs it.
+
+The entry of `patches/` is imported where it is used: it raises where the installed transformers is not supported, and
+`quiet` and the devices are wanted there, too.
+"""
+
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .config import dtype_keyword
+
+
+def load(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> nn.Module:
+    """The checkpoint as a stock or a fixed Qwen2ForCausalLM, in eval mode."""
+    with quiet():
+        loaded = build(fixed, causal_class(fixed).from_pretrained, folder, **load_options(dtype, attention))
+    model: nn.Module = loaded.eval()
+    return model
+
+
+def causal_class(fixed: bool) -> Any:
+    """The fixed or the stock Qwen2ForCausalLM."""
+    from ..patches.modeling_qwen2_fp16 import STOCK, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM if fixed else STOCK.Qwen2ForCausalLM
+
+
+def load_options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained and _from_config, by their names in the installed transformers."""
+    return {"attn_implementation": attention, dtype_keyword(transformers.__version__): dtype}
+
+
+def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """make(*args, **kwargs), a fixed or a stock model, whatever is registered or the caller's thread wants."""
+    if fixed:
+        return contextvars.Context().run(make, *args, **kwargs)  # in an empty context nobody wants stock models
+    from ..patches.modeling_qwen2_fp16 import stock_models
+
+    with stock_models():
+        return make(*args, **kwargs)
+
+
+@torch.no_grad()
+def forward(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits (1, S, vocabulary) of tokens (1, S)."""
+    logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    return logits
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' notices and progress bars out of our own output. Errors still raise."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
+def default_device() -> str:
+    """The device to run on where none is asked for: cuda where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_problem(device: str) -> Exception | None:
+    """The error that torch raises where it cannot compute on a device of that name; None where it can."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return error
+    return None

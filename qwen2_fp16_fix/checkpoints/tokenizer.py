@@ -1,0 +1,57 @@
+"""Text to token ids, by the tokenizer of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ..errors import CheckpointError, VerificationError, first_line
+from ..files import PASSAGE, read_utf8
+from .folder import FolderSource
+from .loading import quiet
+
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empty tokenizer where there is neither
+
+
+def read_text(text: str | Path | None) -> str:
+    """The text itself, that of a UTF-8 file, or by default the packaged passage. Raises VerificationError."""
+    if isinstance(text, str):
+        found, name = text, "the text"
+    else:
+        path = PASSAGE if text is None else text
+        found, name = read_utf8(path, "a text file", VerificationError), str(path)
+    if not found.strip():
+        raise VerificationError(f"{name} is empty: give a text of at least two tokens.")
+    return found
+
+
+def tokens_of(text: str, source: FolderSource, folder: Path, tokenizer: Any = None) -> Tensor:
+    """The text as tokens (1, S), int64, by the folder's tokenizer or by the one given.
+
+    Raises CheckpointError where the tokenizer cannot be loaded or is another model's, and VerificationError for a text
+    of one token.
+    """
+    with quiet():
+        tokens: Tensor = (tokenizer or open_tokenizer(folder))(text, return_tensors="pt")["input_ids"]
+    tokens = tokens.to("cpu", torch.int64)
+    if tokens.shape[1] < 2:
+        raise VerificationError("the text is a single token: give one of at least two.")
+    rows = source.config.get("vocab_size")
+    if isinstance(rows, int) and int(tokens.max()) >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives token {int(tokens.max())}, but the model's vocabulary ends at {rows - 1}: it is "
+            "another model's tokenizer."
+        )
+    return tokens
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. Raises CheckpointError."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(f"{folder} has no tokenizer: copy tokenizer.json of the original checkpoint into it.")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)}).") from None

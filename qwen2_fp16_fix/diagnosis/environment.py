@@ -1,0 +1,183 @@
+"""The environment of a model: other tools that change Qwen2, and settings of torch that change its numbers."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any, NamedTuple
+
+import torch
+
+from ..results import Record
+from ..translations import DOCTOR_TEXTS
+from .devices import Device
+from .remarks import Remark, in_words, remark
+
+#: Distribution to the module it is imported as.
+KNOWN = {
+    "liger-kernel": "liger_kernel",
+    "unsloth": "unsloth",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "vllm": "vllm",
+}
+
+QWEN2 = "transformers.models.qwen2.modeling_qwen2"
+RELIED_ON = re.compile(r"Qwen2(Model|ForCausalLM|DecoderLayer|MLP|RMSNorm|RotaryEmbedding|\w*Attention\w*)")
+OURS = ("transformers.", "transformers_modules.", __name__.partition(".")[0])
+
+
+class Tool(NamedTuple):
+    """A tool that is installed or imported."""
+
+    name: str
+    version: str | None
+    imported: bool
+    replaced: tuple[str, ...]  # the Qwen2 classes that it has replaced in this process
+
+
+def tools() -> list[Tool]:
+    """The known tools that are installed or imported, and every other module that has replaced a Qwen2 class."""
+    replaced = replaced_classes()
+    found = []
+    for name, module in KNOWN.items():
+        version, imported = _version(name), module in sys.modules
+        taken = tuple(qwen2 for qwen2, origin in replaced.items() if origin.partition(".")[0] == module)
+        if version is not None or imported or taken:
+            found.append(Tool(name, version, imported, taken))
+    for origin in sorted({o.partition(".")[0] for o in replaced.values()} - set(KNOWN.values())):
+        taken = tuple(qwen2 for qwen2, by in replaced.items() if by.partition(".")[0] == origin)
+        found.append(Tool(origin, None, True, taken))
+    return found
+
+
+def replaced_classes() -> dict[str, str]:
+    """Classes of transformers' Qwen2 that another module has replaced or patched: their names and that module."""
+    try:
+        stock = import_module(QWEN2)
+    except ImportError:  # transformers before 4.37
+        return {}
+    found = {}
+    for name, part in vars(stock).items():
+        if isinstance(part, type) and RELIED_ON.fullmatch(name):
+            forward = inspect.unwrap(getattr(part, "forward", part))
+            foreign = [thing.__module__ for thing in (part, forward) if not thing.__module__.startswith(OURS)]
+            if foreign:
+                found[name] = foreign[0]
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class ToolFacts(Record):
+    """A tool, and what it means for the fix."""
+
+    name: str
+    version: str | None
+    imported: bool
+    replaced: list[str]  # the Qwen2 classes that the tool has replaced in this process
+    text: str
+
+
+def examine_tools(language: str) -> tuple[list[ToolFacts], list[Remark], list[Remark]]:
+    """The tools that are here, those that have replaced a class of Qwen2 as findings, and no warnings."""
+    facts, findings = [], []
+    for tool in tools():
+        code = f"tool.{tool.name}"
+        effect = remark(code if code in DOCTOR_TEXTS[language] else "tool.other")
+        if tool.replaced:
+            effect = remark("tool.replaced", tool=tool.name, classes=", ".join(tool.replaced))
+            findings.append(effect)
+        facts.append(ToolFacts(tool.name, tool.version, tool.imported, list(tool.replaced), in_words(effect, language)))
+    return facts, findings, []
+
+
+matmul: Any = torch.backends.cuda.matmul
+cuda: Any = torch.backends.cuda
+
+
+class Setting(NamedTuple):
+    """One setting."""
+
+    name: str  # as a program writes it
+    value: Any  # None where this torch has no such setting
+    matters: str  # what of a fixed model it changes: "finiteness", "closeness", "stock only" or "no"
+    risky: bool = False  # with this value a fixed model could overflow
+
+
+def settings() -> list[Setting]:
+    """Every setting that matters, and some that are often suspected and do not matter."""
+    halved = _value(lambda: cuda.fp16_bf16_reduction_math_sdp_allowed())
+    fallback = _value(lambda: cuda.math_sdp_enabled())
+    prefix = "torch.backends.cuda"
+    return [
+        Setting(f"{prefix}.allow_fp16_bf16_reduction_math_sdp", halved, "finiteness", risky=bool(halved and fallback)),
+        Setting(f"{prefix}.enable_math_sdp", fallback, "no"),
+        Setting(
+            f"{prefix}.matmul.allow_fp16_accumulation", _value(lambda: matmul.allow_fp16_accumulation), "closeness"
+        ),
+        Setting(
+            f"{prefix}.matmul.allow_fp16_reduced_precision_reduction",
+            _value(lambda: matmul.allow_fp16_reduced_precision_reduction),
+            "closeness",
+        ),
+        Setting(
+            f"{prefix}.matmul.allow_bf16_reduced_precision_reduction",
+            _value(lambda: matmul.allow_bf16_reduced_precision_reduction),
+            "closeness",
+        ),
+        Setting("torch.set_float32_matmul_precision", _value(torch.get_float32_matmul_precision), "closeness"),
+        Setting(f"{prefix}.matmul.allow_tf32", _value(lambda: matmul.allow_tf32), "closeness"),
+        Setting("torch.autocast", autocast_here(), "stock only"),
+    ]
+
+
+def _value(read: Callable[[], Any]) -> Any:
+    """A setting's value. None if this torch lacks it, or refuses to answer because old and new names were mixed."""
+    try:
+        found = read()
+    except (AttributeError, RuntimeError):
+        return None
+    return list(found) if isinstance(found, tuple) else found
+
+
+def autocast_here() -> str:
+    """The device types with autocast on, each with its dtype, or "off"."""
+    kinds = [kind for kind in ("cuda", "mps", "cpu") if torch.amp.is_autocast_available(kind)]
+    on = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+    return ", ".join(f"{kind} {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')}" for kind in on) or "off"
+
+
+@dataclass(frozen=True)
+class SettingFacts(Record):
+    """A setting, and what it means for a fixed model here."""
+
+    name: str
+    value: Any
+    matters: str
+    risky: bool
+    applies: bool  # to a device that is here
+    text: str
+
+
+def examine_settings(
+    hardware: Sequence[Device], language: str
+) -> tuple[list[SettingFacts], list[Remark], list[Remark]]:
+    """The settings, no findings, and the risky settings as warnings."""
+    has_cuda = any(device.kind in ("cuda", "rocm") for device in hardware)
+    facts, warnings = [], []
+    for item in settings():
+        effect = remark(f"setting.{item.name.rpartition('.')[2]}")
+        if item.risky:
+            warnings.append(effect)
+        applies = has_cuda or ".cuda.matmul." not in item.name
+        facts.append(SettingFacts(*item, applies=applies, text=in_words(effect, language)))
+    return facts, [], warnings

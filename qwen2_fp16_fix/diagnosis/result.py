@@ -1,0 +1,92 @@
+"""What `doctor` returns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from ..results import Record, Result
+from . import text
+from .advice import Recommendation
+from .checkpoint import CheckpointFacts
+from .devices import DeviceFacts
+from .environment import SettingFacts, ToolFacts
+from .remarks import Finding
+from .self_test import SelfTests
+
+
+@dataclass(frozen=True)
+class FixState(Record):
+    """Whether the fix can be used, is on, and is registered in this process."""
+
+    supported: str  # the releases of transformers, as a requirement
+    enabled: bool  # False under QWEN2_FP16_FIX=0
+    problem: str | None  # why it cannot be used
+    registered: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class LockState(Record):
+    """Whether what runs here is pinned by a lock, and still the same."""
+
+    state: str  # "none", "kept" or "drifted"
+    differences: list[str]
+    text: str
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Result):
+    """What `doctor` has found. Paths, user names and tokens are left out."""
+
+    healthy: bool
+    supported: bool  # the installed transformers
+    verdict: str
+    findings: list[Finding]  # what breaks
+    warnings: list[Finding]  # what may break
+    versions: dict[str, Any]
+    devices: list[DeviceFacts]
+    advice: list[Recommendation]
+    fix: FixState
+    lock: LockState
+    tools: list[ToolFacts]
+    settings: list[SettingFacts]
+    self_test: SelfTests
+    checkpoint: CheckpointFacts | None  # None without a path
+    language: str = "en"  # of the sentences; not in `to_dict`
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all is well, 1 if something breaks, 3 if the installed transformers is not supported."""
+        return 3 if not self.supported else int(not self.healthy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data: what `doctor --json` prints."""
+        found = super().to_dict()
+        del found["language"]
+        return found
+
+    def summary(self) -> str:
+        """The verdict."""
+        return self.verdict
+
+    def __rich__(self) -> RenderableType:
+        """The verdict, then what to do, then the facts. Printed with `soft_wrap=True`, code is never wrapped."""
+        page = text.Page(self.language)
+        known = {name: value for name, value in self.versions.items() if isinstance(value, str | int)}
+        parts: list[list[RenderableType]] = [
+            [text.Lines(self.verdict, style="bold green" if self.healthy else "bold red", indent=0)],
+            page.findings("findings", self.findings[1:], "red"),  # the first is in the verdict
+            page.findings("warnings", self.warnings, "yellow"),
+            page.advice(self.advice),
+            [page.heading("versions")],
+            [text.Lines(", ".join(f"{name} {value}" for name, value in known.items() if name != "tested"))],
+            page.devices(self.devices),
+            [page.heading("fix"), text.Lines(self.fix.text)],
+            [page.heading("lock"), text.Lines(self.lock.text, *self.lock.differences[1:])],
+            page.self_test(self.self_test),
+            [] if self.checkpoint is None else page.checkpoint(self.checkpoint),
+            page.tools(self.tools),
+            page.settings(self.settings),
+        ]
+        return Group(*(each for part in parts for each in part))

@@ -1,0 +1,64 @@
+"""A scan in words: both languages say the same, and a token is printed as it stands."""
+
+import json
+import re
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import qwen2_fp16_fix
+from qwen2_fp16_fix.activations.sites import ENDS, SITES
+from qwen2_fp16_fix.scanning import sentences
+from qwen2_fp16_fix.translations import SCAN_TEXTS as TEXTS
+from tests.scanning.planted import with_tokens
+
+SHOWING = (".py", ".html", ".css", ".js")  # the files of a room that may name a text
+
+pytestmark = pytest.mark.xdist_group("scan")  # one worker builds the checkpoints, for all
+
+
+def test_findings_are_json_and_are_rendered_in_both_languages(
+    scans: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, fixed in (("scores", False), ("swiglu", False), ("massive", False), ("keys", True)):
+        found = scans(kind, fixed)
+        assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+        for lang in sentences.LANGUAGES:
+            Console(width=160).print(sentences.rendered(found, lang))
+            assert " ".join(sentences.verdict(found, lang).split()) in " ".join(capsys.readouterr().out.split())
+    assert "All of them are raw scores" in " ".join(sentences.consequences(scans("scores")))
+
+
+def test_a_token_that_is_markup_to_rich_is_printed_as_it_stands(
+    scans: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer with a token `[/INST]` ended in rich's MarkupError, after the run; `[b]` was swallowed."""
+    for token in ("[/INST]", "[b]", ":smile:"):
+        Console(width=200).print(with_tokens(scans("scores"), token))
+        assert f"`{token}`" in capsys.readouterr().out
+
+
+def test_both_languages_have_the_same_keys_and_placeholders() -> None:
+    def fields(text: str) -> set[str | None]:
+        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+
+    english, chinese = (TEXTS[lang] for lang in ("en", "zh"))
+    assert english.keys() == chinese.keys()
+    for key, text in english.items():
+        assert fields(text) == fields(chinese[key]), key
+        assert chinese[key].strip(), key
+
+
+def test_every_text_is_used() -> None:
+    """A text that nothing shows is one that nobody keeps true."""
+    package = Path(qwen2_fp16_fix.__file__).parent
+    files = [file for room in ("scanning", "report") for file in (package / room).rglob("*") if file.suffix in SHOWING]
+    sources = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert {key for key in TEXTS["en"] if key.startswith("site_")} == {f"site_{name}" for name in (*SITES, *ENDS)}
+    for key in [key for key in TEXTS["en"] if not key.startswith("site_")]:
+        name = re.sub(r"^(column|term|what|verdict)_", "", key).removesuffix("_text")
+        assert re.search(rf"\b{name}\b|_{name}\b", sources), key

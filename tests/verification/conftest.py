@@ -1,0 +1,55 @@
+"""The demo's table, run once for all tests of verify, and a tiny checkpoint."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwen2_fp16_fix
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
+from qwen2_fp16_fix.verification import rows, verify
+from qwen2_fp16_fix.verification.result import VerificationResult
+from tests.verification.letters import tiny
+
+
+@pytest.fixture(scope="session")
+def findings() -> VerificationResult:
+    return qwen2_fp16_fix.verify(CHECKPOINT, window=256, stride=128, tokens=400, device="cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return tiny(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle and float16 eager, for tests that ask nothing of the others."""
+    few = [rows.ORACLE, *(rows.Row("float16", "eager", fixed) for fixed in (False, True))]
+    monkeypatch.setattr(verify, "planned_rows", lambda device: few)
+    monkeypatch.setattr(rows, "NEW_TOKENS", 4)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The rows that are loaded; at each load every model loaded before must be gone."""
+    alive: list[weakref.ref[Any]] = []
+    names: list[str] = []
+    plain = rows.load
+
+    def watched(folder: Path, fixed: bool, dtype: torch.dtype, attention: str) -> Any:
+        assert all(model() is None for model in alive), f"a model is still there as number {len(alive) + 1} is loaded"
+        names.append(f"{'fixed' if fixed else 'stock'} {str(dtype).removeprefix('torch.')} {attention}")
+        model = plain(folder, fixed, dtype, attention)
+        model.__dict__["cycle"] = model  # as hooks and caches make them: such a model outlives its last name
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(rows, "load", watched)
+    gc.disable()  # what frees the models must be the code, not luck
+    yield names
+    gc.enable()
