@@ -32,7 +32,7 @@ QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # each has a sentence of its ow
 
 @dataclass(frozen=True)
 class CheckpointFacts(Record):
-    """What a checkpoint is."""
+    """The facts of a checkpoint: its type, its code, its sizes, and notes."""
 
     model_type: str
     architectures: list[str]

@@ -38,7 +38,7 @@ class Table(NamedTuple):
 
 
 def heads(lang: str, *names: str) -> tuple[Head, ...]:
-    """Heads by their keys; `n:` before one marks numbers, `w:` what may wrap."""
+    """Heads by their keys; `n:` before a key marks numbers, `w:` texts that may wrap."""
     found = (name.rpartition(":") for name in names)
     return tuple(Head(TEXTS[lang][f"column_{key}"], kind == "n", kind == "w") for kind, _, key in found)
 
@@ -127,7 +127,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def cache_table(scans: Sequence[ScanResult], lang: str) -> Table:
-    """What int8 and int4 caches lose, stock beside fixed."""
+    """The losses of int8 and int4 caches, stock beside fixed."""
     found = [(scan, layer) for scan in scans for layer in scan.quantisation.cache]
     rows = [_cache_row(scan, layer, lang) for scan, layer in sorted(found, key=lambda pair: pair[1].layer)]
     columns = heads(
