@@ -54,7 +54,7 @@ class LayerCertificate(Record):
     """
 
     layer: int
-    exponents: dict[str, int]  # that keep the layer in range
+    exponents: dict[str, int]  # of the powers of two that keep the layer in range
     bounds: dict[str, float | None]
     headroom_bits: dict[str, float | None]  # how many times a bound could double
     proven: bool

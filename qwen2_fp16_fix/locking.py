@@ -131,7 +131,7 @@ def _strays(folder: Path) -> Iterator[str]:
 
 
 def _foreign_code(folder: Path, locked: Mapping[str, str]) -> Iterator[str]:
-    """Code that the configurations in `folder` have transformers run, and that is not in the lock."""
+    """Code that the configurations in `folder` make transformers run, if the lock lacks it."""
     for path in sorted(folder.glob("*config.json")):
         try:
             content = json.loads(path.read_bytes())

@@ -117,7 +117,7 @@ def builds_own_model(config: Mapping[str, Any]) -> bool:
 
 
 def dtype_keyword(transformers_version: str) -> str:
-    """The keyword by which from_pretrained of that transformers release takes the dtype of a model."""
+    """The keyword of from_pretrained for a model's dtype, in that release of transformers."""
     return "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
 
 

@@ -76,7 +76,7 @@ def default_device() -> str:
 
 
 def device_problem(device: str) -> Exception | None:
-    """The error that torch raises if it cannot compute on a device of that name; None if it can."""
+    """The error of torch when it cannot compute on a device of that name; None when it can."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

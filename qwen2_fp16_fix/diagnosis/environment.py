@@ -108,7 +108,7 @@ class Setting(NamedTuple):
     """One setting."""
 
     name: str  # as a program writes it
-    value: Any  # None where this torch has no such setting
+    value: Any  # None if this torch has no such setting
     matters: str  # which promise of a fixed model it touches: "finiteness", "closeness", "stock only" or "no"
     risky: bool = False  # with this value a fixed model could overflow
 

@@ -93,7 +93,7 @@ def _watch_class(kind: Any, judge: Callable[[Any], None]) -> None:
 
 
 def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
-    """`fetch`, by which the Auto classes get the class of a checkpoint's own code, with that class watched."""
+    """Wraps `fetch`, by which Auto classes get the class of a checkpoint's own code, so that the class is watched."""
 
     @functools.wraps(fetch)
     def get_class_from_dynamic_module(*args: Any, **kwargs: Any) -> Any:

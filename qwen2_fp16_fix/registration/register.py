@@ -117,7 +117,7 @@ def _undo_unless_wanted() -> None:
 
 
 def qwen2_auto_classes() -> list[Any]:
-    """The Auto classes that build a Qwen2 class for which there is a fixed one, each once."""
+    """The Auto classes that build a Qwen2 class with a fixed counterpart, each once."""
     found: list[Any] = []
     for auto in vars(modeling_auto).values():
         is_auto = isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)

@@ -84,7 +84,7 @@ def band_of(cell: MeasuredSite | None) -> float | None:
 
 
 def bits_text(cell: MeasuredSite | None) -> str:
-    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – where nothing is stored."""
+    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – if nothing is stored."""
     if cell is None or cell.stored_as is None:
         return "–"
     if cell.headroom_bits is None:

@@ -88,7 +88,8 @@ class Findings(NamedTuple):
     def first_nonfinite(self, sites: tuple[MeasuredSite, ...]) -> FirstNonfinite | None:
         """The first site that is not finite, and how large its largest number is in fp32. None if all are finite.
 
-        The number named is the largest of the site if that passes 65504, else the first that float16 lost.
+        If the site's largest passes 65504, that number is named. Otherwise it is the first that float16 lost: its size
+        is not known.
         """
         if self.broken is None:
             return None

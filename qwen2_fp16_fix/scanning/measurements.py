@@ -108,7 +108,7 @@ class Measurements:
 
 
 class BreakSearch:
-    """Looks for the site where a run breaks first, and measures nothing else. It costs little more than the forward.
+    """Looks for the site at which a run breaks first, and measures nothing else. It costs little more than the forward.
 
     All prompts go through the layer in which one of them breaks, since another may break at an earlier site of it.
     """

@@ -251,7 +251,7 @@ class ScanResult(Result):
 
 
 def headroom(site: MeasuredSite) -> float:
-    """A site's headroom as a number to compare: below all others where a number is not finite."""
+    """A site's headroom as a number to compare: below all others if a number is not finite."""
     return -1e9 if site.headroom_bits is None else site.headroom_bits
 
 

@@ -189,6 +189,6 @@ def continuation(model: Any, prompt: Tensor) -> list[int]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The index of the first token that differs, also where one continuation is shorter; None if they are equal."""
+    """The index of the first token that differs, also if one continuation is shorter; None if they are equal."""
     pairs = enumerate(zip_longest(ours, theirs))
     return next((index for index, (own, other) in pairs if own != other), None)
