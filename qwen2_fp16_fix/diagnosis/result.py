@@ -72,7 +72,7 @@ class Diagnosis(Result):
 
     def __rich__(self) -> RenderableType:
         """The verdict, then the advice, then the facts. Print it with `soft_wrap=True`, so that no code is wrapped."""
-        page = text.Page(self.language)
+        page = text.ReportParts(self.language)
         known = {name: value for name, value in self.versions.items() if isinstance(value, str | int)}
         parts: list[list[RenderableType]] = [
             [text.Lines(self.verdict, style="bold green" if self.healthy else "bold red", indent=0)],

@@ -45,8 +45,8 @@ class Code:
             yield from (Text(f"    {line}".rstrip()) for line in self.code.splitlines())
 
 
-class Page:
-    """The parts of a report, each as a list of what is printed below each other."""
+class ReportParts:
+    """The parts of a report. Each is a list of renderables, which are printed below each other."""
 
     def __init__(self, language: str) -> None:
         """language: of the headings and phrases."""

@@ -79,7 +79,7 @@ class Findings(NamedTuple):
                 site=place.site,
                 largest=finite(extremes.largest),
                 stored_as=stored,
-                headroom_bits=headroom_bits(extremes, stored),
+                headroom_bits=headroom_of(extremes, stored),
                 subnormal_share=extremes.subnormal_share,
                 where=where_of(extremes.spot, self.read),
                 bound=bound_of(place, certificate, self.fixed),
@@ -110,7 +110,7 @@ def stored_as(place: SitePlace, extremes: Extremes, fixed: bool, attention: str)
     return str(extremes.dtype).removeprefix("torch.") if fixed else "float16"
 
 
-def headroom_bits(extremes: Extremes, stored: str | None) -> float | None:
+def headroom_of(extremes: Extremes, stored: str | None) -> float | None:
     """log2 of the type's largest number over the site's; None if a number is not finite."""
     if not extremes.finite:
         return None

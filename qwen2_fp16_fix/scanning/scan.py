@@ -69,7 +69,7 @@ def scan(
         fixed, name = bool(fixed), str(model_or_path)
         weights = _open_folder(Path(model_or_path), fixed, attention, device)
     read = tokenise(asked, weights, tokenizer, tokens)
-    measured, broken, spikes = measure(weights, read.ids, fixed, console)
+    measured, broken, spikes = measure_prompts(weights, read.ids, fixed, console)
     findings = Findings(measured, broken, spikes, read, fixed, attention)
     found = ScanResult(
         versions=status(),
@@ -102,7 +102,7 @@ def _open_folder(folder: Path, fixed: bool, attention: str, device: str | None) 
     return ModelOnDisk(folder, open_checkpoint(folder), fixed, attention, choose_device(device))
 
 
-def measure(
+def measure_prompts(
     weights: WeightProvider, ids: list[Tensor], fixed: bool, progress: Progress
 ) -> tuple[Measurements, Break | None, list[BiasSpike]]:
     """Runs the prompts through the model. Returns the measurements, the first break, and the spikes of the biases.
