@@ -79,7 +79,7 @@ def flash_attentions(device: torch.device) -> list[str]:
     ]
 
 
-def measure_row(inputs: RowInputs, row: Row) -> MeasuredRow:
+def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
     """Loads the row's model, scores the text with it, continues the prompts, and gives the row.
 
     Raises CheckpointError if the oracle itself is not finite: there is nothing to compare with.

@@ -31,7 +31,7 @@ from .divergence import OracleLogits, sliding_windows
 from .judgement import shortcomings, verdict_of
 from .result import MeasuredRow, VerificationResult, VerifiedRow
 from .resume import FinishedRows, digest_of
-from .rows import ORACLE, Row, RowInputs, measure_row, planned_rows
+from .rows import ORACLE, Row, RowInputs, measure, planned_rows
 from .settings import Request, Settings
 
 
@@ -162,7 +162,7 @@ def _fill(
         for row in todo:
             announce(row.name)
             try:
-                measured = measure_row(inputs, row)
+                measured = measure(inputs, row)
             except torch.cuda.OutOfMemoryError:
                 raise VerificationError(
                     f"the GPU's memory does not hold {row.name}: use the cpu device, or a smaller window."

@@ -62,7 +62,7 @@ def measured(row: VerifiedRow) -> MeasuredRow:
 def test_thresholds_decide_the_exit_code(
     findings: VerificationResult, monkeypatch: pytest.MonkeyPatch, extra: list[str], code: int
 ) -> None:
-    monkeypatch.setattr(verify, "measure_row", lambda inputs, of: measured(row(findings, of.name)))
+    monkeypatch.setattr(verify, "measure", lambda inputs, of: measured(row(findings, of.name)))
     done = CliRunner().invoke(cli.app, ["verify", str(CHECKPOINT), "--json", "--device", "cpu", *extra])
     found = json.loads(done.stdout)
     assert (done.exit_code, found["passed"]) == (code, code == 0)

@@ -19,17 +19,17 @@ def test_a_run_that_was_cut_off_is_resumed(
     """Finished rows are not run again but for the oracle, whose logits the others need."""
     monkeypatch.setattr(rows, "NEW_TOKENS", 4)
     file = tmp_path / "rows.json"
-    plain = verify.measure_row
+    plain = verify.measure
 
     def cut(bench: Any, of: Any) -> Any:
         if of.name == "stock float16 eager":
             raise KeyboardInterrupt
         return plain(bench, of)
 
-    monkeypatch.setattr(verify, "measure_row", cut)
+    monkeypatch.setattr(verify, "measure", cut)
     with pytest.raises(KeyboardInterrupt):
         table(checkpoint, resume=file)
-    monkeypatch.setattr(verify, "measure_row", plain)
+    monkeypatch.setattr(verify, "measure", plain)
     assert len(json.loads(file.read_text())["rows"]) == len(loads) == 4
     loads.clear()
     resumed = table(checkpoint, resume=file)
@@ -72,7 +72,7 @@ def test_a_resume_file_of_another_run_is_refused(
         file.write_text(content, encoding="latin-1")
         with pytest.raises(refused, match="holds no finished rows"):
             table(checkpoint, resume=file)
-    monkeypatch.setattr(verify, "measure_row", lambda *_: pytest.fail("hours of work before the file is tried"))
+    monkeypatch.setattr(verify, "measure", lambda *_: pytest.fail("hours of work before the file is tried"))
     with pytest.raises(refused, match="cannot be written"):
         table(checkpoint, resume=tmp_path / "no folder" / "rows.json")
 
