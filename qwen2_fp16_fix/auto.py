@@ -1,4 +1,4 @@
-"""Importing this module registers the fix: for harnesses where one line is all that can be added."""
+"""Importing this module registers the fix, for programs to which only an import can be added."""
 
 from .registration.register import register
 

@@ -1,4 +1,4 @@
-"""The certificate: whether any prompt can make a checkpoint overflow in float16, from its weights, layer by layer.
+"""The certificate: whether any prompt can make a checkpoint overflow in float16. The weights alone decide it.
 
 A checkpoint is read layer by layer. No model is built.
 """
@@ -40,7 +40,7 @@ from .progress import Progress, with_bar
 from .results import Record, Result
 
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
-NUMBERS_AT_A_TIME = 2**19  # that are counted together: they stay in a core's cache
+NUMBERS_AT_A_TIME = 2**19  # counted together; few enough for a core's cache
 
 Cast = Callable[[str, Tensor], Tensor]  # a weight's name and values to its float16 values
 
@@ -54,7 +54,7 @@ class LayerCertificate(Record):
     """
 
     layer: int
-    exponents: dict[str, int]  # that keep the layer in range
+    exponents: dict[str, int]  # of the powers of two that keep the layer in range
     bounds: dict[str, float | None]
     headroom_bits: dict[str, float | None]  # how many times a bound could double
     proven: bool
@@ -65,7 +65,7 @@ class LayerCertificate(Record):
 
 @dataclass(frozen=True, repr=False)
 class Certificate(Result):
-    """What `certify` has proven of a checkpoint."""
+    """The result of `certify`."""
 
     proven: bool  # with the fix, no prompt can make it overflow
     verdict: str
@@ -83,7 +83,7 @@ class Certificate(Result):
         return self.verdict
 
     def __rich__(self) -> RenderableType:
-        """The bounds of the layers, fixed beside stock; what the cast loses; and the verdict."""
+        """The bounds of the layers, fixed beside stock; the losses of the cast to float16; and the verdict."""
         table = Table("layer", "tightest site", "bound", "headroom, bits", "2^-e MLP", "2^-e o_proj", "stock, bits")
         for layer in self.layers:
             table.add_row(str(layer.layer), *_row(layer))
@@ -119,6 +119,7 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
 
     model_or_path: a loaded model with a Qwen2Model inside, a checkpoint folder, or a .safetensors file with config.json
     beside it. progress: True for a bar on stderr, or a rich Console to show it on.
+    Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
     Raises CheckpointError for a folder or file that cannot be read whole, NotQwen2Error for another architecture.
     """
     started = time.monotonic()
@@ -199,7 +200,7 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
 
 
 def dropped_plans(source: ModelSource) -> list[str]:
-    """Drops the plans of a fixed model that were made for other weights, a sentence each."""
+    """Drops the plans of a fixed model that were made for other weights. Returns a sentence for each."""
     reasons = []
     for number, layer in enumerate(layers_of(source.base)):
         if getattr(layer, "plan", None) is not None:
@@ -231,7 +232,7 @@ def bound_scores(weights: Mapping[str, Tensor], shape: LayerShape) -> float:
 
 
 def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float, list[str]]:
-    """The largest bound of the logits (None without a head), the embedding's largest number, and what is not proven."""
+    """The largest bound of the logits (None without a head), the embedding's largest number, and the obstacles."""
     gain, unproven = read_final_norm(source, cast)
     reasons = [*source.warnings, *unproven]
     hidden, embedding = source.shape.hidden, f"{source.prefix}embed_tokens.weight"
@@ -261,7 +262,7 @@ def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float,
 
 
 def read_final_norm(source: WeightSource, cast: Cast) -> tuple[Tensor, list[str]]:
-    """The gain of the final norm, infinite if it cannot be read, and what is not proven of it."""
+    """The gain (hidden,) of the final norm, infinite if it cannot be read, and the obstacles to a proof."""
     hidden, name = source.shape.hidden, f"{source.prefix}norm.weight"
     try:
         gain = check_shape(name, cast(name, source.read(name)), (hidden,))

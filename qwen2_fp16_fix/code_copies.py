@@ -1,4 +1,4 @@
-"""Which copy of `patches/` a model is made of: this package's, or one that came with a checkpoint as remote code.
+"""Finds the copy of `patches/` that built a model: this package's, or one that came with a checkpoint as remote code.
 
 Each copy knows its own classes only. So questions about a model, and changes to it, go to the copy that built it.
 """
@@ -17,7 +17,7 @@ ENTRY = modeling_qwen2_fp16.__name__.rpartition(".")[2]
 
 
 def code_of(model: Any) -> ModuleType:
-    """The entry file whose classes `model` is made of; this package's, if there are none yet.
+    """The entry file of the copy that fixed `model`; this package's, if no part is fixed yet.
 
     Of nested copies the innermost counts, since its parts do the computing.
     """
@@ -28,7 +28,7 @@ def code_of(model: Any) -> ModuleType:
 
 
 def sibling(code: ModuleType, name: str, before: str = "") -> ModuleType:
-    """The file of that name beside an entry file, which imports them all. before: its name in exports of 0.1.1."""
+    """The module `name` of the same copy as the entry file `code`. before: its name in exports of 0.1.1."""
     folder = code.__name__.removesuffix(ENTRY)
     return sys.modules.get(f"{folder}{name}") or sys.modules[f"{folder}{before or name}"]
 

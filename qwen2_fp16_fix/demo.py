@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from .activations.extremes import Magnitudes
+from .activations.extremes import Magnitudes, overflow_lines
 from .checkpoints.loading import forward, load, quiet
 from .errors import CheckpointError, ExportError
 from .files import DEMO_CHECKPOINT as CHECKPOINT
@@ -44,7 +44,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class DemoRow(Record):
-    """The demo checkpoint in one way."""
+    """One way of running the demo checkpoint, and its outcome."""
 
     name: str
     text: str  # the continuation of the prompt
@@ -63,7 +63,7 @@ class Peak(Record):
 
 @dataclass(frozen=True, repr=False)
 class Demonstration(Result):
-    """What `measure` has found."""
+    """The result of `measure`."""
 
     versions: Status
     prompt: str
@@ -72,12 +72,12 @@ class Demonstration(Result):
     as_promised: bool  # stock float16 broke in both backends, and every fixed text equals the fp32 text
 
     def summary(self) -> str:
-        """Whether it is as promised."""
+        """Whether the demonstration went as promised, in a sentence."""
         verdict = "Stock float16 failed in both backends and the fix gives the fp32 text."
         return verdict if self.as_promised else "NOT as promised: see the rows above."
 
     def __rich__(self) -> RenderableType:
-        """The texts, the perplexities, and where each row that is not finite first was so."""
+        """The texts, the perplexities, and the first site of each row that is not finite."""
         versions = self.versions
         patch = f"transformers {versions.transformers} (patch {versions.patch})"
         parts: list[RenderableType] = [Text(f"qwen2-fp16-fix {versions.package}, {patch}, torch {versions.torch}\n")]
@@ -88,15 +88,15 @@ class Demonstration(Result):
         table = Table("what float16 cannot hold", "in fp32", f"limit {FLOAT16_MAX:,.0f}", title_justify="left")
         for peak in self.peaks:
             table.add_row(peak.site, f"{peak.magnitude:,.0f}", "passed" if peak.magnitude > FLOAT16_MAX else "")
-        broken = [row for row in self.rows if row.first_overflow is not None]
-        found = [Text(f"{row.name}: first non-finite value in {row.first_overflow}") for row in broken]
-        return Group(*parts, table, *found, Styled(Text(f"\n{self.summary()}"), "bold"))
+        broken = overflow_lines((row.name, row.first_overflow) for row in self.rows)
+        return Group(*parts, table, *map(Text, broken), Styled(Text(f"\n{self.summary()}"), "bold"))
 
 
 def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstration:
     """Runs the prompt through every row.
 
-    progress: True to name each row on stderr as it begins, or a rich Console to name it on.
+    progress: True to name each row on stderr as it begins, or a rich Console to name it on. Returns a Demonstration:
+    `as_promised`, and in `rows` the text and the perplexity of each.
     Raises CheckpointError if `folder` holds no demo checkpoint.
     """
     tokenizer, passage = _load_text(folder)
@@ -127,7 +127,7 @@ def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstrati
 
 
 def save(folder: Path) -> None:
-    """Copies the checkpoint to a new folder, for commands that take one. Raises ExportError if it cannot."""
+    """Copies the checkpoint to a new folder, for commands that take one. Raises ExportError if that fails."""
     with whole_folder(folder.absolute(), ExportError) as written:
         shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
 

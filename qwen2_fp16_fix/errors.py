@@ -1,6 +1,6 @@
-"""What can go wrong around a model: a checkpoint, a setting, a file. What can go wrong in a model is in `patches/`.
+"""Errors around a model: of a checkpoint, a setting or a file. Errors of a model itself are in patches/errors.py.
 
-All derive from Qwen2FP16FixError. With the exit code of the command line:
+All derive from Qwen2FP16FixError. The number is the exit code of the command line:
 
     Qwen2FP16FixError     3  (in patches/errors.py, which draws the rest of the tree)
     ├── CheckpointError   2
@@ -32,7 +32,7 @@ class ExportError(Qwen2FP16FixError):
 
 
 class PublishError(Qwen2FP16FixError):
-    """An exported folder cannot be pushed: it is no export, the repository is another's, or the Hub refuses."""
+    """An exported folder cannot be pushed: it is no export, the repository holds something else, or the Hub refuses."""
 
     exit_code = 2
 

@@ -1,6 +1,6 @@
-"""Files and folders that a user names: read whole, and written whole or not at all. An error is one sentence.
+"""Reads and writes the files and folders that a user names. Each is written whole or not at all.
 
-Also the data that comes with the package.
+An error is one sentence. The paths of the packaged data are here as well.
 """
 
 import errno
@@ -20,12 +20,15 @@ from .patches.errors import Qwen2FP16FixError
 logger = logging.getLogger("qwen2_fp16_fix")
 
 DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
-PASSAGE = DEMO_CHECKPOINT / "held_out.txt"  # of the book that the demo checkpoint was not trained on
+PASSAGE = DEMO_CHECKPOINT / "held_out.txt"  # a text that the demo checkpoint was not trained on
 HOST = re.sub(r"\W", "_", platform.node())[:32]
 
 
 def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
-    """The text of a file. wanted: what it should be, with its article. Raises `refusal` where it cannot be read."""
+    """The text of a file. wanted: the kind of file to name instead, as "a text file".
+
+    Raises `refusal` if the file cannot be read or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark, which is no part of the text
     except UnicodeDecodeError:
@@ -35,9 +38,10 @@ def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
 
 
 def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal: type[Qwen2FP16FixError]) -> None:
-    """Writes a file by `make(part)`, beside `path`, and renames it: `path` is the old file or the whole new one.
+    """Calls `make(part)` with a temporary path beside `path`, and renames that file to `path`.
 
-    wanted: what to name instead of a file that cannot be written. Raises `refusal` for such a file.
+    So `path` is the old file or the whole new one. wanted: the kind of file to name instead, as "another file".
+    Raises `refusal` if the file cannot be written.
     """
     part = path.with_name(f".qwen2-fp16-fix-{os.getpid()}.part")  # short, however long the name of the file is
     try:
@@ -55,7 +59,7 @@ def whole_folder(out: Path, refusal: type[Qwen2FP16FixError]) -> Iterator[Path]:
     """A new folder beside `out` to write into. It becomes `out` when the block ends, and is removed if that raises.
 
     out: an absolute path to nothing, or to an empty folder. The remains of killed exports to `out` are removed first.
-    Raises `refusal` where `out` cannot be taken, and for an OSError of the block.
+    Raises `refusal` if `out` is something else, and for an OSError of the block.
     """
     prefix = f".{out.name}.exporting-{HOST}-"
     written = out.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(3)}"
@@ -95,7 +99,7 @@ def _remove_leftovers(out: Path, prefix: str) -> None:
 
 
 def _is_running(process: str) -> bool:
-    """Whether the process with this number still runs. True where that cannot be found out."""
+    """Whether the process with this number still runs. True if that cannot be found out."""
     if os.name == "nt" or not process.isdigit():  # on Windows the signal 0 would end the process
         return True
     try:
@@ -108,7 +112,7 @@ def _is_running(process: str) -> bool:
 
 
 def flush(folder: Path) -> None:
-    """Waits until everything in the folder is on the disk: otherwise a rename may be there before the data it names."""
+    """Waits until the whole folder is on the disk. Otherwise a rename may reach the disk before the files do."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
@@ -125,7 +129,7 @@ def _sync(path: Path) -> None:
 
 
 def _sentence(error: OSError, out: Path) -> str:
-    """What went wrong, in words."""
+    """The error as one sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {out} was not written; make room, or name a folder on another disk."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -1,4 +1,4 @@
-"""Writes a lock of what decides a fixed model's numbers, and says what has changed since."""
+"""Locks: the versions and the hashes that decide a fixed model's numbers, and the differences found later."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -32,14 +32,14 @@ FILE_NAME = "qwen2_fp16_fix.lock.json"
 
 @dataclass(frozen=True, repr=False)
 class LockCheck(Result):
-    """What `check` has found."""
+    """The result of `check`."""
 
     lock: str  # the file
     differences: list[str]  # a sentence each
     passed: bool  # there are none
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """The first difference, and their number."""
         if self.passed:
             return f"nothing differs from {self.lock}"
         return f"{len(self.differences)} differences from {self.lock}, first: {self.differences[0]}"
@@ -50,7 +50,7 @@ class LockCheck(Result):
 
 
 def make_lock() -> dict[str, Any]:
-    """The lock of what runs here: versions, and a SHA-256 of every patch file and of all code it relies on.
+    """The lock of this installation: versions, and a SHA-256 of every patch file and of all code it relies on.
 
     Raises UnsupportedTransformersError for a transformers that is not supported.
     """
@@ -63,7 +63,7 @@ def _installed() -> dict[str, Any]:
 
 
 def lock(path: str | Path, force: bool = False) -> Path:
-    """Writes the lock of what runs here to `path`, whole or not at all.
+    """Writes the lock of this installation to `path`, whole or not at all, and returns the path.
 
     Raises LockFileError if it cannot be written, or if `path` holds anything else and `force` is not given, and
     UnsupportedTransformersError for a transformers that is not supported.
@@ -86,11 +86,12 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def check(lock: str | Path, folder: str | Path | None = None) -> LockCheck:
-    """Compares what runs here with the lock in the file `lock`.
+    """Compares this installation with the lock in the file `lock`.
 
     folder: an exported folder, whose files are then compared instead of the installed ones. None of its code runs.
-    Sources are compared, not the bytecode that Python keeps of them. Raises LockFileError if the file is no lock, or
-    the folder is not there.
+    Sources are compared, not the bytecode that Python keeps of them.
+    Returns a LockCheck: `passed`, and in `differences` a sentence for each difference.
+    Raises LockFileError if the file is no lock, or the folder is not there.
     """
     found = find_differences(lock, None if folder is None else Path(folder))
     return LockCheck(lock=str(lock), differences=found, passed=not found)
@@ -122,7 +123,7 @@ def require_lock(lock: str | Path) -> None:
 
 
 def _strays(folder: Path) -> Iterator[str]:
-    """Importable files in folders inside `folder`. No lock has any, and Python prefers a folder to a file."""
+    """Importable files in folders inside `folder`. A lock lists none, and Python prefers a folder to a file."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if len(inside.parts) > 1 and "__pycache__" not in inside.parts and is_importable(path):
@@ -130,7 +131,7 @@ def _strays(folder: Path) -> Iterator[str]:
 
 
 def _foreign_code(folder: Path, locked: Mapping[str, str]) -> Iterator[str]:
-    """Code that the configurations in `folder` have transformers run, and that is not in the lock."""
+    """Code that the configurations in `folder` make transformers run, if the lock lacks it."""
     for path in sorted(folder.glob("*config.json")):
         try:
             content = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What is installed, what is registered, and which parts of a model are fixed."""
+"""The status: installed versions, registered Auto classes, and the parts of a model that are fixed."""
 
 import os
 from collections import Counter
@@ -43,17 +43,17 @@ class LayerStatus(Record):
 
 @dataclass(frozen=True, repr=False)
 class ModelStatus(Result):
-    """Which parts of the Qwen2 inside a model are fixed."""
+    """How far the Qwen2 inside a model is fixed."""
 
     class_name: str  # with its module; "class" in `to_dict`
-    fixed: bool  # every part is, and nothing overrides them
+    fixed: bool  # every part is fixed, and nothing overrides a part
     code: str | None  # "package", "remote" for code that came with the checkpoint, None while nothing is fixed
     module: str | None  # the entry module of that code
     parts: dict[str, PartCount]  # by the name of the stock class
     dtype: str | None  # of the first weight
     attention: str | None
     ranges: list[LayerStatus]  # of the fixed layers
-    problem: str | None  # why the model is not, or not usefully, fixed
+    problem: str | None  # why the model is not fixed, or why its numbers cannot be trusted
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -61,7 +61,7 @@ class ModelStatus(Result):
         return {"class": found.pop("class_name"), **found}
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """The result in one line."""
         state = "fixed" if self.fixed else self.problem or "not fixed"
         return f"{self.class_name} in {self.dtype}, {self.attention}: {state}"
 
@@ -76,12 +76,12 @@ class ModelStatus(Result):
 
 @dataclass(frozen=True, repr=False)
 class Status(Result):
-    """What runs here."""
+    """The result of `status`: the versions here, and whether the fix can be used and is on."""
 
     package: str  # the version of this package
     transformers: str
     torch: str
-    numerics: int  # the version of the arithmetic: the same number, the same arithmetic
+    numerics: int  # the version of the arithmetic
     supported: str  # the releases of transformers, as a requirement
     enabled: bool  # False under QWEN2_FP16_FIX=0
     patch: str | None  # the module that serves the installed transformers
@@ -98,7 +98,7 @@ class Status(Result):
         return found
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """The result in one line."""
         state = self.problem or (f"patch {self.patch}" if self.enabled else "switched off by QWEN2_FP16_FIX=0")
         about = "" if self.model is None else f"; {self.model.summary()}"
         return f"{self.package} on transformers {self.transformers}, {state}{about}"
@@ -111,8 +111,9 @@ class Status(Result):
 
 
 def status(model: nn.Module | None = None) -> Status:
-    """Says what runs here: versions, whether the fix can be used and is on, and with `model` which parts are fixed.
+    """The versions here, whether the fix can be used and is on, and with `model` which of its parts are fixed.
 
+    Returns a Status: `problem` says why the fix cannot be used, `model.fixed` and `model.problem` how the model is.
     Never raises for an unsupported release: `problem` holds the sentence, and `model` is then None.
     """
     patch, tested, problem = None, False, None
@@ -144,7 +145,7 @@ def status(model: nn.Module | None = None) -> Status:
 
 
 def examine_model(model: nn.Module) -> ModelStatus:
-    """Which parts of the Qwen2 inside `model` are fixed. The model is if all of them are and nothing overrides them."""
+    """How far the Qwen2 inside `model` is fixed. It is fixed if every part is and nothing overrides a part."""
     from .code_copies import code_of, origin_of, own_errors
     from .patches.attention import is_stock_eager
 
@@ -174,7 +175,7 @@ def examine_model(model: nn.Module) -> ModelStatus:
 
 
 def load_problem(model: nn.Module, code: Any) -> str | None:
-    """Says which fixed layer has weights that are not the checkpoint's, or None. Such a layer is finite, and wrong."""
+    """A sentence about a fixed layer without the checkpoint's weights, or None. Its numbers are finite but wrong."""
     from .code_copies import stock_classes, stock_of
     from .patches.swap import known_class, layers_of
 

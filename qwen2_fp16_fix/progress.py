@@ -1,4 +1,4 @@
-"""What `progress=` of the public functions means: True for a bar on stderr, a rich Console for a bar on it."""
+"""The argument `progress` of the public functions: True for a bar on stderr, a rich Console for a bar on that."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar

@@ -1,9 +1,10 @@
-"""What the public functions return: attributes for a program, a table for a terminal or a notebook, plain data as JSON.
+"""The results of the public functions: attributes for a program, a table for a terminal or a notebook, and JSON.
 
 found = qwen2_fp16_fix.certify("checkpoint")
 found.proven             # an attribute, which an editor completes
-found.to_dict()          # what `certify --json` prints
-rich.print(found)        # what `certify` prints
+found.to_dict()          # the data that `certify --json` prints
+found.summary()          # one line, which `repr` shows as well
+rich.print(found)        # the table that `certify` prints
 """
 
 import dataclasses
@@ -25,22 +26,22 @@ class Record:
 
 
 class Result(Record):
-    """Base of what the public functions return. Derived classes are dataclasses with `frozen=True, repr=False`."""
+    """Base of the results of the public functions. Derived classes are dataclasses with `frozen=True, repr=False`."""
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """The result in one line."""
         raise NotImplementedError
 
     def __rich__(self) -> "RenderableType":
-        """What a terminal prints, for rich."""
+        """The table that a terminal prints, for rich."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """One line, however much was found."""
+        """One line, however long the result is."""
         return f"<{type(self).__name__}: {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the same table as on a terminal, 120 columns wide."""
+        """The table for a notebook, as HTML: the same as on a terminal, 120 columns wide."""
         import io
 
         from rich.console import Console
@@ -51,7 +52,7 @@ class Result(Record):
 
 
 def plain(value: Any) -> Any:
-    """`value` with each record inside it, at any depth of dicts, lists and tuples, as plain data."""
+    """`value` as plain data: records become dicts, tuples become lists, at any depth."""
     if isinstance(value, Record):
         return value.to_dict()
     if isinstance(value, dict):

@@ -5,7 +5,7 @@ are measured in blocks, in fp32. Scores are multiplied out for a block of querie
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ from .sites import Attended, SitePlace, Watch, execution_order
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 BLOCK = 2**21  # numbers measured at a time, 8 MiB in fp32
 LARGE_BLOCK = 2**24  # on an accelerator, where each block costs a wait
-ROWS_LOOKED_AT = 4096  # looked at together for a number that is not finite
+ROWS_LOOKED_AT = 4096  # searched together for a number that is not finite
 
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """Where a number was. Of a score: its query's position, the key's, the head, and the channel that made most of it.
+    """Where a number was. A score has its query's position, its key's, its head, and the channel that adds most to it.
 
     head and key_position are None for a number that is no score.
     """
@@ -67,7 +67,7 @@ class Extremes:
                 self.take(top, TokenPlace(prompt, first_position + start + row, first_channel + channel))
 
     def count(self, magnitudes: Tensor, scale: float = 1.0) -> None:
-        """Counts the numbers, and the subnormal ones once they are multiplied by `scale`."""
+        """Counts the numbers, and those that are subnormal after multiplication by `scale`."""
         self.numbers += magnitudes.numel()
         below = int(torch.count_nonzero(magnitudes < SMALLEST_NORMAL / scale))
         if below:
@@ -93,7 +93,7 @@ class FirstBreak:
     """Looks for the first site with a number that is not finite. A later prompt may break an earlier site."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Starts with no site found."""
         self.found: Break | None = None
 
     def look(self, place: SitePlace, tensor: Tensor, prompt: int = 0) -> None:
@@ -137,7 +137,7 @@ class Magnitudes(Watch):
         self.first = FirstBreak()
 
     def note(self, place: SitePlace, tensor: Tensor) -> None:
-        """Records the largest |tensor|, NaN where there is one."""
+        """Records the largest |tensor|, NaN if there is one."""
         self.first.look(place, tensor)
         largest = float(torch.abs(tensor.float()).max())
         before = self.found.get(str(place), 0.0)
@@ -153,6 +153,11 @@ class Magnitudes(Watch):
         return None if self.first.found is None else str(self.first.found.place)
 
 
+def overflow_lines(rows: Iterable[tuple[str, str | None]]) -> list[str]:
+    """A line for each row that was not finite. rows: the name of each, and its first site that was not, or None."""
+    return [f"{name}: first non-finite value in {site}" for name, site in rows if site is not None]
+
+
 def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Some of the rows (R, channels) at a time, with the number of the first."""
     size = max(1, block_size(rows.device) // max(1, rows.shape[1]))
@@ -166,7 +171,7 @@ def block_size(device: torch.device) -> int:
 
 
 def index_of_largest(magnitudes: Tensor) -> int:
-    """The index of the largest in the flattened tensor; of the first NaN or infinity where there is one."""
+    """The index of the largest in the flattened tensor; of the first NaN or infinity if there is one."""
     flat = magnitudes.flatten()
     odd = ~flat.isfinite()
     return int((odd.byte() if bool(odd.any()) else flat).argmax())

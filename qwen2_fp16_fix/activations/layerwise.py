@@ -20,8 +20,8 @@ from ..patches.attention import ALL_ATTENTION_FUNCTIONS
 from ..patches.modeling_qwen2_fp16 import STOCK, stock_models
 from .weights_on_demand import WeightProvider
 
-WIDENED = 2**22  # numbers of a weight in fp32 at a time
-LOGITS = 2**24  # computed at a time
+WIDENED = 2**22  # numbers of a weight that are in fp32 at a time
+LOGITS = 2**24  # logits computed at a time
 
 
 class Call(NamedTuple):
@@ -78,7 +78,7 @@ class LayerwiseRun:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around whatever runs: without gradients, and in fp32 with an attention that stores no scores."""
+        """For a block that runs the model: without gradients, and in fp32 with an attention that stores no scores."""
         with torch.no_grad():
             if self.full_precision:
                 with FullPrecision(), fused_attention(self.provider.base):
@@ -157,7 +157,7 @@ def layers_return_tuples() -> bool:
 
 @contextmanager
 def fused_attention(base: Any) -> Iterator[None]:
-    """Lets attention run through torch's fused kernel, where a release chooses the kernel by config at every call."""
+    """Lets attention run through torch's fused kernel. Only releases from 4.48 on choose it by config at every call."""
     if not ALL_ATTENTION_FUNCTIONS:  # before 4.48 the class of an attention decides
         yield
         return

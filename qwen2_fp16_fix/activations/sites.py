@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..patches.architecture import QWEN2, Architecture
 
-#: The sites of a layer in the order of execution, with what messages call them.
+#: The sites of a layer in the order of execution, with their names in messages.
 SITES = {site.name: site.title for site in QWEN2.watched_sites()}
-#: What comes before the first layer and after the last.
+#: The sites before the first layer and after the last, with their names in messages.
 ENDS = {"embedding": "embedding", "final_norm": "final norm output", "logits": "logits"}
 #: The sites of the scores: "raw", which a stock model stores, and "scaled", which a fixed one stores.
 SCORES = {str(s.at).removeprefix("scores:"): s.name for s in QWEN2.sites if str(s.at).startswith("scores:")}
@@ -28,7 +28,7 @@ class SitePlace(NamedTuple):
     site: str
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """The name in messages."""
         return ENDS[self.site] if self.layer is None else f"layer {self.layer}, {SITES[self.site]}"
 
 
@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
         """layers: decoder layers of the row, by number. Hooks are placed on entering and taken off on leaving."""
         super().__init__()
         self.layers, self.on_site, self.on_attention, self.row = layers, on_site, on_attention, row
-        self.attention: tuple[int, Any] | None = None  # the one that is running and has not multiplied yet
+        self.attention: tuple[int, Any] | None = None  # the one that runs and has not made its scores yet
         self.hooks: list[RemovableHandle] = []
 
     def __enter__(self: WatchT) -> WatchT:
@@ -123,7 +123,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Sees each attention's first matrix product, which makes the scores, and what fused attention is given.
+        """Sees the scores, which are an attention's first matrix product, and the operands of fused attention.
 
         The fixed eager attention makes its scores by `baddbmm` (numerics.py): another function there would go unseen.
         """
@@ -139,18 +139,18 @@ class Watch(TorchFunctionMode):
         return result
 
     def _ending(self) -> tuple[int, Any]:
-        """The attention that is running; from here on it has multiplied."""
+        """The attention that runs. From here on its scores count as seen."""
         assert self.attention is not None
         running, self.attention = self.attention, None
         return running
 
     def _stock_scores(self, number: int, attention: Any, query: Tensor, key: Tensor, scores: Tensor) -> None:
-        """Eager attention as stock has it: q by k of its own head, not yet scaled."""
+        """Hands over the scores of stock's eager attention, not yet scaled. Each query head has its own key head."""
         self._hand_over(SitePlace(number, SCORES["raw"]), scores)
         self._note_heads(number, attention, query, key)
 
     def _fixed_scores(self, number: int, attention: Any, query: Tensor, key: Tensor, scores: Tensor) -> None:
-        """Eager attention as the fix has it: all queries of a key head at once, in one list with the batch, scaled."""
+        """Hands over the scores of the fix's eager attention, scaled. Batch and key heads are one dimension there."""
         self._hand_over(SitePlace(number, SCORES["scaled"]), scores)
         config = attention.config
         batch = len(key) // config.num_key_value_heads
@@ -160,7 +160,7 @@ class Watch(TorchFunctionMode):
     def _note_heads(
         self, number: int, attention: Any, query: Tensor, key: Tensor, *others: Any, **options: Any
     ) -> None:
-        """Hands over the operands of eager or fused attention; others, options: what else a fused kernel is given."""
+        """Hands over the operands of eager or fused attention; others, options: the kernel's other arguments."""
         if self.on_attention is not None:
             key = key[:, :: key.shape[1] // attention.config.num_key_value_heads]  # stock repeats each key head
             with torch._C.DisableTorchFunction():

@@ -1,6 +1,6 @@
-"""The weights of one part of a model at a time: of a model in memory, or read from a checkpoint for the part that runs.
+"""The weights of one part of a model at a time. A checkpoint's are read for the part that runs, and dropped after it.
 
-So a checkpoint may be larger than memory.
+So a checkpoint may be larger than memory. A model in memory has all its weights at any time.
 """
 
 from collections.abc import Iterator
@@ -25,20 +25,20 @@ from ..patches.swap import base_models, known_class, layers_of
 
 
 class WeightProvider(Protocol):
-    """A model whose weights are there inside these contexts."""
+    """A model whose weights are in memory inside these contexts."""
 
     base: Any
     head: nn.Module | None
     device: torch.device
 
     def embedding(self) -> AbstractContextManager[None]:
-        """Around what needs the embedding's weights."""
+        """For a block that needs the embedding's weights."""
 
     def layer(self, number: int) -> AbstractContextManager[None]:
-        """Around what needs a layer's weights."""
+        """For a block that needs a layer's weights."""
 
     def end(self) -> AbstractContextManager[None]:
-        """Around what needs the weights of the final norm and the head."""
+        """For a block that needs the weights of the final norm and the head."""
 
 
 class LoadedModel:
@@ -69,7 +69,7 @@ class ModelOnDisk:
     """A checkpoint folder as a model without weights. Each part's are read for its run and dropped after it."""
 
     def __init__(self, folder: Path, source: FolderSource, fixed: bool, attention: str, device: torch.device) -> None:
-        """source: of the same folder. Raises CheckpointError where transformers builds no model by its config."""
+        """source: of the same folder. Raises CheckpointError if transformers builds no model by its config."""
         self.folder, self.source, self.fixed, self.device = folder, source, fixed, device
         options = load_options(torch.float32, attention)  # the dtype of the rotation tables, before 4.45
         try:
@@ -89,13 +89,13 @@ class ModelOnDisk:
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
-        """Around what needs the embedding's weights."""
+        """For a block that needs the embedding's weights."""
         with self._filled(self.base.embed_tokens, f"{self.source.prefix}embed_tokens"):
             yield
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
-        """Around what needs a layer's weights. A fixed layer has its exponents and the centre of its keys, too."""
+        """For a block that needs a layer's weights. A fixed layer has its exponents and the centre of its keys, too."""
         layer = self.base.layers[number]
         with self._filled(layer, f"{self.source.prefix}layers.{number}"):
             layer.to(self.device)  # moves the buffers; the parameters are there already
@@ -105,7 +105,7 @@ class ModelOnDisk:
 
     @contextmanager
     def end(self) -> Iterator[None]:
-        """Around what needs the weights of the final norm and the head, which may be the embedding's."""
+        """For a block that needs the weights of the final norm and the head, which may be the embedding's."""
         head = f"{self.source.prefix}embed_tokens" if self.source.tied else LM_HEAD.removesuffix(".weight")
         norm = QWEN2.final_norm()
         assert self.head is not None
@@ -142,6 +142,6 @@ class _Weightless(TorchFunctionMode):
         return function(*args, **(kwargs | {"device": "meta"} if function is torch.empty else kwargs))
 
 
-def is_fixed(base: Any) -> bool:
+def layers_are_fixed(base: Any) -> bool:
     """Whether the layers of a Qwen2Model are fixed."""
     return all(known_class(layer, STOCK_OF) for layer in layers_of(base))

@@ -15,14 +15,14 @@ from ..patches.errors import NotQwen2Error
 from ..patches.range_plan import LayerShape
 
 MODEL_TYPES = QWEN2.model_types
-STRICT = MODEL_TYPES[1]
+STRICT = MODEL_TYPES[1]  # of an export that loads with its own code only
 #: The files of this project that an export's auto_map names.
 OWN_CODE = ("modeling_qwen2_fp16", "configuration_qwen2_fp16")
 NUMBERS = ("rms_norm_eps", "rope_theta")  # of config.json, besides the sizes
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint. Raises CheckpointError, or NotQwen2Error where it is another model's."""
+    """The config.json of a checkpoint. Raises CheckpointError, or NotQwen2Error if it is another model's."""
     with reachable(folder):
         found = (folder / "config.json").is_file()
     if not found:
@@ -58,7 +58,7 @@ def _finite_number(text: str) -> float:
 
 @contextmanager
 def reachable(path: Path) -> Iterator[None]:
-    """Around questions about a path that the system may refuse to answer. Raises CheckpointError where it does."""
+    """For a block that asks the system about a path. Raises CheckpointError if the system refuses to answer."""
     try:
         yield
     except OSError as error:
@@ -78,13 +78,13 @@ def check_architectures(config: Mapping[str, Any]) -> None:
 
 
 def generates(config: Mapping[str, Any], unnamed: bool) -> bool:
-    """Whether an architecture of the config predicts tokens. unnamed: the answer where the config names none."""
+    """Whether an architecture of the config predicts tokens. unnamed: the answer if the config names none."""
     names = config.get("architectures")
     return any("CausalLM" in str(name) for name in names) if names else unnamed
 
 
 def code_named(config: Mapping[str, Any]) -> dict[str, str]:
-    """Auto class to the module and class in the config's auto_map. The repository is left out: its owner is a user."""
+    """Auto class to the module and class in the config's auto_map. The repository is left out: it names a user."""
     auto_map = config.get("auto_map")
     named = auto_map if isinstance(auto_map, dict) else {}
     return {str(auto): _without_repository(target) for auto, target in named.items()}
@@ -117,7 +117,7 @@ def builds_own_model(config: Mapping[str, Any]) -> bool:
 
 
 def dtype_keyword(transformers_version: str) -> str:
-    """The keyword by which from_pretrained of that transformers release takes the dtype of a model."""
+    """The keyword of from_pretrained for a model's dtype, in that release of transformers."""
     return "dtype" if Version(transformers_version) >= Version("4.56") else "torch_dtype"
 
 
@@ -125,7 +125,7 @@ def dtype_keyword(transformers_version: str) -> str:
 
 
 def read_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A size from a config; `default` where it is absent or null. Raises CheckpointError unless it is above 0."""
+    """A size from a config; `default` if it is absent or null. Raises CheckpointError unless it is above 0."""
     found = config.get(key)
     found = default if found is None else found
     if type(found) is not int or found < 1:
@@ -134,7 +134,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None) -
 
 
 def read_shape(config: Mapping[str, Any]) -> LayerShape:
-    """The sizes of a layer. Raises CheckpointError where no Qwen2 has them."""
+    """The sizes of a layer. Raises CheckpointError if no Qwen2 has such sizes."""
     hidden, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
     kv_heads = read_size(config, "num_key_value_heads", heads)
     positions = read_size(config, "max_position_embeddings", 32768)
@@ -153,7 +153,7 @@ def read_shape(config: Mapping[str, Any]) -> LayerShape:
 
 
 def _check_number(key: str, found: Any) -> None:
-    """Raises CheckpointError for a number that a model would fail at later, in its arithmetic. null is a default."""
+    """Raises CheckpointError for a number that would fail later, in a model's arithmetic. null means the default."""
     if found is not None and (type(found) not in (int, float) or not 0 <= found < math.inf):
         raise CheckpointError(f"config.json has {key} = {found!r}, not a finite number from 0.")
 

@@ -12,11 +12,10 @@ from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
 from ..patches.range_plan import layer_shapes
 from .config import foreign_code, generates, reachable, read_config, read_json, read_shape, read_size
-from .weights import OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, compare_shapes, weight_names
+from .weights import LINEARS, OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, compare_shapes, weight_names
 
 PREFIXES = ("model.", "", "transformer.")
 LM_HEAD = "lm_head.weight"
-LINEARS = tuple(linear.name for linear in QWEN2.linears)
 Shapes = dict[str, tuple[int, ...]]  # by the names of tensors
 
 
@@ -45,14 +44,14 @@ class FolderSource:
 
     @property
     def tied(self) -> bool:
-        """Whether the config says that the embedding is the head's weight, too."""
+        """Whether the config says that the head has the embedding's weight."""
         return bool(self.config.get("tie_word_embeddings", False))
 
     def check_complete(self, head: str | None = LM_HEAD) -> None:
-        """Raises CheckpointError where a tensor of a Qwen2 is missing or of a shape that its config does not ask for.
+        """Raises CheckpointError if a tensor of a Qwen2 is missing, or has another shape than its config asks for.
 
         head: the weight of the output layer that must be there; an lm_head may be tied. A quantised checkpoint has
-        tensors of other names: only that its shards hold what its index says is checked.
+        tensors of other names: there only the index is checked, whose tensors the shards must hold.
         """
         wanted = {} if self.config.get("quantization_config") else self._wanted_shapes(head)
         held: dict[Path, Shapes] = {}
@@ -65,7 +64,7 @@ class FolderSource:
             compare_shapes(name, held[file][name], wanted.get(name) or held[file][name])
 
     def _wanted_shapes(self, head: str | None) -> dict[str, tuple[int, ...] | None]:
-        """The tensors that must be there and, where the config says it, their shapes."""
+        """The tensors that must be there and their shapes, None for a shape that the config does not say."""
         hidden, rows = self.shape.hidden, (read_size(self.config, "vocab_size"), self.shape.hidden)
         layer = layer_shapes(self.shape, self.intermediate)
         ends = {"embed_tokens.weight": rows, f"{QWEN2.final_norm()}.weight": (hidden,)}
@@ -103,7 +102,7 @@ class FolderSource:
                 yield check_values(name, stored[start : start + ROWS_READ])
 
     def read(self, name: str) -> Tensor:
-        """A tensor. Raises CheckpointError where it is missing or damaged, UnboundedWeightError if it is quantised."""
+        """A tensor. Raises CheckpointError if it is missing or damaged, UnboundedWeightError if it is quantised."""
         quantised = self.config.get("quantization_config")
         if quantised and any(linear in name for linear in LINEARS):
             method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
@@ -136,7 +135,7 @@ def open_checkpoint(folder: Path) -> FolderSource:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raises CheckpointError where the folder holds a PEFT adapter."""
+    """Raises CheckpointError if the folder holds a PEFT adapter."""
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
 
@@ -166,7 +165,7 @@ def stored_shapes(file: Path) -> Shapes:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, for reading. Raises CheckpointError where it is missing or damaged."""
+    """A safetensors file, for reading. Raises CheckpointError if it is missing or damaged."""
     try:
         with safetensors.safe_open(file, framework="pt") as tensors:
             yield tensors

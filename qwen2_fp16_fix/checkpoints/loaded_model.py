@@ -1,4 +1,4 @@
-"""The weights of a model in memory, and such a model as a checkpoint."""
+"""The weights of a model in memory by name, and such a model saved as a checkpoint."""
 
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +18,8 @@ from ..patches.planning import layer_shape
 from ..patches.scaling import FLOAT_DTYPES
 from ..patches.swap import base_models
 from .loading import quiet
-from .weights import OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, weight_names
+from .weights import LINEARS, OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, weight_names
 
-LINEARS = tuple(linear.name for linear in QWEN2.linears)
 NORMS = (QWEN2.final_norm(), *QWEN2.norms())
 
 
@@ -30,7 +29,7 @@ class ModelSource:
     prefix = ""
 
     def __init__(self, root: nn.Module) -> None:
-        """root: any module; its first Qwen2Model counts. Raises NotQwen2Error where there is none."""
+        """root: any module; its first Qwen2Model counts. Raises NotQwen2Error if there is none."""
         bases = list(base_models(root, STOCK))
         if not bases:
             raise NotQwen2Error(
@@ -66,7 +65,7 @@ class ModelSource:
         yield from torch.split(self.read(name), ROWS_READ)
 
     def read(self, name: str) -> Tensor:
-        """A weight. Raises UnboundedWeightError where it is wrapped, quantised or not loaded."""
+        """A weight. Raises UnboundedWeightError if it is wrapped, quantised or not loaded."""
         owner, _, kind = name.rpartition(".")
         module = self._module(owner)
         is_plain = type(module) is nn.Embedding if owner == "embed_tokens" else is_plain_linear(module)
@@ -79,7 +78,7 @@ class ModelSource:
 
 
 def _warnings(bases: list[Any]) -> Iterator[str]:
-    """What the weights of the first of these base models do not say about the model that holds them."""
+    """Reasons why the weights of the first base model do not describe the whole model."""
     if len(bases) > 1:
         yield f"it holds {len(bases)} Qwen2 models: certify each by itself"
     if type(bases[0]).forward is not STOCK.Qwen2Model.forward:
@@ -111,7 +110,7 @@ def saved(model: nn.Module) -> Iterator[Path]:
 
 
 def _check_loaded(model: Any) -> None:
-    """Raises CheckpointError or NotQwen2Error where the saved model would not compute what this one does."""
+    """Raises CheckpointError or NotQwen2Error if the saved model would compute other numbers than this one."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError("this model has a PEFT adapter: merge it (merge_and_unload), then verify the model.")
     if not isinstance(model, STOCK.Qwen2ForCausalLM):

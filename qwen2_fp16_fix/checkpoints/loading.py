@@ -1,7 +1,7 @@
 """Loads a checkpoint as a stock or a fixed model, quietly, and runs it.
 
-The entry of `patches/` is imported where it is used: it raises where the installed transformers is not supported, and
-`quiet` and the devices are wanted there, too.
+The entry of `patches/` is imported where it is used: it raises if the installed transformers is not supported, and
+`quiet` and the devices must work there as well.
 """
 
 import contextvars
@@ -39,7 +39,7 @@ def load_options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
 
 
 def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """make(*args, **kwargs), a fixed or a stock model, whatever is registered or the caller's thread wants."""
+    """make(*args, **kwargs), a fixed or a stock model, whatever else is registered or asked for by this thread."""
     if fixed:
         return contextvars.Context().run(make, *args, **kwargs)  # in an empty context nobody wants stock models
     from ..patches.modeling_qwen2_fp16 import stock_models
@@ -71,12 +71,12 @@ def quiet() -> Iterator[None]:
 
 
 def default_device() -> str:
-    """The device to run on where none is asked for: cuda where there is one."""
+    """The device to run on if none is asked for: cuda if there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_problem(device: str) -> Exception | None:
-    """The error that torch raises where it cannot compute on a device of that name; None where it can."""
+    """The error of torch when it cannot compute on a device of that name; None when it can."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

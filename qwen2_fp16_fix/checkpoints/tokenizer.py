@@ -12,7 +12,7 @@ from ..files import PASSAGE, read_utf8
 from .folder import FolderSource
 from .loading import quiet
 
-VOCABULARIES = ("tokenizer.json", "vocab.json")  # transformers 5 builds an empty tokenizer where there is neither
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # without either file transformers 5 builds an empty tokenizer
 
 
 def read_text(text: str | Path | None) -> str:
@@ -30,8 +30,8 @@ def read_text(text: str | Path | None) -> str:
 def tokens_of(text: str, source: FolderSource, folder: Path, tokenizer: Any = None) -> Tensor:
     """The text as tokens (1, S), int64, by the folder's tokenizer or by the one given.
 
-    Raises CheckpointError where the tokenizer cannot be loaded or is another model's, and VerificationError for a text
-    of one token.
+    Raises CheckpointError if the tokenizer cannot be loaded or is another model's, and VerificationError for a text of
+    one token.
     """
     with quiet():
         tokens: Tensor = (tokenizer or open_tokenizer(folder))(text, return_tensors="pt")["input_ids"]

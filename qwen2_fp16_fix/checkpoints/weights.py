@@ -1,4 +1,4 @@
-"""The weights of a Qwen2 by the names of a checkpoint, checked, wherever they come from."""
+"""The weights of a Qwen2 by the names of a checkpoint, checked, from a folder or a model in memory."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -10,6 +10,8 @@ from ..patches.architecture import QWEN2
 from ..patches.range_plan import LayerShape
 from ..patches.scaling import FLOAT_DTYPES
 
+#: The linears of a layer, by their names below it.
+LINEARS = tuple(linear.name for linear in QWEN2.linears)
 #: Modules that end a model. Qwen2 has no `classifier`, but classes that users derive from it have.
 OUTPUT_LAYERS = (*QWEN2.output_layers(), "classifier")
 ROWS_READ = 8192  # of an embedding or a head read at a time
@@ -26,7 +28,7 @@ class WeightSource(Protocol):
     layers: int
     intermediate: int
     shape: LayerShape
-    warnings: tuple[str, ...]  # what is true of the model and not said by its weights
+    warnings: tuple[str, ...]  # sentences about the model that its weights do not show
 
     def layer_names(self, number: int) -> list[str]:
         """The weights and biases of a layer, by their names below it."""
@@ -38,25 +40,25 @@ class WeightSource(Protocol):
         """Whether there is such a weight."""
 
     def read(self, name: str) -> Tensor:
-        """A weight. Raises CheckpointError, or UnboundedWeightError where its values cannot be bounded."""
+        """A weight. Raises CheckpointError, or UnboundedWeightError if its values cannot be bounded."""
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """The same, some rows at a time."""
+        """A weight (rows, columns), some rows at a time."""
 
 
 def weight_names() -> list[str]:
     """The weights of a layer, by their names below it: first those of the norms."""
-    return [f"{name}.weight" for name in (*QWEN2.norms(), *(linear.name for linear in QWEN2.linears))]
+    return [f"{name}.weight" for name in (*QWEN2.norms(), *LINEARS)]
 
 
 def check_shape(name: str, weight: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """The weight. Raises CheckpointError where it has another shape: broadcasting would bound something else."""
+    """The weight. Raises CheckpointError if it has another shape: broadcasting would bound something else."""
     compare_shapes(name, tuple(weight.shape), wanted)
     return weight
 
 
 def compare_shapes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Raises CheckpointError where they differ."""
+    """Raises CheckpointError if the shapes differ."""
     if found != wanted:
         raise CheckpointError(f"{name} has shape {list(found)}, but its config asks for {list(wanted)}.")
 

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from .._version import __version__
 from ..errors import ExportError, PublishError
 from ..launch import launcher
-from .options import AsJson, Attention, Device, Language, WeightsChoice
+from .options import AsJson, AttentionChoice, DeviceOption, Language, WeightsChoice
 from .terminal import Notices, printing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -100,7 +100,7 @@ def verify(  # noqa: PLR0913, options of a command
     resume: Annotated[
         Path | None, typer.Option(help="A JSON file of finished rows: written after each, read at the start.")
     ] = None,
-    device: Device = None,
+    device: DeviceOption = None,
 ) -> None:
     """Run your checkpoint stock and fixed in three precisions and measure how far each row is from stock fp32."""
     from ..verification import verify as verification
@@ -209,9 +209,11 @@ def scan(  # noqa: PLR0913, options of a command
     verification: Annotated[Path | None, typer.Option(help="What verify --json printed, for the report.")] = None,
     lang: Annotated[Language, typer.Option(help="Of what is printed and reported.")] = Language.ENGLISH,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
-    attention: Annotated[Attention, typer.Option(help="eager stores raw scores, sdpa does not.")] = Attention.eager,
+    attention: Annotated[
+        AttentionChoice, typer.Option(help="eager stores raw scores, sdpa does not.")
+    ] = AttentionChoice.eager,
     tokens: Annotated[int, typer.Option(help="How many tokens of each prompt to read.")] = 2048,
-    device: Device = None,
+    device: DeviceOption = None,
 ) -> None:
     """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
     from ..report.files import ScanFiles, scan_to_files

@@ -13,7 +13,7 @@ class Language(str, Enum):
     CHINESE = "zh"
 
 
-class Attention(str, Enum):
+class AttentionChoice(str, Enum):
     """The attention implementation of a scan."""
 
     eager = "eager"
@@ -28,4 +28,4 @@ class WeightsChoice(str, Enum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]

@@ -1,1 +1,1 @@
-"""The doctor: what runs here, how a Qwen2 is best run on it, and what is in the way."""
+"""The doctor: the software and devices here, the best way to run a Qwen2 on them, and what is in the way."""

@@ -1,4 +1,4 @@
-"""How a Qwen2 is best run on a device, why, and the lines of code for it."""
+"""The best way to run a Qwen2 on a device, the reason, and the lines of code for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

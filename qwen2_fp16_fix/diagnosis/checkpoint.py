@@ -32,7 +32,7 @@ QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # each has a sentence of its ow
 
 @dataclass(frozen=True)
 class CheckpointFacts(Record):
-    """What a checkpoint is."""
+    """The facts of a checkpoint: its type, its code, its sizes, and notes."""
 
     model_type: str
     architectures: list[str]
@@ -93,7 +93,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         "architectures": [str(name) for name in config.get("architectures") or ()],
         "auto_map": code_named(config),
         "exported": is_exported(config),
-        "quantised": quantisation(config),
+        "quantised": quantisation_method(config),
         "layers": config.get("num_hidden_layers"),
         "hidden": config.get("hidden_size"),
     }
@@ -116,7 +116,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
     return facts, notes, problems
 
 
-def quantisation(config: dict[str, Any]) -> str | None:
+def quantisation_method(config: dict[str, Any]) -> str | None:
     """The method of a quantised checkpoint; None for one that is not."""
     found = config.get("quantization_config")
     if not found:

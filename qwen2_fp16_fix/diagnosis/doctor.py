@@ -1,6 +1,6 @@
-"""The doctor: what runs here, how a Qwen2 is best run on it, whether the fix works, and what is in the way.
+"""The doctor: the software and devices here, the best way to run a Qwen2 on them, and whether the fix works.
 
-Nothing in its report says whose machine it is.
+Its report has nothing that says whose machine this is.
 """
 
 import os
@@ -35,9 +35,11 @@ def doctor(path: str | Path | None = None, *, language: str = "en", progress: Pr
 
     path: a checkpoint folder or a .safetensors file. language: of the sentences, "en" or "zh". progress: True to say on
     stderr what is being tested, or a rich Console to say it on.
+    Returns a Diagnosis: `healthy` and `verdict` (a sentence) say how it ended, `findings` what breaks, `warnings` what
+    may break, `advice` how to run a Qwen2 on each device. `to_dict()` is the same as plain data.
     Raises CheckpointError if `path` holds no checkpoint.
     """
-    place = None if path is None else Path(path).absolute()  # which the redaction finds in every sentence
+    place = None if path is None else Path(path).absolute()  # so that the redaction finds it in every sentence
     if place is not None:
         config_of(place)  # before the self-test: a wrong path is said at once
     console = console_of(progress)
@@ -126,7 +128,7 @@ def examine_fix(found: Status, unusable: Qwen2FP16FixError | None, language: str
 
 
 def examine_lock(path: Path | None, language: str) -> Examined:
-    """Whether what runs here is pinned by a lock, and still the same."""
+    """Whether a lock pins this installation, and whether it is still the same."""
     differences = lock_differences(path)
     if differences:
         said = remark("lock.drifted", first=differences[0])
@@ -143,7 +145,7 @@ def lock_differences(path: Path | None) -> list[str] | None:
     own = path if path is not None and (path / locking.FILE_NAME).is_file() else None
     here = Path(locking.FILE_NAME).is_file() and (own is None or not own.samefile(Path.cwd()))
     named = os.environ.get(VARIABLE, "").strip()
-    named = os.path.abspath(named) if named else ""  # which the redaction finds in a sentence
+    named = os.path.abspath(named) if named else ""  # so that the redaction finds it in a sentence
     locks = [lock for lock in (locking.FILE_NAME if here else "", named) if lock]
     if own is None and not locks:
         return None

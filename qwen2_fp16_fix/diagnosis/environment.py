@@ -24,7 +24,7 @@ KNOWN = {
     "vllm": "vllm",
 }
 
-QWEN2 = "transformers.models.qwen2.modeling_qwen2"
+QWEN2_MODULE = "transformers.models.qwen2.modeling_qwen2"
 RELIED_ON = re.compile(r"Qwen2(Model|ForCausalLM|DecoderLayer|MLP|RMSNorm|RotaryEmbedding|\w*Attention\w*)")
 OURS = ("transformers.", "transformers_modules.", __name__.partition(".")[0])
 
@@ -56,7 +56,7 @@ def tools() -> list[Tool]:
 def replaced_classes() -> dict[str, str]:
     """Classes of transformers' Qwen2 that another module has replaced or patched: their names and that module."""
     try:
-        stock = import_module(QWEN2)
+        stock = import_module(QWEN2_MODULE)
     except ImportError:  # transformers before 4.37
         return {}
     found = {}
@@ -78,7 +78,7 @@ def _version(distribution: str) -> str | None:
 
 @dataclass(frozen=True)
 class ToolFacts(Record):
-    """A tool, and what it means for the fix."""
+    """A tool, and its effect on the fix."""
 
     name: str
     version: str | None
@@ -108,8 +108,8 @@ class Setting(NamedTuple):
     """One setting."""
 
     name: str  # as a program writes it
-    value: Any  # None where this torch has no such setting
-    matters: str  # what of a fixed model it changes: "finiteness", "closeness", "stock only" or "no"
+    value: Any  # None if this torch has no such setting
+    matters: str  # which promise of a fixed model it touches: "finiteness", "closeness", "stock only" or "no"
     risky: bool = False  # with this value a fixed model could overflow
 
 
@@ -158,7 +158,7 @@ def autocast_here() -> str:
 
 @dataclass(frozen=True)
 class SettingFacts(Record):
-    """A setting, and what it means for a fixed model here."""
+    """A setting, and its effect on a fixed model here."""
 
     name: str
     value: Any

@@ -45,9 +45,9 @@ def private_places(path: Path | None) -> dict[str, str]:
 def _redact_text(text: str, places: Mapping[str, str]) -> str:
     for place, name in places.items():
         text = text.replace(place, name)
-    return TOKEN.sub("…", ABSOLUTE.sub(_keep_what_is_named, text))
+    return TOKEN.sub("…", ABSOLUTE.sub(_placeholder, text))
 
 
-def _keep_what_is_named(found: re.Match[str]) -> str:
+def _placeholder(found: re.Match[str]) -> str:
     """A path below the home folder becomes "~", every other path "…"."""
     return "~" if found[0].startswith("~") else "…"

@@ -17,7 +17,7 @@ class Remark(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding(Record):
-    """Something that breaks, or a warning of something that may."""
+    """A sentence about a problem, or a warning of a possible one. code: the same in every language."""
 
     code: str
     text: str

@@ -1,4 +1,4 @@
-"""What `doctor` returns."""
+"""The result of `doctor`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class FixState(Record):
 
 @dataclass(frozen=True)
 class LockState(Record):
-    """Whether what runs here is pinned by a lock, and still the same."""
+    """Whether a lock pins this installation, and whether it is still the same."""
 
     state: str  # "none", "kept" or "drifted"
     differences: list[str]
@@ -37,7 +37,7 @@ class LockState(Record):
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Result):
-    """What `doctor` has found. Paths, user names and tokens are left out."""
+    """The result of `doctor`. Paths, user names and tokens are left out."""
 
     healthy: bool
     supported: bool  # the installed transformers
@@ -71,8 +71,8 @@ class Diagnosis(Result):
         return self.verdict
 
     def __rich__(self) -> RenderableType:
-        """The verdict, then what to do, then the facts. Printed with `soft_wrap=True`, code is never wrapped."""
-        page = text.Page(self.language)
+        """The verdict, then the advice, then the facts. Print it with `soft_wrap=True`, so that no code is wrapped."""
+        page = text.ReportParts(self.language)
         known = {name: value for name, value in self.versions.items() if isinstance(value, str | int)}
         parts: list[list[RenderableType]] = [
             [text.Lines(self.verdict, style="bold green" if self.healthy else "bold red", indent=0)],

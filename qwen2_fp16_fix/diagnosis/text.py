@@ -45,8 +45,8 @@ class Code:
             yield from (Text(f"    {line}".rstrip()) for line in self.code.splitlines())
 
 
-class Page:
-    """The parts of a report, each as a list of what is printed below each other."""
+class ReportParts:
+    """The parts of a report. Each is a list of renderables, which are printed below each other."""
 
     def __init__(self, language: str) -> None:
         """language: of the headings and phrases."""
@@ -67,7 +67,7 @@ class Page:
         return [self.heading(code), Lines(*(f"- {item.text}" for item in findings), style=style)]
 
     def advice(self, advice: Iterable[Recommendation]) -> list[RenderableType]:
-        """The recommendation, its reason, the code, and what to change for other needs."""
+        """The recommendation, its reason, the code, and changes for other needs."""
         found: list[RenderableType] = []
         for item in advice:
             title = Lines(f"{', '.join(item.devices)}: {item.title}", style="bold cyan")
@@ -99,7 +99,7 @@ class Page:
         return [*found, Lines(test.text, style="dim")]
 
     def checkpoint(self, facts: CheckpointFacts) -> list[RenderableType]:
-        """What the checkpoint is."""
+        """The facts of the checkpoint."""
         shape = self.say("shape", kind=facts.model_type, layers=facts.layers, hidden=facts.hidden)
         found: list[RenderableType] = [self.heading("checkpoint"), Lines(shape)]
         if facts.bytes is not None:
@@ -108,7 +108,7 @@ class Page:
         return [*found, Lines(*facts.notes)]
 
     def tools(self, tools: Sequence[ToolFacts]) -> list[RenderableType]:
-        """Each tool and what it means."""
+        """Each tool and its effect."""
         found: list[RenderableType] = [self.heading("tools")]
         for tool in tools:
             imported = f" ({self.say('imported')})" if tool.imported else ""

@@ -1,1 +1,1 @@
-"""A checkpoint with the fix as remote code: a folder, and its way to the Hub."""
+"""Exports a checkpoint with the fix as remote code, and pushes it to the Hub."""

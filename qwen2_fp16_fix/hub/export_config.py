@@ -4,18 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoints.config import OWN_CODE
+from ..checkpoints.config import OWN_CODE, STRICT
 from ..errors import ExportError
 from ..patches.architecture import QWEN2
-from ..patches.configuration_qwen2_fp16 import Qwen2FP16Config
 
 MODELS, CONFIGURATION = OWN_CODE
-STRICT = Qwen2FP16Config.model_type
 
 #: By Auto class, the end of its classes' names and the weight that its head must have. vLLM builds `AutoModel`, and
 #: silently runs the stock class if `auto_map` lacks it.
 AUTO_CLASSES = {head.auto_class: (head.suffix, head.weight) for head in QWEN2.heads}
-HEADS = dict(AUTO_CLASSES.values())
+HEAD_WEIGHTS = dict(AUTO_CLASSES.values())  # by the end of the class's name
 
 
 def exported_config(
@@ -50,10 +48,10 @@ def heads_of(config: Mapping[str, Any]) -> list[str]:
     heads = []
     for architecture in config.get("architectures") or ["Qwen2ForCausalLM"]:
         found = re.fullmatch(r"Qwen2(?:FP16)?(?:Strict)?(\w+)", str(architecture))
-        if found is None or found[1] not in HEADS:
+        if found is None or found[1] not in HEAD_WEIGHTS:
             raise ExportError(
-                f"config.json has the architecture {architecture!r}, which is not one of {', '.join(HEADS)} of Qwen2: "
-                "there is no fixed class for it."
+                f"config.json has the architecture {architecture!r}, which is not one of {', '.join(HEAD_WEIGHTS)} of "
+                "Qwen2: there is no fixed class for it."
             )
         heads.append(found[1])
     return heads
@@ -61,7 +59,7 @@ def heads_of(config: Mapping[str, Any]) -> list[str]:
 
 def heads_to_check(config: Mapping[str, Any]) -> list[str | None]:
     """The weight of each architecture's head, or None for a model without a head."""
-    return [HEADS[head] for head in heads_of(config)]
+    return [HEAD_WEIGHTS[head] for head in heads_of(config)]
 
 
 def has_own_code(config: Mapping[str, Any]) -> bool:

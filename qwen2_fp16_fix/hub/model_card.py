@@ -8,11 +8,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
+from ..checkpoints.config import STRICT
 from ..errors import ExportError
 from ..patches.version_map import SUPPORTED
 from ..results import Result
 from ..verification.saved import read_saved
-from .export_config import STRICT, heads_of
+from .export_config import heads_of
 
 TASKS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),

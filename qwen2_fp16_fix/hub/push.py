@@ -50,7 +50,7 @@ def push(
     """Uploads what `export` has written to a model repository, which is made if there is none.
 
     repo_id: OWNER/NAME. private: for a new repository; an existing one is not changed. revision: a branch, made if
-    missing. overwrite: push into a repository that holds something other than an export, too. dry_run: only check the
+    missing. overwrite: push also into a repository that holds something other than an export. dry_run: only check the
     folder and list its files, without the network. message: of the commit; by default it names the versions. api: the
     HfApi to upload with; by default one with this machine's login.
     Returns a dict as JSON has them: `repo`, `revision`, `private`, `message`, `files` (each `path` and `bytes`),
@@ -195,7 +195,7 @@ def _answer(repo: str, status: int | None) -> str:
 
 
 def as_table(found: dict[str, Any]) -> Group:
-    """What was or would be pushed, and where, for a terminal."""
+    """The files that were or would be pushed, and their destination, for a terminal."""
     lines = [f"{file['bytes']:>14,}  {file['path']}" for file in found["files"]]
     lines += [f"{'deleted':>14}  {path}" for path in found["deleted"]]
     size = sum(file["bytes"] for file in found["files"])

@@ -43,7 +43,10 @@ def watch() -> None:
 
 
 def unwatch() -> None:
-    """Puts back what `watch` has replaced. Where another tool has wrapped ours, both stay; ours does nothing."""
+    """Puts back everything that `watch` has replaced.
+
+    If another tool has wrapped one of our functions, both stay in place, and ours does nothing.
+    """
     _watching.clear()
     for owner, name, before, ours in reversed(_replaced):
         if vars(owner).get(name) is ours:
@@ -90,7 +93,7 @@ def _watch_class(kind: Any, judge: Callable[[Any], None]) -> None:
 
 
 def _watching_classes(fetch: Callable[..., Any]) -> Callable[..., Any]:
-    """`fetch`, by which the Auto classes get the class of a checkpoint's own code, with that class watched."""
+    """Wraps `fetch`, by which Auto classes get the class of a checkpoint's own code, so that the class is watched."""
 
     @functools.wraps(fetch)
     def get_class_from_dynamic_module(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +122,10 @@ def _judge_for(kind: type) -> Callable[[Any], None]:
 
 
 def _judge_stack(model: Any) -> None:
-    """Fixes a model that is no Qwen2Model but holds Qwen2's layers as one does, or warns of it. Leaves heads alone."""
+    """Fixes a model that holds Qwen2's layers as a Qwen2Model does, or warns that it cannot.
+
+    A model with a Qwen2Model inside is left alone: that one is judged by itself.
+    """
     inside = any(isinstance(module, STOCK.Qwen2Model) for module in model.modules())
     if inside or _fixes_itself(type(model)) or not any(True for _ in base_models(model, STOCK)):
         return
@@ -132,7 +138,7 @@ def _judge_stack(model: Any) -> None:
 def _judge(model: Any) -> None:
     """Fixes a Qwen2Model that has been built. If a subclass has changed its parts, warns instead.
 
-    Raises PatchConflictError if it is of transformers' own class and another tool has replaced parts of it.
+    Raises PatchConflictError if the model is of transformers' own class and another tool has replaced its parts.
     """
     if _fixes_itself(type(model)):
         return
@@ -145,7 +151,7 @@ def _judge(model: Any) -> None:
 
 
 def _judge_checkpoints_own(model: Any) -> None:
-    """The same for a model of a checkpoint's own code that has a Qwen2Config, and no Qwen2Model inside."""
+    """Fixes a model of a checkpoint's own code that has a Qwen2Config but no Qwen2Model, or warns that it cannot."""
     inside = any(isinstance(module, STOCK.Qwen2Model) for module in model.modules())
     if inside or not isinstance(getattr(model, "config", None), STOCK.Qwen2Config):
         return

@@ -33,11 +33,11 @@ def register(lock: str | Path | None = None) -> None:
     own classes, named directly or inside another model, are fixed at the end of their construction. It does not matter
     when their names were imported. Subclasses of Qwen2Model and code that comes with a checkpoint run as they are. They
     are fixed if their parts are Qwen2's; otherwise a NotFixedWarning names them.
-    lock: a file made by `qwen2_fp16_fix.lock`. Raises LockError where anything differs from it, LockFileError where the
+    lock: a file made by `qwen2_fp16_fix.lock`. Raises LockError if anything differs from it, LockFileError if the
     file is no lock. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing
     and logs a warning.
-    Raises UnsupportedTransformersError or PatchConflictError where the installed transformers cannot be fixed, and
-    RegistrationError where a look-up afterwards does not answer with the fixed class. After an error nothing is
+    Raises UnsupportedTransformersError or PatchConflictError if the installed transformers cannot be fixed, and
+    RegistrationError if an Auto class still builds another class afterwards. After an error nothing is
     registered.
     """
     global _asked
@@ -80,7 +80,7 @@ def registered(lock: str | Path | None = None) -> Iterator[None]:
 
 
 def _may_apply(lock: str | Path | None) -> bool:
-    """Whether the environment allows the fix. Raises LockError or LockFileError where the lock does not."""
+    """Whether the environment allows the fix. Raises LockError or LockFileError if the lock forbids it."""
     if lock is not None:
         require_lock(lock)
     if is_switched_off():
@@ -117,7 +117,7 @@ def _undo_unless_wanted() -> None:
 
 
 def qwen2_auto_classes() -> list[Any]:
-    """The Auto classes that build a Qwen2 class for which there is a fixed one, each once."""
+    """The Auto classes that build a Qwen2 class with a fixed counterpart, each once."""
     found: list[Any] = []
     for auto in vars(modeling_auto).values():
         is_auto = isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)
@@ -135,7 +135,7 @@ def is_registered(auto: Any) -> bool:
 
 
 def _register_one(auto: Any) -> None:
-    """Makes one Auto class build our class for Qwen2. Raises RegistrationError where it does not."""
+    """Makes one Auto class build our class for Qwen2. Raises RegistrationError if it still builds another."""
     mapping = auto._model_mapping
     if is_registered(auto):
         return

@@ -12,7 +12,7 @@ from ..scanning.sentences import bias_text, number, spikes_text
 from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, add_limit, layer_axis, layout, log_axis, marker
 from .headroom import headroom_map, stock_against_fixed
-from .style import DASHES, STAND_INS, SYMBOLS, colour_of, hover_text, layers_of, residuals, scan_name
+from .style import DASHES, STAND_INS, SYMBOLS, colour_of, hover_text, layer_numbers, residuals, scan_name
 
 LEAST_LOSS = 1e-4  # a smaller loss is drawn as this
 
@@ -29,7 +29,7 @@ def charts(scans: Sequence[ScanResult], lang: str) -> list[Chart]:
 
 def residual_stream(scans: Sequence[ScanResult], lang: str) -> Chart:
     """The largest magnitude of the residual stream after each layer, against float16's limit."""
-    texts, layers = TEXTS[lang], len(layers_of(scans[0]))
+    texts, layers = TEXTS[lang], len(layer_numbers(scans[0]))
     values = [site.largest for scan in scans for site in residuals(scan)]
     axis = log_axis(texts["axis_largest"], [*values, FLOAT16_MAX], ",.0f")
     figure = go.Figure(layout=layout(340, xaxis=layer_axis(lang, layers), yaxis=axis))
@@ -58,7 +58,7 @@ def spikes(scan: ScanResult, lang: str) -> Chart:
     """The spikes of the biases of q_proj and k_proj by layer."""
     texts = TEXTS[lang]
     axis = {"title_text": texts["axis_bias"], "rangemode": "tozero"}
-    figure = go.Figure(layout=layout(320, xaxis=layer_axis(lang, len(layers_of(scan))), yaxis=axis))
+    figure = go.Figure(layout=layout(320, xaxis=layer_axis(lang, len(layer_numbers(scan))), yaxis=axis))
     for index, (projection, colour) in enumerate((("k_proj", "third"), ("q_proj", "fourth"))):
         points = [spike for spike in scan.bias_spikes if spike.projection == projection]
         figure.add_scatter(
@@ -79,8 +79,8 @@ def spikes(scan: ScanResult, lang: str) -> Chart:
 
 
 def int8_losses(scan: ScanResult, lang: str) -> Chart:
-    """What rounding the inputs of linears to int8 costs the median channel, by layer."""
-    texts, quantisation, layers = TEXTS[lang], scan.quantisation, len(layers_of(scan))
+    """The median channel's loss when the inputs of linears are rounded to int8, by layer."""
+    texts, quantisation, layers = TEXTS[lang], scan.quantisation, len(layer_numbers(scan))
     losses = [_drawn(found.int8_loss) for found in quantisation.linear_inputs]
     axis = log_axis(texts["axis_loss"], [*losses, quantisation.loss_limit], ".1%")
     figure = go.Figure(layout=layout(340, xaxis=layer_axis(lang, layers), yaxis=axis))

@@ -15,7 +15,7 @@ from ..scanning.result import ScanResult
 from ..scanning.scan import check_switch, scan
 from ..verification.saved import read_saved
 
-#: What each kind of file is made with, from the `report` extra.
+#: The packages of the extra `report` that each kind of file needs.
 NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
 
 
@@ -30,7 +30,7 @@ class ScanFiles:
     lang: str = "en"
 
     def check(self, force: bool) -> dict[str, Any] | None:
-        """What `verify` found, if a file with that is named. Raises ScanError for what would fail after the run."""
+        """The result of `verify`, if a file with one is named. Raises ScanError if a file would fail after the run."""
         asked = {"report": self.report, "json": self.json, "png": self.png}
         named = {kind: path for kind, path in asked.items() if path is not None}
         if len({path.resolve() for path in named.values()}) < len(named):
@@ -49,7 +49,7 @@ class ScanFiles:
         return read_verification(self.verification)
 
     def write(self, scans: Sequence[ScanResult], verification: dict[str, Any] | None) -> list[Path]:
-        """Writes what was asked for and returns the paths. scans: stock's, fixed's, or both."""
+        """Writes the files that were asked for and returns their paths. scans: stock's, fixed's, or both."""
         written: list[Path] = []
         if self.json is not None:
             named = {"fixed" if scan.settings.fixed else "stock": scan.to_dict() for scan in scans}
@@ -79,7 +79,7 @@ def scan_to_files(
 ) -> list[ScanResult]:
     """Runs the command `scan`: checks the files, scans, writes the files, shows the scans and returns them.
 
-    fixed: which model; None for stock, or for both where there is a report or a picture. force: overwrite files.
+    fixed: which model; None for stock, or for both if there is a report or a picture. force: overwrite files.
     wrote: is called with each path that was written. show: is called with the scans, also where writing failed.
     options: of `scan`.
     Raises what `scan` raises, and ScanError for the files.
@@ -98,7 +98,7 @@ def scan_to_files(
 
 
 def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **paths: Any) -> None:
-    """Writes one file of one scan. paths: fields of ScanFiles. Raises ScanError where it cannot be written."""
+    """Writes one file of one scan. paths: fields of ScanFiles. Raises ScanError if it cannot be written."""
     files = ScanFiles(**paths)
     files.check(force)
     files.write([found], verification)
@@ -111,7 +111,7 @@ def _check_extra(kind: str) -> None:
 
 
 def _check_path(path: Path, force: bool) -> None:
-    """Raises where a file cannot be written, or would be overwritten."""
+    """Raises ScanError if the file cannot be written, or would be overwritten."""
     try:
         if path.is_dir():
             raise ScanError(f"{path} is a folder: name a file in it.")
@@ -131,7 +131,7 @@ def _write(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 def read_verification(path: Path) -> dict[str, Any]:
-    """What `verify --json` printed. Raises ScanError for anything else."""
+    """The data that `verify --json` printed. Raises ScanError for anything else."""
     wanted = {"name", "finite", "perplexity", "drift", "kl_mean", "kl_max", "top1_agreement", "first_overflow"}
     wanted |= {"largest_logit_difference"}
     try:

@@ -1,4 +1,4 @@
-"""What the charts of a report share: a figure with its words, layout and axes."""
+"""The common parts of a report's charts: a figure with its words, its layout and its axes."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Chart(NamedTuple):
 
 
 def layout(height: int, **more: Any) -> go.Layout:
-    """What all figures share: no background, the page's type and colours, a legend above."""
+    """The common layout of all figures: no background, the page's type and colours, a legend above."""
     axis = {
         "gridcolor": STAND_INS["line"],
         "linecolor": STAND_INS["line"],

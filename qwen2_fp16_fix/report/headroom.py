@@ -10,14 +10,14 @@ from ..scanning.result import ScanResult
 from ..scanning.sentences import place_name, site_name
 from ..translations import SCAN_TEXTS as TEXTS
 from .frame import Chart, layout, marker
-from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, cells_of, hover_text, layers_of, scan_name
+from .style import BAND_STAND_INS, BANDS, STAND_INS, band_of, bits_text, cells_of, hover_text, layer_numbers, scan_name
 
 LEAST, MOST = -4.0, 16.0  # bits that a dot can show; fp32 has more
 
 
 def headroom_map(scan: ScanResult, lang: str) -> Chart:
     """Layer × site: bits below the limit, in bands, with the number in each cell and a cross past the limit."""
-    texts, layers, cells = TEXTS[lang], layers_of(scan), cells_of(scan)
+    texts, layers, cells = TEXTS[lang], layer_numbers(scan), cells_of(scan)
     row_height = 24 if len(layers) <= 40 else 16
     below = 120 if lang == "en" else 80  # for the slanted names
     height = 116 + below + row_height * len(layers)
@@ -123,7 +123,7 @@ def stock_against_fixed(scans: Sequence[ScanResult], lang: str) -> Chart:
 
 
 def least_headroom(scan: ScanResult) -> dict[str, float]:
-    """The least headroom of each site over the layers, at most MOST, for fp32 and what is not stored."""
+    """The least headroom of each site over the layers. MOST stands for fp32 and for sites that are not stored."""
     found: dict[str, float] = {}
     for site in scan.sites:
         if site.site in SITES:

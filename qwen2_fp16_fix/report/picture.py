@@ -18,7 +18,7 @@ from ..patches.range_plan import FLOAT16_MAX
 from ..scanning.result import ScanResult
 from ..scanning.sentences import site_name, verdict
 from ..translations import SCAN_TEXTS as TEXTS
-from .style import BANDS, PALETTE, band_of, bits_text, cells_of, kind_of, layers_of, log_ticks, residuals, scan_name
+from .style import BANDS, PALETTE, band_of, bits_text, cells_of, kind_of, layer_numbers, log_ticks, residuals, scan_name
 
 #: Fonts with Chinese letters, as Linux, macOS and Windows call theirs.
 CHINESE_FONTS = (
@@ -36,7 +36,7 @@ MARKERS = ("o", "s")
 
 
 def fonts(lang: str) -> list[str]:
-    """The fonts to draw with. Raises ScanError where none here has Chinese letters."""
+    """The fonts to draw with. Raises ScanError if none here has Chinese letters."""
     plain = ["DejaVu Sans"]
     if lang != "zh":
         return plain
@@ -68,7 +68,7 @@ def _wrapped(text: str, lang: str) -> str:
 
 
 def _headroom(axes: Axes, scan: ScanResult, lang: str) -> None:
-    texts, layers, cells = TEXTS[lang], layers_of(scan), cells_of(scan)
+    texts, layers, cells = TEXTS[lang], layer_numbers(scan), cells_of(scan)
     colours = ListedColormap([colours["light"] for _, colours in BANDS])
     bands = [[float("nan") if (band := band_of(cell)) is None else band for cell in row] for row in cells]
     axes.imshow(bands, cmap=colours, vmin=0, vmax=len(BANDS), aspect="auto")

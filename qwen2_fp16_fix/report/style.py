@@ -50,7 +50,7 @@ def kind_of(scan: ScanResult) -> str:
 
 
 def scan_name(scan: ScanResult, lang: str) -> str:
-    """What a scan is called in a legend."""
+    """The name of a scan in a legend."""
     return TEXTS[lang][kind_of(scan)]
 
 
@@ -59,15 +59,15 @@ def colour_of(scan: ScanResult) -> str:
     return STAND_INS[kind_of(scan)]
 
 
-def layers_of(scan: ScanResult) -> list[int]:
+def layer_numbers(scan: ScanResult) -> list[int]:
     """The numbers of the layers."""
     return sorted({site.layer for site in scan.sites if site.layer is not None})
 
 
 def cells_of(scan: ScanResult) -> list[list[MeasuredSite | None]]:
-    """The cells of a map of headroom: a row for each layer, in it a cell for each of SITES; None where nothing was."""
+    """The cells of a map of headroom: a row for each layer, a column for each of SITES; None if not measured."""
     by_place = {(site.layer, site.site): site for site in scan.sites}
-    return [[by_place.get((layer, name)) for name in SITES] for layer in layers_of(scan)]
+    return [[by_place.get((layer, name)) for name in SITES] for layer in layer_numbers(scan)]
 
 
 def residuals(scan: ScanResult) -> list[MeasuredSite]:
@@ -76,7 +76,7 @@ def residuals(scan: ScanResult) -> list[MeasuredSite]:
 
 
 def band_of(cell: MeasuredSite | None) -> float | None:
-    """The middle of a site's band, by number; None for what is not stored."""
+    """The middle of a site's band, by number; None for a site that is not stored."""
     if cell is None or (cell.stored_as is None and not cell.past_limit):
         return None
     bits = -1.0 if cell.headroom_bits is None else cell.headroom_bits
@@ -84,7 +84,7 @@ def band_of(cell: MeasuredSite | None) -> float | None:
 
 
 def bits_text(cell: MeasuredSite | None) -> str:
-    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – where nothing is stored."""
+    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – if nothing is stored."""
     if cell is None or cell.stored_as is None:
         return "–"
     if cell.headroom_bits is None:
@@ -101,7 +101,7 @@ def hover_text(cell: MeasuredSite | None, lang: str) -> str:
 
 
 def log_ticks(values: Sequence[float | None]) -> tuple[float, float, list[float]]:
-    """The range of a logarithmic axis, in powers of ten, and ticks at round multiples of them, as many as have room."""
+    """The range of a logarithmic axis, in powers of ten, and ticks at round multiples of them, few enough to fit."""
     known = [value for value in values if value]
     low, high = math.log10(min(known, default=1)) - 0.1, math.log10(max(known, default=10)) + 0.1
     steps = (1,) if high - low > 3 else (1, 2, 5) if high - low > 0.7 else range(1, 10)

@@ -11,7 +11,7 @@ from .style import kind_of, scan_name
 CALM = 8.0  # bits of headroom from which a row is left out on paper
 
 
-class Head(NamedTuple):
+class ColumnHead(NamedTuple):
     """A column's head; numbers are set to the right, long texts may wrap."""
 
     text: str
@@ -19,7 +19,7 @@ class Head(NamedTuple):
     wrap: bool = False
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """Cells; the first heads the row. bad: the row is marked. calm: the row is left out on paper."""
 
     cells: tuple[str, ...]
@@ -32,15 +32,15 @@ class Table(NamedTuple):
 
     id: str
     caption: str
-    heads: tuple[Head, ...]
-    rows: list[Row]
+    heads: tuple[ColumnHead, ...]
+    rows: list[TableRow]
     tall: bool = False
 
 
-def heads(lang: str, *names: str) -> tuple[Head, ...]:
-    """Heads by their keys; `n:` before one marks numbers, `w:` what may wrap."""
+def heads(lang: str, *names: str) -> tuple[ColumnHead, ...]:
+    """Heads by their keys; `n:` before a key marks numbers, `w:` texts that may wrap."""
     found = (name.rpartition(":") for name in names)
-    return tuple(Head(TEXTS[lang][f"column_{key}"], kind == "n", kind == "w") for kind, _, key in found)
+    return tuple(ColumnHead(TEXTS[lang][f"column_{key}"], kind == "n", kind == "w") for kind, _, key in found)
 
 
 def all_numbers(scans: Sequence[ScanResult], lang: str) -> list[Table]:
@@ -58,11 +58,11 @@ def all_numbers(scans: Sequence[ScanResult], lang: str) -> list[Table]:
     ]
 
 
-def _site_row(site: MeasuredSite, lang: str) -> Row:
+def _site_row(site: MeasuredSite, lang: str) -> TableRow:
     texts = TEXTS[lang]
     layer = "" if site.layer is None else f"{site.layer} · "
     bits = texts["not_finite"] if site.headroom_bits is None else f"{site.headroom_bits:.2f}".replace("-", "−")
-    return Row(
+    return TableRow(
         (
             f"{layer}{site_name(site.site, lang)}",
             number(site.largest, lang),
@@ -80,7 +80,7 @@ def _site_row(site: MeasuredSite, lang: str) -> Row:
 def spike_table(scan: ScanResult, lang: str) -> Table:
     """The largest spikes of the biases."""
     rows = [
-        Row(
+        TableRow(
             (
                 f"{spike.layer} · {spike.projection}",
                 str(spike.head),
@@ -100,7 +100,7 @@ def spike_table(scan: ScanResult, lang: str) -> Table:
 def massive_table(scan: ScanResult, lang: str) -> Table:
     """The channels with massive activations."""
     rows = [
-        Row(
+        TableRow(
             (
                 str(found.where.channel),
                 number(found.magnitude, lang),
@@ -127,7 +127,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def cache_table(scans: Sequence[ScanResult], lang: str) -> Table:
-    """What int8 and int4 caches lose, stock beside fixed."""
+    """The losses of int8 and int4 caches, stock beside fixed."""
     found = [(scan, layer) for scan in scans for layer in scan.quantisation.cache]
     rows = [_cache_row(scan, layer, lang) for scan, layer in sorted(found, key=lambda pair: pair[1].layer)]
     columns = heads(
@@ -136,10 +136,10 @@ def cache_table(scans: Sequence[ScanResult], lang: str) -> Table:
     return Table("cache-table", TEXTS[lang]["cache_table"], columns, rows, tall=True)
 
 
-def _cache_row(scan: ScanResult, found: CacheLosses, lang: str) -> Row:
+def _cache_row(scan: ScanResult, found: CacheLosses, lang: str) -> TableRow:
     pairs = (_pair(found.keys, ".1%"), _pair(found.values, ".1%"), _pair(found.score_error, ".3f"))
     cells = (f"{found.layer} · {scan_name(scan, lang)}", *(cell for pair in pairs for cell in pair))
-    return Row(cells, found.keys is not None and found.keys.int8 > scan.quantisation.loss_limit)
+    return TableRow(cells, found.keys is not None and found.keys.int8 > scan.quantisation.loss_limit)
 
 
 def _pair(found: Losses | None, form: str) -> tuple[str, str]:
@@ -152,7 +152,7 @@ def verification_table(found: dict[str, Any], lang: str) -> Table:
     for row in found["rows"]:
         finite = row["finite"]
         rows.append(
-            Row(
+            TableRow(
                 (
                     row["name"],
                     f"{row['perplexity']:.4f}" if finite and row["perplexity"] is not None else "NaN",

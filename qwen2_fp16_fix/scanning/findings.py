@@ -79,16 +79,17 @@ class Findings(NamedTuple):
                 site=place.site,
                 largest=finite(extremes.largest),
                 stored_as=stored,
-                headroom_bits=headroom_bits(extremes, stored),
+                headroom_bits=headroom_of(extremes, stored),
                 subnormal_share=extremes.subnormal_share,
                 where=where_of(extremes.spot, self.read),
                 bound=bound_of(place, certificate, self.fixed),
             )
 
     def first_nonfinite(self, sites: tuple[MeasuredSite, ...]) -> FirstNonfinite | None:
-        """The first site that is not finite, and how large its largest number is in fp32. None where all are finite.
+        """The first site that is not finite, and how large its largest number is in fp32. None if all are finite.
 
-        The number named is the largest of the site if that passes 65504, else the first that float16 lost.
+        If the site's largest passes 65504, that number is named. Otherwise it is the first that float16 lost: its size
+        is not known.
         """
         if self.broken is None:
             return None
@@ -109,8 +110,8 @@ def stored_as(place: SitePlace, extremes: Extremes, fixed: bool, attention: str)
     return str(extremes.dtype).removeprefix("torch.") if fixed else "float16"
 
 
-def headroom_bits(extremes: Extremes, stored: str | None) -> float | None:
-    """log2 of what the type holds over the largest number; None where a number is not finite."""
+def headroom_of(extremes: Extremes, stored: str | None) -> float | None:
+    """log2 of the type's largest number over the site's; None if a number is not finite."""
     if not extremes.finite:
         return None
     limit = FLOAT16_MAX if stored == "float16" else torch.finfo(torch.float32).max
@@ -134,12 +135,12 @@ def finite(number: float) -> float | None:
 
 
 def losses(numbers: Mapping[str, float] | None) -> Losses | None:
-    """The numbers, or None where one of them is not finite."""
+    """The numbers, or None if one of them is not finite."""
     return Losses(**numbers) if numbers is not None and all(map(math.isfinite, numbers.values())) else None
 
 
 def bound_of(place: SitePlace, certificate: Certificate, fixed: bool) -> float | None:
-    """What certify proves of a site for any prompt, as the site is stored. None where it proves nothing."""
+    """The bound that certify proves for a site and any prompt, in the units it is stored in. None without a bound."""
     if place.layer is None:
         return certificate.logits if place.site == "logits" else None
     layer = certificate.layers[place.layer]
@@ -179,7 +180,7 @@ def massive_activations(measured: Measurements, read: TokenisedPrompts) -> tuple
 
 
 def quantisation(measured: Measurements) -> Quantisation:
-    """What int8 would lose in linears' inputs, int8 and int4 in the cache, and the layers better left alone."""
+    """The losses of int8 in linears' inputs, of int8 and int4 in the cache, and the layers better left in 16 bit."""
     linears = tuple(
         LinearInput(
             layer=place.layer or 0,

@@ -1,4 +1,4 @@
-"""What a scan keeps of the tensors it sees: extremes by site, losses by layer, and where float16 first breaks."""
+"""The measurements of a scan: extremes by site, losses by layer, and where float16 first breaks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ..activations.sites import SCORES, Attended, SitePlace, Watch
 from ..patches.architecture import QWEN2
 from .quantisation import CacheLoss, CacheSummary, LossSummary, MassiveActivations, RoundingLoss
 
-#: The inputs of linears, by the linears they feed: what a quantised matmul would round.
+#: The sites that linears read, with the linears' names. A quantised matmul would round these inputs.
 FED = {site.name: QWEN2.fed_by(site.name) for site in QWEN2.sites}
 LINEAR_INPUTS = {site: ", ".join(linear.writes for linear in linears) for site, linears in FED.items() if linears}
 
@@ -21,7 +21,7 @@ class Measurements:
     """Everything that is measured on one run of the prompts."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Starts empty."""
         self.sites: dict[SitePlace, Extremes] = {}
         self.scores: dict[int, ScoreExtremes] = {}
         self.inputs: dict[str, RoundingLoss] = {}  # of the layer that is running, as are keys and values
@@ -38,13 +38,13 @@ class Measurements:
             self.sites.setdefault(SitePlace(None, "embedding"), Extremes()).add(hidden, prompt)
 
     def step(self, run: LayerwiseRun, number: int, layer: Any) -> None:
-        """Takes every prompt through a layer and measures what it does."""
+        """Takes every prompt through a layer and measures its sites."""
         run.step(number, lambda prompt: self.watching(number, layer, prompt))
         self.close(number)
 
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
-        """Measures what a layer does to one prompt."""
+        """For a block that runs a layer on one prompt: measures its sites."""
         self.prompt, self.value_heads = prompt, layer.self_attn.config.num_key_value_heads
         with Watch({number: layer}, self.on_site, self.on_attention):
             yield
@@ -64,7 +64,7 @@ class Measurements:
             self.massive.add(place.layer or 0, self.prompt, tensor)
 
     def on_attention(self, attended: Attended) -> None:
-        """Measures the scores of a layer, and what rounding its keys would do to them."""
+        """Measures the scores of a layer, and how rounded keys would change them."""
         self._scores(attended.layer).add(attended, self.prompt)
         self.keys.add(attended.key)
         self.keys.add_scores(attended)
@@ -108,13 +108,13 @@ class Measurements:
 
 
 class BreakSearch:
-    """Looks where a run breaks first, and measures nothing else: it costs little more than the forward.
+    """Looks for the site at which a run breaks first, and measures nothing else. It costs little more than the forward.
 
-    All prompts go through the layer in which one of them breaks: another may break at an earlier site of it.
+    All prompts go through the layer in which one of them breaks, since another may break at an earlier site of it.
     """
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Starts with no site found."""
         self.first = FirstBreak()
         self.prompt = 0
 
@@ -134,7 +134,7 @@ class BreakSearch:
 
     @contextmanager
     def watching(self, number: int, layer: Any, prompt: int) -> Iterator[None]:
-        """Looks at what a layer does to one prompt."""
+        """For a block that runs a layer on one prompt: looks at its sites."""
         self.prompt = prompt
         with Watch({number: layer}, self.on_site):
             yield

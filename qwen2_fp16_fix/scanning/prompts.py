@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProvider, is_fixed
+from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProvider, layers_are_fixed
 from ..checkpoints.loading import default_device, device_problem, quiet
 from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import CheckpointError, ScanError, first_line
@@ -16,7 +16,7 @@ from ..files import read_utf8
 from ..patches.modeling_qwen2_fp16 import STOCK, check_modules
 from ..patches.swap import base_models, check_weights
 
-#: Read if no prompts are given: a question, a story, code and Chinese, as people send them.
+#: The prompts if none are given: a question, a story, code and Chinese.
 DEFAULT_PROMPTS = (
     "What is the capital of France, and since when?",
     "Tell me a story about a lighthouse keeper who finds a letter in a bottle.",
@@ -91,7 +91,7 @@ def tokenise(
 def token_ids(prompt: str | Sequence[int] | Tensor, tokenizer: Any, limit: int, vocabulary: int) -> Tensor:
     """A prompt as ids (1, S), the first `limit` of them. A text goes through the chat template if there is one.
 
-    Raises ScanError, or CheckpointError where the tokenizer is another model's.
+    Raises ScanError, or CheckpointError if the tokenizer is another model's.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -114,7 +114,7 @@ def token_ids(prompt: str | Sequence[int] | Tensor, tokenizer: Any, limit: int, 
 
 
 def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
-    """A loaded model, ready to run, and whether it is fixed. Raises where it cannot be scanned as asked."""
+    """A loaded model, ready to run, and whether it is fixed. Raises Qwen2FP16FixError if it cannot run as asked."""
     check_modules(model)
     check_weights(model)
     if getattr(getattr(model, "config", None), "quantization_config", None):
@@ -124,7 +124,7 @@ def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
         name = str(weights.dtype).removeprefix("torch.")
         raise CheckpointError(f"this model is {name}: load it in float16, or scan its folder.")
     loaded = LoadedModel(model)
-    found = is_fixed(loaded.base)
+    found = layers_are_fixed(loaded.base)
     if fixed is not None and fixed != found:
         what, other = ("fixed", "unfix") if found else ("stock", "fix")
         raise ScanError(f"this model is {what}, not as asked: call {other}(model) first, or scan its folder.")
@@ -132,7 +132,7 @@ def check_loaded(model: Any, fixed: bool | None) -> tuple[LoadedModel, bool]:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device by its name; cuda where there is one. Raises ScanError."""
+    """The device by its name; by default cuda if there is one. Raises ScanError."""
     name = default_device() if device is None else device
     problem = device_problem(name)
     if problem is not None:

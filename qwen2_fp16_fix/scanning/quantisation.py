@@ -1,8 +1,8 @@
-"""What makes quantisation hard: massive activations, bias spikes, outlier channels; and what int8 and int4 lose.
+"""Obstacles to quantisation: massive activations, bias spikes and outlier channels. And the losses of int8 and int4.
 
-The measures are simple on purpose. Rounding is symmetric with one scale for a token (for a cache: for a token of a
-head), the largest magnitude over 127 or 7. A loss is the root mean square of the rounding error of a channel over that
-of the channel itself, and of the channels the median: what an ordinary channel loses because another one is large.
+The measures are simple on purpose. Rounding is symmetric. Each token has one scale, its largest magnitude over 127 or
+7; in a cache each head of a token has its own. The loss of a channel is the root mean square of its rounding error over
+that of its values. The median over the channels tells how much an ordinary channel loses because another one is large.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from .result import BiasSpike
 MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024, section 2: above both is a massive activation
 SPIKE = 20.0  # times the median magnitude of a bias
 LOSS_LIMIT = 0.1  # an int8 loss from which a layer is better left in 16 bit
-SAMPLE = 2**16  # numbers that a median is taken of
-LAST_QUERIES = 64  # of a prompt: their scores are compared
+SAMPLE = 2**16  # numbers that a median is taken from
+LAST_QUERIES = 64  # queries of a prompt whose scores are compared
 
 
 def rounded(rows: Tensor, levels: int) -> Tensor:
@@ -30,7 +30,7 @@ def rounded(rows: Tensor, levels: int) -> Tensor:
 
 
 class LossSummary(NamedTuple):
-    """Of rounded rows: the median channel's loss, and the largest magnitude over the channels' median magnitude."""
+    """The median channel's loss, and the largest magnitude over the median of the channels' largest."""
 
     median: float
     outlier_ratio: float
@@ -79,7 +79,7 @@ class RoundingLoss:
 
 
 def median_loss(parts: list[RoundingLoss]) -> float:
-    """The loss of the median channel over all parts, of those that are not zero throughout."""
+    """The loss of the median channel over all parts. Channels that are zero throughout do not count."""
     error = torch.cat([part.error for part in parts if part.error is not None])
     power = torch.cat([part.power for part in parts if part.power is not None])
     alive = power != 0  # True for NaN, too
@@ -87,10 +87,10 @@ def median_loss(parts: list[RoundingLoss]) -> float:
 
 
 class CacheLoss:
-    """What the keys or values of a layer lose in a cache of int8 and of int4."""
+    """The losses of a layer's keys or values in a cache of int8 and of int4."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Starts empty."""
         self.heads: dict[int, list[RoundingLoss]] = {127: [], 7: []}
         self.score_error: dict[int, list[float]] = {127: [], 7: []}
 
@@ -150,7 +150,7 @@ class MassiveActivations:
     """The massive activations of the residual stream, by channel."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Starts empty."""
         self.channels: dict[int, MassiveChannel] = {}
 
     def add(self, layer: int, prompt: int, residual: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""What a scan returns: every site with its largest number, where float16 broke, outliers, and what int8 would lose.
+"""The result of a scan: every site with its largest number, where float16 broke, outliers, and losses of int8.
 
-Attributes are named as the keys of the JSON. Lists are tuples here. What is not finite or not known is None.
+Attributes are named as the keys of the JSON. Its lists are tuples here. A number that is not finite or not known is
+None.
 """
 
 import importlib
@@ -33,7 +34,7 @@ class Where(Record):
     key_token: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the keys of a score where the number is no score."""
+        """As plain data. A number that is no score has no keys of a score."""
         found = super().to_dict()
         if self.key_position is None:
             for name in ("head", "key_position", "key_token_id", "key_token"):
@@ -57,8 +58,8 @@ class MeasuredSite(_Placed):
     """A site of a layer, over all prompts. The ends (embedding, final norm, logits) have no layer.
 
     stored_as: the type the model keeps these numbers in; None for scores that a fused kernel keeps to itself.
-    headroom_bits: log2 of what that type holds over the largest; None if a number is not finite.
-    bound: what certify proves for any prompt.
+    headroom_bits: log2 of that type's largest number over `largest`; None if a number is not finite.
+    subnormal_share: of the numbers, those that float16 holds as subnormals. bound: proven by certify for any prompt.
     """
 
     layer: int | None
@@ -113,7 +114,7 @@ class BiasSpike(Record):
 
 @dataclass(frozen=True)
 class LinearInput(Record):
-    """An input of linears, and the loss of its median channel when it is rounded to int8."""
+    """An input of linears. int8_loss: of its median channel, rounded to int8. feeds: the linears' names."""
 
     layer: int
     site: str
@@ -132,7 +133,7 @@ class Losses(Record):
 
 @dataclass(frozen=True)
 class CacheLosses(Record):
-    """What a layer's cache loses. score_error: how far scores move when the keys are rounded."""
+    """The losses of a layer's cache. score_error: root mean square change of a score when keys are rounded."""
 
     layer: int
     keys: Losses | None
@@ -142,7 +143,7 @@ class CacheLosses(Record):
 
 @dataclass(frozen=True)
 class Quantisation(Record):
-    """What quantisation would lose. keep_16_bit: layers with an int8 loss above `loss_limit`."""
+    """The losses of quantisation. keep_16_bit: layers with an int8 loss above `loss_limit`."""
 
     loss_limit: float
     linear_inputs: tuple[LinearInput, ...]
@@ -152,7 +153,7 @@ class Quantisation(Record):
 
 @dataclass(frozen=True)
 class Proof(Record):
-    """What `certify` says of the same checkpoint, in short."""
+    """The result of `certify` for the same checkpoint, in short."""
 
     proven: bool
     verdict: str
@@ -180,10 +181,12 @@ class ScannedPrompt(Record):
 
 @dataclass(frozen=True, repr=False)
 class ScanResult(Result):
-    """What `scan` returns.
+    """The result of `scan`.
 
-    versions: what ran. foreign_code: the class of the checkpoint's own code that loads in place of what was
-    scanned, or None. model: the sizes. bias_spikes: the largest of the `bias_spikes_found`. verdict: a sentence.
+    versions: of the software that ran. checkpoint: its path, or the class of a loaded model. foreign_code: the class of
+    the checkpoint's own code, which loads in place of the scanned model, or None. model: the sizes. sites: in the order
+    of execution. first_nonfinite: the site where the model broke; None if `finite`. bias_spikes: the largest of the
+    `bias_spikes_found`. verdict: a sentence. seconds: of the whole scan.
     """
 
     versions: Status
@@ -218,7 +221,7 @@ class ScanResult(Result):
         return self.verdict
 
     def __rich__(self) -> "RenderableType":
-        """The tightest site of each layer, what it means, and the verdict."""
+        """The tightest site of each layer, sentences about it, and the verdict."""
         from .sentences import rendered
 
         return rendered(self)
@@ -234,7 +237,7 @@ class ScanResult(Result):
         """Writes the page that `scan --report` writes, for this scan alone. Needs the extra `report`.
 
         verification: a result of `verify`, which becomes a table of the page. lang: "en" or "zh".
-        Raises ScanError where something is missing, the file cannot be written, or it exists and `force` is False.
+        Raises ScanError if the extra is not installed, the file cannot be written, or it exists and `force` is False.
         """
         verified = None if verification is None else verification.to_dict()
         _report_files().save(self, verified, force, report=Path(path), lang=lang)
@@ -242,16 +245,16 @@ class ScanResult(Result):
     def save_png(self, path: str | Path, *, lang: str = "en", force: bool = False) -> None:
         """Writes the picture that `scan --png` writes, for this scan alone. Needs the extra `report`.
 
-        Raises ScanError where something is missing, the file cannot be written, or it exists and `force` is False.
+        Raises ScanError if the extra is not installed, the file cannot be written, or it exists and `force` is False.
         """
         _report_files().save(self, None, force, png=Path(path), lang=lang)
 
 
 def headroom(site: MeasuredSite) -> float:
-    """A site's headroom as a number to compare: below all others where a number is not finite."""
+    """A site's headroom as a number to compare: below all others if a number is not finite."""
     return -1e9 if site.headroom_bits is None else site.headroom_bits
 
 
 def _report_files() -> Any:
-    """The room of the extra `report`, found by its name: it imports this room, so this room does not import it."""
+    """The module report/files.py. It imports this package, so an import statement here would be circular."""
     return importlib.import_module("..report.files", __package__)

@@ -69,7 +69,7 @@ def scan(
         fixed, name = bool(fixed), str(model_or_path)
         weights = _open_folder(Path(model_or_path), fixed, attention, device)
     read = tokenise(asked, weights, tokenizer, tokens)
-    measured, broken, spikes = measure(weights, read.ids, fixed, console)
+    measured, broken, spikes = measure_prompts(weights, read.ids, fixed, console)
     findings = Findings(measured, broken, spikes, read, fixed, attention)
     found = ScanResult(
         versions=status(),
@@ -91,7 +91,7 @@ def _check_settings(attention: str, tokens: int) -> None:
 
 
 def check_switch() -> None:
-    """Raises ScanError where the environment switches the fix off."""
+    """Raises ScanError if the environment switches the fix off."""
     if is_switched_off():
         raise ScanError("QWEN2_FP16_FIX=0 switches the fix off, so nothing here would be fixed: unset it.")
 
@@ -102,12 +102,12 @@ def _open_folder(folder: Path, fixed: bool, attention: str, device: str | None) 
     return ModelOnDisk(folder, open_checkpoint(folder), fixed, attention, choose_device(device))
 
 
-def measure(
+def measure_prompts(
     weights: WeightProvider, ids: list[Tensor], fixed: bool, progress: Progress
 ) -> tuple[Measurements, Break | None, list[BiasSpike]]:
-    """Takes the prompts through the model: what was measured, where it broke first, and the spikes of its biases.
+    """Runs the prompts through the model. Returns the measurements, the first break, and the spikes of the biases.
 
-    A stock model that breaks is not run on in float16: what comes after a number that is not finite means nothing.
+    After a break stock's run in float16 ends: numbers after a NaN or infinity mean nothing.
     """
     measured, search, spikes = Measurements(), BreakSearch(), list[BiasSpike]()
     half: LayerwiseRun | None = None  # stock in float16, until it breaks

@@ -1,4 +1,4 @@
-"""What a scan found, in sentences of English or Chinese, and as a table with sentences below it."""
+"""The result of a scan in sentences of English or Chinese, and as a table with sentences below it."""
 
 from rich.console import Group
 from rich.table import Table
@@ -86,7 +86,7 @@ def _outcome(found: ScanResult, lang: str) -> str:
 
 
 def consequences(found: ScanResult, lang: str = "en") -> list[str]:
-    """What the scan means beyond its verdict: other sites past the limit, fused attention, quantisation, the proof."""
+    """Sentences beyond the verdict: other sites past the limit, fused attention, quantisation, the proof."""
     return [*_past_limit(found, lang), *_outliers(found, lang), *_lost_by_int8(found, lang)]
 
 
@@ -148,7 +148,7 @@ def _worst_cache(cache: tuple[CacheLosses, ...]) -> CacheLosses | None:
 
 
 def rendered(found: ScanResult, lang: str = "en") -> Group:
-    """The tightest site of each layer as a table, what it means, and the verdict, for rich."""
+    """The tightest site of each layer as a table, sentences about it, and the verdict, for rich."""
     texts = TEXTS[lang]
     table = Table(*(texts[f"column_{name}"] for name in ("layer", "site", "largest", "bits", "bound", "where")))
     for site in tightest_by_layer(found):

@@ -68,7 +68,7 @@ class Divergence:
     """How far a run's logits are from the oracle's, summed over scored tokens."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Starts with no token."""
         self.tokens, self.agreeing = 0, 0
         self.loss, self.kl = 0.0, 0.0
         self.largest_kl, self.largest_difference = 0.0, 0.0
@@ -92,7 +92,7 @@ class Divergence:
             self.largest_difference = max(self.largest_difference, float((own - theirs).abs().max()))
 
     def perplexity(self) -> float | None:
-        """exp of the mean loss of a token, all tokens weighing the same; None where that passes the range of fp64."""
+        """exp of the mean loss of a token, all tokens weighing the same; None if that passes the range of fp64."""
         try:
             return math.exp(self.loss / self.tokens)
         except OverflowError:

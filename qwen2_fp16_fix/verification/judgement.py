@@ -22,7 +22,7 @@ def shortcomings(rows: Sequence[VerifiedRow], max_kl: float | None, max_ppl_drif
 
 
 def within(value: float | None, limit: float) -> bool:
-    """Whether a value is at most `limit` away from 0. A value that is not known is not."""
+    """Whether a value is at most `limit` away from 0. False for a value that is not known."""
     return value is not None and abs(value) <= limit
 
 

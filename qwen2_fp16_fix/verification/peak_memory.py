@@ -24,7 +24,7 @@ class PeakMemory:
             self.before = self._lower_the_mark()
 
     def _lower_the_mark(self) -> int | None:
-        """Lowers the kernel's high-water mark to the resident bytes and returns them. None where the kernel does not.
+        """Lowers the kernel's high-water mark to the resident bytes and returns them. None if it cannot.
 
         Writing 5 to clear_refs resets VmHWM (proc(5)). An older peak would otherwise hide this one.
         """

@@ -1,6 +1,7 @@
-"""What a verification returns: a row for each way of running the checkpoint, and whether they pass.
+"""The result of a verification: a row for each way of running the checkpoint, and whether they pass.
 
-Attributes are named as the keys of the JSON. Lists are tuples here. What is not finite or not known is None.
+Attributes are named as the keys of the JSON. Its lists are tuples here. A number that is not finite or not known is
+None.
 """
 
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredRow(Record):
-    """One way of running the checkpoint, against the oracle. All but its name is None where its logits are not finite.
+    """One way of running the checkpoint, against the oracle. The measures are None if its logits are not finite.
 
-    finite: all logits are. kl_mean, kl_max: KL(oracle || row) of a token, in nats. first_overflow: the first site that
-    is not finite, in the first window whose logits are not, or else in the first window. first_differences: for each
-    prompt the first greedy token that differs from the oracle's, or None. seconds: of the windows' forwards.
-    peak_bytes: see PeakMemory.
+    finite: whether all logits are. kl_mean, kl_max: KL(oracle || row) of a token, in nats. first_overflow: the first
+    site that is not finite, in the first window whose logits are not, or else in the first window; None if there is
+    none. first_differences: for each prompt the index of the first greedy token that differs from the oracle's, or
+    None. seconds: of the windows' forwards. peak_bytes: see PeakMemory; None if it is not known.
     """
 
     name: str
@@ -42,14 +43,18 @@ class MeasuredRow(Record):
 
 @dataclass(frozen=True)
 class VerifiedRow(MeasuredRow):
-    """A measured row with the drift of its perplexity from the oracle's, relatively."""
+    """A measured row. drift: its perplexity over the oracle's, less 1."""
 
     drift: float | None
 
 
 @dataclass(frozen=True, repr=False)
 class VerificationResult(Result):
-    """What `verify` returns. versions: what ran. reasons: why it does not pass, if so. verdict: a sentence."""
+    """The result of `verify`.
+
+    versions: of the software that ran. checkpoint: its path, or the class of a loaded model. rows: the oracle first.
+    reasons: why it does not pass; empty if it passes. verdict: a sentence. seconds: of the whole verification.
+    """
 
     versions: Status
     checkpoint: str
@@ -65,7 +70,7 @@ class VerificationResult(Result):
         return self.verdict
 
     def __rich__(self) -> "RenderableType":
-        """The table, where each row first was not finite, and the verdict."""
+        """The table, the first site of each row that is not finite, and the verdict."""
         from .text import rendered
 
         return rendered(self)

@@ -1,4 +1,4 @@
-"""The rows that a verification has finished, in a file, so that a run that was cut off can be resumed."""
+"""The finished rows of a verification in a file, so that an interrupted run can be resumed."""
 
 import hashlib
 import json

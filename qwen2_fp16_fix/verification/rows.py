@@ -1,4 +1,4 @@
-"""The rows of a verification: one way each of running a checkpoint, measured against the oracle's logits."""
+"""The rows of a verification. Each is one way of running a checkpoint, measured against the oracle's logits."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ ORACLE = Row("float32", "eager", fixed=False)
 
 @dataclass
 class RowInputs:
-    """What every row runs on. tokens (1, S); oracle: its logits; continuations: its greedy tokens, by prompt."""
+    """The inputs of every row. tokens (1, S); oracle: its logits; continuations: its greedy tokens, by prompt."""
 
     folder: Path
     tokens: Tensor
@@ -82,7 +82,7 @@ def flash_attentions(device: torch.device) -> list[str]:
 def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
     """Loads the row's model, scores the text with it, continues the prompts, and gives the row.
 
-    Raises CheckpointError where the oracle itself is not finite: there is nothing to compare with.
+    Raises CheckpointError if the oracle itself is not finite: there is nothing to compare with.
     """
     peak = PeakMemory(inputs.device)
     model = open_row(inputs.folder, row, inputs.device)
@@ -115,7 +115,7 @@ def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
 def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
     """The row's model, on the device, checked to be stock or fixed as the row's name says.
 
-    Raises CheckpointError where transformers cannot load it, PatchConflictError where stock and fixed are not.
+    Raises CheckpointError if transformers cannot load it, PatchConflictError if it is not what the name says.
     """
     try:
         model = load(folder, row.fixed, DTYPES[row.dtype], row.attention)
@@ -189,6 +189,6 @@ def continuation(model: Any, prompt: Tensor) -> list[int]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The index of the first token that differs, also where one continuation is shorter; None if they are equal."""
+    """The index of the first token that differs, also if one continuation is shorter; None if they are equal."""
     pairs = enumerate(zip_longest(ours, theirs))
     return next((index for index, (own, other) in pairs if own != other), None)

@@ -1,4 +1,4 @@
-"""Reads back what `verify` has returned or `verify --json` has printed, for a report or a model card."""
+"""Reads back a result of `verify`, or the JSON that `verify --json` has printed, for a report or a model card."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -18,7 +18,7 @@ def read_saved(
     """The verification as plain data. given: the result, the same as plain data, or a file with it as JSON.
 
     fields, settings, row: the keys that must be there, at the top, among the settings and in every row.
-    Raises OSError or ValueError for a file that is no readable JSON, LookupError where a key or all rows are missing.
+    Raises OSError or ValueError for a file that is no readable JSON, LookupError if a key or all rows are missing.
     """
     found: Any = given.to_dict() if isinstance(given, Result) else given
     if isinstance(found, str | Path):

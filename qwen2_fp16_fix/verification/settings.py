@@ -1,4 +1,4 @@
-"""What a verification is asked for, and the settings that follow for a checkpoint."""
+"""The request of a verification, and the settings that follow from it for a checkpoint."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Settings(Record):
 
 @dataclass(frozen=True)
 class Request:
-    """What `verify` is asked for, beside the model: see there. console: where progress is shown, if anywhere."""
+    """The arguments of `verify` besides the model. console: the one to show progress on, or None."""
 
     text: str | Path | None
     tokenizer: Any
@@ -50,7 +50,7 @@ class Request:
     def settings(self, positions: int) -> Settings:
         """The settings with their defaults filled in. positions: how many tokens the model reads together.
 
-        Raises VerificationError for what cannot be run.
+        Raises VerificationError for settings that cannot be run.
         """
         window = min(LONGEST_WINDOW, positions) if self.window is None else self.window
         if not 2 <= window <= positions:
@@ -64,7 +64,7 @@ class Request:
 
 
 def choose_device(device: str | None) -> str:
-    """The device by its name; cuda where there is one. Raises VerificationError for one that is not there."""
+    """The device by its name; by default cuda if there is one. Raises VerificationError for one that is not there."""
     name = default_device() if device is None else device
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise VerificationError(f"{name!r} is no device to verify on: give cpu or cuda.")

@@ -1,15 +1,16 @@
-"""What a terminal prints of a verification."""
+"""A verification as text for a terminal."""
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..activations.extremes import overflow_lines
 from .result import VerificationResult, VerifiedRow
 
 
 def rendered(found: VerificationResult) -> Group:
-    """The settings, the table, where each row first was not finite, and the verdict, for rich."""
+    """The settings, the table, the first site of each row that is not finite, and the verdict, for rich."""
     settings = found.settings
     head = (
         f"{found.checkpoint}: {settings.tokens} tokens, window {settings.window}, stride {settings.stride}, "
@@ -20,11 +21,7 @@ def rendered(found: VerificationResult) -> Group:
         table.add_column(name, justify="right" if name else "left")
     for row in found.rows:
         table.add_row(*_cells(row), style=None if row.finite else "red")
-    overflows = [
-        f"{row.name}: first non-finite value in {row.first_overflow}"
-        for row in found.rows
-        if row.first_overflow is not None
-    ]
+    overflows = overflow_lines((row.name, row.first_overflow) for row in found.rows)
     more = [f"not verified: {reason}" for reason in found.reasons[1:]]
     return Group(Text(head), table, *map(Text, (*overflows, *more, found.verdict)))
 

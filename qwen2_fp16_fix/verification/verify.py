@@ -60,8 +60,8 @@ def verify(  # noqa: PLR0913  # the options of the command
     is from the oracle. `to_dict()` is the same as plain data.
     `passed`: every fixed row is finite and, where asked for, each fixed float16 row has a mean KL up to `max_kl` and a
     perplexity within `max_ppl_drift`, relatively.
-    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, VerificationError for the rest of what
-    is asked, PatchConflictError if a stock row turns out to be patched, or a fixed one not to be.
+    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, VerificationError for other
+    arguments, PatchConflictError if a stock row turns out to be patched, or a fixed one not to be.
     """
     if is_switched_off():
         raise VerificationError("QWEN2_FP16_FIX=0 switches the fix off, so nothing here would be fixed: unset it.")
@@ -121,7 +121,7 @@ def _key(
     settings: Settings,
     console: Console | None,
 ) -> dict[str, Any]:
-    """What finished rows depend on."""
+    """Everything that finished rows depend on. `resume` accepts only a file with the same."""
     if console is not None:
         console.print("hashing the checkpoint, so that --resume can recognise it …", highlight=False)
     own = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
@@ -149,7 +149,7 @@ def _fill(
     settings: Settings,
     console: Console | None,
 ) -> None:
-    """Measures the rows that are missing. The oracle runs first, again if its row is there: they need its logits."""
+    """Measures the rows that are missing. The oracle always runs first, since the other rows need its logits."""
     windows = sliding_windows(tokens.shape[1], settings.window, settings.stride)
     todo = [ORACLE, *(row for row in missing if row != ORACLE)]
     size = (tokens.shape[1] - 1) * int(source.config["vocab_size"])

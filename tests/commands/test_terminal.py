@@ -110,8 +110,8 @@ def test_a_path_that_the_system_refuses_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lock.json").write_text(locking.as_text(locking.make_lock()))
     monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", *arguments])
-    monkeypatch.setattr("qwen2_fp16_fix.verification.verify._fill", lambda *_: pytest.fail("the run before the check"))
-    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.measure", lambda *_: pytest.fail("the run before the check"))
+    monkeypatch.setattr("qwen2_fp16_fix.verification.verify._fill", lambda *_: pytest.fail("ran before the check"))
+    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.measure_prompts", lambda *_: pytest.fail("ran before the check"))
     if "locked" in arguments:
         monkeypatch.setattr(Path, "is_file", denied)
     with pytest.raises(SystemExit) as ended:

@@ -42,4 +42,4 @@ def scans(folders: Callable[..., Path]) -> Callable[..., ScanResult]:
 @pytest.fixture
 def never_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test whose bad input is noticed only after the run."""
-    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.measure", lambda *_: pytest.fail("the run before the check"))
+    monkeypatch.setattr("qwen2_fp16_fix.scanning.scan.measure_prompts", lambda *_: pytest.fail("ran before the check"))
