@@ -42,7 +42,8 @@ class LockCheck(Result):
         """The first difference, and their number."""
         if self.passed:
             return f"nothing differs from {self.lock}"
-        return f"{len(self.differences)} differences from {self.lock}, first: {self.differences[0]}"
+        noun = "difference" if len(self.differences) == 1 else "differences"
+        return f"{len(self.differences)} {noun} from {self.lock}, first: {self.differences[0]}"
 
     def __rich__(self) -> Text:
         """The differences, one below the other."""

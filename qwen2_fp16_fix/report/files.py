@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ScanError
 from ..files import write_whole
@@ -19,6 +19,18 @@ from ..verification.saved import read_saved
 NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
 
 
+class Asked(NamedTuple):
+    """What the caller wrote to ask for a file, as messages repeat it."""
+
+    report: str
+    png: str
+    force: str
+
+
+BY_COMMAND = Asked("--report", "--png", "--force")
+BY_METHOD = Asked("save_html", "save_png", "force=True")
+
+
 @dataclass(frozen=True)
 class ScanFiles:
     """The files that a scan is to write; None for a file that is not asked for."""
@@ -28,6 +40,7 @@ class ScanFiles:
     png: Path | None = None
     verification: Path | None = None
     lang: str = "en"
+    asked: Asked = BY_COMMAND
 
     def check(self, force: bool) -> dict[str, Any] | None:
         """The result of `verify`, if a file with one is named. Raises ScanError if a file would fail after the run."""
@@ -36,8 +49,8 @@ class ScanFiles:
         if len({path.resolve() for path in named.values()}) < len(named):
             raise ScanError("two of the files asked for have the same name: give each its own.")
         for kind, path in named.items():
-            _check_extra(kind)
-            _check_path(path, force)
+            self._check_extra(kind)
+            self._check_path(path, force)
         if self.png is not None:
             from .picture import fonts
 
@@ -65,6 +78,27 @@ class ScanFiles:
 
             written.append(_write(self.png, lambda part: draw(scans, part, self.lang)))
         return written
+
+    def _check_extra(self, kind: str) -> None:
+        missing = [name for name in NEEDS.get(kind, ()) if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ScanError(
+                f'{getattr(self.asked, kind)} needs {" and ".join(missing)}: run pip install "qwen2-fp16-fix[report]".'
+            )
+
+    def _check_path(self, path: Path, force: bool) -> None:
+        """Raises ScanError if the file cannot be written, or would be overwritten."""
+        try:
+            if path.is_dir():
+                raise ScanError(f"{path} is a folder: name a file in it.")
+            if path.exists() and not force:
+                raise ScanError(f"{path} exists: name another file, or add {self.asked.force} to overwrite it.")
+            with suppress(FileNotFoundError):
+                path.lstat()  # raises for a name that is too long; from Python 3.14 `exists` returns False
+            with tempfile.NamedTemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ScanError(f"{path} cannot be written ({error.strerror}): name another file.") from None
 
 
 def scan_to_files(
@@ -99,30 +133,9 @@ def scan_to_files(
 
 def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **paths: Any) -> None:
     """Writes one file of one scan. paths: fields of ScanFiles. Raises ScanError if it cannot be written."""
-    files = ScanFiles(**paths)
+    files = ScanFiles(asked=BY_METHOD, **paths)
     files.check(force)
     files.write([found], verification)
-
-
-def _check_extra(kind: str) -> None:
-    missing = [name for name in NEEDS.get(kind, ()) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ScanError(f'--{kind} needs {" and ".join(missing)}: run pip install "qwen2-fp16-fix[report]".')
-
-
-def _check_path(path: Path, force: bool) -> None:
-    """Raises ScanError if the file cannot be written, or would be overwritten."""
-    try:
-        if path.is_dir():
-            raise ScanError(f"{path} is a folder: name a file in it.")
-        if path.exists() and not force:
-            raise ScanError(f"{path} exists: name another file, or add --force to overwrite it.")
-        with suppress(FileNotFoundError):
-            path.lstat()  # from Python 3.14 `exists` returns False for a name that is too long; `lstat` still raises
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ScanError(f"{path} cannot be written ({error.strerror}): name another file.") from None
 
 
 def _write(path: Path, make: Callable[[Path], object]) -> Path:

@@ -87,7 +87,7 @@ def test_a_scan_saves_a_page_and_a_picture(planted: ScanResult, tmp_path: Path) 
 def test_a_file_that_exists_is_overwritten_by_force_alone(planted: ScanResult, tmp_path: Path, save: str) -> None:
     there = tmp_path / "there"
     there.write_text("mine")
-    with pytest.raises(qwen2_fp16_fix.ScanError, match="exists: name another file"):
+    with pytest.raises(qwen2_fp16_fix.ScanError, match="exists: name another file, or add force=True"):
         getattr(planted, save)(there)
     assert there.read_text() == "mine"
     getattr(planted, save)(there, force=True)
@@ -96,11 +96,14 @@ def test_a_file_that_exists_is_overwritten_by_force_alone(planted: ScanResult, t
         getattr(planted, save)(tmp_path, force=True)
 
 
-def test_a_missing_extra_is_the_sentence_of_the_command(
+def test_a_missing_extra_is_one_sentence_that_names_the_method(
     planted: ScanResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    for save, sentence in ((planted.save_html, "--report needs plotly and jinja2"), (planted.save_png, "--png needs")):
+    for save, sentence in (
+        (planted.save_html, "save_html needs plotly and jinja2"),
+        (planted.save_png, "save_png needs"),
+    ):
         with pytest.raises(qwen2_fp16_fix.ScanError, match=sentence):
             save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
