@@ -1,6 +1,5 @@
 """What is installed, what is registered, and which parts of a model are fixed."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,6 +12,7 @@ from torch import nn
 
 from ._version import __version__
 from .patches.errors import Qwen2FP16FixError
+from .patches.lock import is_switched_off
 from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
 from .results import Record, Result
 
@@ -134,7 +134,7 @@ def status(model: nn.Module | None = None) -> Status:
         torch=torch.__version__,
         numerics=NUMERICS,
         supported=SUPPORTED,
-        enabled=os.environ.get("QWEN2_FP16_FIX", "").strip() != "0",
+        enabled=not is_switched_off(),
         patch=patch,
         tested=tested,
         registered=registered,
