@@ -189,7 +189,8 @@ def grouped_attention(
     if device_of(rows) not in IN_PLACE:
         nothing = torch.zeros_like(nothing)  # MPS does multiply it: a query of NaN would reach every row
     # The scan takes the first baddbmm after an attention starts, or the first product of 4 dimensions, for the scores.
-    # So this is a baddbmm, and none goes before it: tests/test_scan.py, test_no_observation_passes_its_bound.
+    # So this is a baddbmm, and none goes before it: tests/scanning/test_findings.py,
+    # test_the_scores_of_a_fixed_model_are_its_own.
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
         scores += mask
