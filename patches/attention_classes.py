@@ -43,7 +43,7 @@ class AttendEagerly(CentredKeys, Scaled):
 
 
 class AttendThroughSdpa(AttendEagerly):
-    """The same through torch's fused kernel, which accumulates its scores in fp32 itself."""
+    """The same part through torch's fused kernel, which accumulates its scores in fp32 itself."""
 
     def attend(self, *args: Any) -> tuple[Tensor, Tensor | None]:
         """Output (B, Q, H, D); a fused kernel keeps no weights."""

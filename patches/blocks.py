@@ -176,7 +176,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids (B, S) to cos and sin (B, S, D), in fp32 whatever the dtype of `x`; fp32 models get stock's.
 
-        Stock computes angles by a matmul, at least up to 5.17, whose operands TF32 rounds: position 16,001 to 16,000.
+        Stock computes angles by a matmul, at least up to 5.17. TF32 rounds its operands: position 16,001 to 16,000.
         """
         if is_full_precision(x):
             stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)

@@ -4,8 +4,8 @@ A fixed attention marks each cache that it fills, layer by layer. A cache that i
 disk or mapped over has no marks. Then the keys themselves tell: a centre c takes out of them the bias, which all of
 them have in common. With k the mean key of a layer and b - c the part of its bias that centring leaves,
 <k - (b - c), c> / <c, c> is 0 for centred keys and 1 for a stock model's. The projected tokens have something in common
-as well; its part in the measure is divided by the length of c. So the sum over the layers follows those with a long c:
-it is 0.00 and 1.00 for the published spikes.
+as well, which disturbs the measure less the longer c is. So the sum over the layers follows those with a long c: it is
+0.00 and 1.00 for the published spikes.
 
 Keys are rotated, so only pairs count that hardly turn within the first tokens.
 """
@@ -57,9 +57,9 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
 
     It is `shift`, or None for a cache that holds uncentred keys: all keys of a cache have to share one constant, and
     None stands for 0. See `will_be_centred`.
-    marks_last: True from transformers 5.4, where every copy of a cache keeps our mark. Keys in an unmarked cache then
-    come from a stock model or were learned. Before, beam search and others rebuild caches without their marks, so an
-    unmarked cache is this model's unless its keys clearly are a stock model's.
+    marks_last: True from transformers 5.4, which itself rebuilds no cache. Keys in an unmarked cache then come from a
+    stock model, were learned, or the user has rebuilt the cache. Before, beam search and others rebuild caches without
+    their marks, so an unmarked cache is this model's unless its keys clearly are a stock model's.
     Raises ForeignCacheError if one of old and new keys is centred and the other is not, or if that cannot be told:
     mixed, they would lead attention to the wrong tokens, and nothing would show it.
     """

@@ -162,8 +162,8 @@ def _make_stock(root: nn.Module) -> None:
 
 
 #: The `__module__` of the drop-in classes. In the package it is stock's: from 5.5 transformers prefers a checkpoint's
-#: code to them, as to its own classes, and a PEFT adapter, which names it, loads without this package. As remote code
-#: it is this module, whose files save_pretrained copies.
+#: code to them, as to its own classes. A PEFT adapter, whose configuration names it, loads without this package. As
+#: remote code it is this module, whose files save_pretrained copies.
 HOME = __name__ if __name__.startswith("transformers_modules.") else modeling_qwen2.__name__
 
 
@@ -220,7 +220,8 @@ def _fixed_part(name: str, part: Any) -> type:
     return make_class(name, (part, getattr(STOCK, name)), **alias)
 
 
-#: Stock class to fixed class of each part, and back. Models keep theirs: transformers 5 looks up by it what to record.
+#: Stock class to fixed class of each part, and back. `fix` leaves a model its class, by which transformers 5 looks up
+#: what to record.
 FIXED_OF: dict[type, type] = {getattr(STOCK, name): _fixed_part(name, part) for name, part in PARTS.items()}
 STOCK_OF: dict[type, type] = {fixed: stock for stock, fixed in FIXED_OF.items()}
 

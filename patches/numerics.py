@@ -20,8 +20,8 @@ FREXP = ("cpu", "cuda")
 def autocast_device(device_type: str) -> str:
     """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
 
-    Before torch 2.13 its compiler cannot trace the question. Compiled code is not asked: it computes, so autocast knows
-    its device, unless the model has no weights.
+    Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
+    autocast knows, unless the model has no weights.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type

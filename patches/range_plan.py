@@ -180,7 +180,7 @@ def bits_below(limit: float, bound: float) -> float:
 
 
 def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
-    """The sites whose bound passes its limit even with the exponents. Scaling down shrinks all else, too."""
+    """The sites whose bound passes its limit even with the exponents, which scale partial sums as well."""
     return [site for site, bits in headroom_bits(bounds, exponents).items() if not bits >= 0]
 
 
