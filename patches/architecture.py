@@ -3,8 +3,8 @@
 Everything that knows a layer reads a row: what is exchanged (`parts`), what is bounded and read from a checkpoint
 (`linears`), what is watched in a running model (`sites`), and the classes that are built around it (`heads`).
 The names are those of transformers' modules and so of a checkpoint; the shapes are those of `nn.Linear.weight`.
-This file imports neither torch nor transformers. Classes are looked up when they are asked for, and the answers are
-keyed by class object: qwen2_vl of transformers 4.48, for one, defines a Qwen2RMSNorm of its own.
+This file imports neither torch nor transformers. Classes are looked up only when they are needed, and compared as
+objects, not by name: qwen2_vl of transformers 4.48, for one, defines a Qwen2RMSNorm of its own.
 
 B is the batch, S the tokens, D = head_dim, H and G the query and key heads.
 """
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
     path: str  # below the base model: "norm", "layers.*.mlp"
     stock: str  # the name of its class in the row's module
-    role: Role  # which class of patches/ is laid over it
+    role: Role  # which class of patches/ fixes it
     width: str = ""  # of a norm: the size of its gain, as in `Linear.rows`
     optional: bool = False  # whether some release lacks it
 
@@ -256,7 +256,7 @@ ROWS = (QWEN2,)
 
 
 @cache
-def stock_classes(row: Architecture) -> dict[type, Role]:
+def roles_by_class(row: Architecture) -> dict[type, Role]:
     """The stock class of each part of a row, and its role. Imports the row's module."""
     module = import_module(row.module)
     return {getattr(module, part.stock): part.role for part in row.parts}
@@ -267,5 +267,5 @@ def row_of(kind: type, rows: tuple[Architecture, ...] = ROWS) -> tuple[Architect
 
     Imports nothing: a class of a module that is not imported does not exist.
     """
-    known = [(row, stock_classes(row)) for row in rows if row.module in sys.modules]
+    known = [(row, roles_by_class(row)) for row in rows if row.module in sys.modules]
     return next(((row, roles[base]) for base in kind.__mro__ for row, roles in known if base in roles), None)

@@ -33,7 +33,7 @@ from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
 ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
 
-#: Names that stock's attention must use. A release without one is refused: a fixed forward relies on all of them.
+#: Names that stock's attention must use. A release whose attention lacks one is refused: a fixed forward needs all.
 REQUIRED_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
 
 

@@ -3,7 +3,6 @@
 import functools
 import types
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +43,7 @@ class AttendEagerly(CentredKeys, Scaled):
 
 
 class AttendThroughSdpa(AttendEagerly):
-    """The same through torch's fused kernel, which accumulates its scores in fp32 itself."""
+    """The same part through torch's fused kernel, which accumulates its scores in fp32 itself."""
 
     def attend(self, *args: Any) -> tuple[Tensor, Tensor | None]:
         """Output (B, Q, H, D); a fused kernel keeps no weights."""
@@ -70,27 +69,30 @@ def sdpa_attention(
     return output.transpose(1, 2)
 
 
-#: The shift of the keys (1, G, 1, D), or None, while stock's flash attention runs: `rotate_pair` reads it.
-_key_shift: ContextVar[Tensor | None] = ContextVar("qwen2_fp16_fix_key_shift", default=None)
-
-
 def rotate_pair(
+    key_shift: Tensor | None,
     query: Tensor,
     key: Tensor,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the place of stock's rotation, which before 4.45 gets whole tables and the positions."""
+    """Takes the place of stock's rotation, which before 4.45 gets whole tables and the positions.
+
+    key_shift: (1, G, 1, D), or None.
+    """
     if cos.dim() == 2:
         cos, sin = cos[position_ids], sin[position_ids]
-    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, _key_shift.get()).to(key.dtype)
+    return rotate(query, cos, sin).to(query.dtype), rotate(key, cos, sin, key_shift).to(key.dtype)
 
 
-@functools.cache  # a copy of stock's globals for each class, not for each call of each layer
-def with_exact_rotation(stock_forward: types.FunctionType) -> Callable[..., Any]:
-    """A stock forward whose name `apply_rotary_pos_emb` means `rotate_pair`; all else in it is stock's."""
-    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": rotate_pair}
+def with_exact_rotation(stock_forward: types.FunctionType, key_shift: Tensor | None) -> Callable[..., Any]:
+    """A stock forward whose name `apply_rotary_pos_emb` means `rotate_pair`; all else in it is stock's.
+
+    It is made anew for each call. A kept one would hold stock's globals of that time, and tools for long sequences
+    replace `_flash_attention_forward` among them later.
+    """
+    names = {**stock_forward.__globals__, "apply_rotary_pos_emb": functools.partial(rotate_pair, key_shift)}
     code, defaults, closure = stock_forward.__code__, stock_forward.__defaults__, stock_forward.__closure__
     return types.FunctionType(code, names, stock_forward.__name__, defaults, closure)
 
@@ -118,12 +120,9 @@ class FlashAttention(CentredKeys):
     ) -> Any:
         """As the stock class."""
         shift = claim_cache(self, past_key_value, shift_for(self, past_key_value), marks_last=False)
-        forward = with_exact_rotation(super().forward.__func__)  # type: ignore[attr-defined]
-        before = _key_shift.set(None if shift is None else self.key_shift)
-        try:
-            output = forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
-        finally:
-            _key_shift.reset(before)
+        key_shift = None if shift is None else self.key_shift
+        forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]
+        output = forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
         if past_key_value is not None and (keys := stored_keys(past_key_value, self.layer_idx)) is not None:
             note_keys(keys, shift)
         return output

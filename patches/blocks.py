@@ -7,7 +7,7 @@ A fixed class is made of a class here and the stock class of the same role (`cla
 so that `super()` is the stock code and `isinstance` still sees a stock module.
 
 vLLM reads the forwards of `RMSNorm`, `DecoderLayer` and `MLP` as text before it runs a model. Each says what vLLM looks
-for; tests/test_engine_rules.py applies the same rules.
+for; tests/patches/test_engine_rules.py applies the same rules.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's, as the next matmul needs.
 
         vLLM takes a forward with one parameter for a norm and replaces it by its own, which would pass the fp32
-        residual on unrounded. The second parameter prevents that: test_engine_rules.py, `broken_by_norm`.
+        residual on unrounded. The second parameter prevents that: tests/patches/test_engine_rules.py, `broken_by_norm`.
         """
         weight = self.weight
         if weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states (B, S, hidden). Checkpointing up to 4.51 passes the other arguments by position.
 
-        vLLM refuses a layer that does not pass **kwargs on: test_engine_rules.py, `broken_by_layer`.
+        vLLM refuses a layer that does not pass **kwargs on: tests/patches/test_engine_rules.py, `broken_by_layer`.
         """
         settle_plan(self)
         output = super().forward(promote_residual(hidden_states), *args, **kwargs)
@@ -143,7 +143,7 @@ class MLP(Scaled):
         """(B, S, hidden) to the same shape: in stock's dtype if the exponent is 0, else in fp32, as the residual.
 
         vLLM fuses `act_fn(gate_proj(x)) * up_proj(x)` in one expression into a kernel whose product is float16. So the
-        product is not written in one: test_engine_rules.py, `broken_by_mlp`.
+        product is not written in one: tests/patches/test_engine_rules.py, `broken_by_mlp`.
         """
         if not runs_in_float16(hidden_states) and not casts_to_float16(self.down_proj, hidden_states):
             stock: Tensor = super().forward(hidden_states)
@@ -176,7 +176,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids (B, S) to cos and sin (B, S, D), in fp32 whatever the dtype of `x`; fp32 models get stock's.
 
-        Stock computes angles by a matmul, at least up to 5.17, whose operands TF32 rounds: position 16,001 to 16,000.
+        Stock computes angles by a matmul, at least up to 5.17. TF32 rounds its operands: position 16,001 to 16,000.
         """
         if is_full_precision(x):
             stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)

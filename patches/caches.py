@@ -4,8 +4,8 @@ A fixed attention marks each cache that it fills, layer by layer. A cache that i
 disk or mapped over has no marks. Then the keys themselves tell: a centre c takes out of them the bias, which all of
 them have in common. With k the mean key of a layer and b - c the part of its bias that centring leaves,
 <k - (b - c), c> / <c, c> is 0 for centred keys and 1 for a stock model's. The projected tokens have something in common
-as well; its part in the measure is divided by the length of c. So the sum over the layers follows those with a long c:
-it is 0.00 and 1.00 for the published spikes.
+as well, which disturbs the measure less the longer c is. So the sum over the layers follows those with a long c: it is
+0.00 and 1.00 for the published spikes.
 
 Keys are rotated, so only pairs count that hardly turn within the first tokens.
 """
@@ -56,10 +56,10 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
     """The shift for new keys of this layer in a cache; marks the cache as holding such keys.
 
     It is `shift`, or None for a cache that holds uncentred keys: all keys of a cache have to share one constant, and
-    None stands for 0.
-    marks_last: True from transformers 5.4, where every copy of a cache keeps our mark. Keys in an unmarked cache then
-    come from a stock model or were learned. Before, beam search and others rebuild caches without their marks, so an
-    unmarked cache is this model's unless its keys clearly are a stock model's.
+    None stands for 0. See `will_be_centred`.
+    marks_last: True from transformers 5.4, which itself rebuilds no cache. Keys in an unmarked cache then come from a
+    stock model, were learned, or the user has rebuilt the cache. Before, beam search and others rebuild caches without
+    their marks, so an unmarked cache is this model's unless its keys clearly are a stock model's.
     Raises ForeignCacheError if one of old and new keys is centred and the other is not, or if that cannot be told:
     mixed, they would lead attention to the wrong tokens, and nothing would show it.
     """
@@ -70,11 +70,7 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
         known = getattr(cache, MARKS, None)  # the compiler guards what it reads; compiled code sets no mark
         return None if known is not None and known.get(attention.layer_idx) is False else shift
     layer, marks = attention.layer_idx, cache.__dict__.setdefault(MARKS, {})
-    wanted, centred = shift is not None, marks.get(layer)
-    if centred is None:
-        centred = wanted and holds_centred(attention, cache, marks, marks_last)
-    elif centred != wanted and is_emptied(cache, layer, look=centred):
-        centred = wanted
+    centred = will_be_centred(attention, cache, marks, shift is not None, marks_last)
     if centred and shift is None:
         raise ForeignCacheError(
             f"this cache holds keys of layer {layer} from another dtype or another state of the fix, which cannot be "
@@ -82,6 +78,25 @@ def claim_cache(attention: Any, cache: Any, shift: Tensor | None, marks_last: bo
         )
     marks[layer] = centred
     return shift if centred else None
+
+
+def will_be_centred(attention: Any, cache: Any, marks: dict[int, bool], wanted: bool, marks_last: bool) -> bool:
+    """Whether the keys of a layer in a cache are centred once new ones are among them. `claim_cache` refuses one case.
+
+    | mark of the layer | new keys are centred (`wanted`)       | new keys are not                         |
+    |-------------------|---------------------------------------|------------------------------------------|
+    | none              | as the old keys are; True without any | False                                    |
+    | centred           | True                                  | False if emptied, else True: the refusal |
+    | uncentred         | True if emptied, else False           | False                                    |
+
+    The old keys are looked at only where the table asks for them: that waits for the GPU.
+    """
+    marked = marks.get(attention.layer_idx)
+    if marked is None:
+        return wanted and holds_centred(attention, cache, marks, marks_last)
+    if marked == wanted or not is_emptied(cache, attention.layer_idx, look=marked):
+        return marked
+    return wanted
 
 
 def note_tracing() -> bool:

@@ -66,7 +66,8 @@ class CentredKeys(nn.Module):
         inverse_frequencies (head_dim/2,); positions: the longest context; rotation_scale multiplies cos and sin.
         """
         bias = None if may_change_bias(self.k_proj) else loaded_bias(self.k_proj)
-        known = not inverse_frequencies.is_meta  # nor is there a centre if stock rotates a part of the head only
+        known = not inverse_frequencies.is_meta
+        # With frequencies for a part of the head only, the rotation is not the one that c is made for.
         if bias is None or not known or 2 * len(inverse_frequencies) != self.head_dim:
             self.keep_constants(None)
             return

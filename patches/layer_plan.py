@@ -4,7 +4,7 @@ Some changes of a weight leave a trace (`weight_versions`), and some leave none:
 plan also ends after a backward through its layer, because an optimiser is about to write, and after a forward that was
 not finite: an exponent that is too small can only overflow (`overflow.py`). A layer without a plan scales by token.
 
-The state of a layer is written in this file alone, as entries of the layer's `__dict__`. nn.Module would take the
+The state of the plan is written in this file alone, as entries of the layer's `__dict__`. nn.Module would take the
 rotary embedding for a child of the layer, and its `__setattr__` is slower.
 
 - `plan`: the plan, or None.

@@ -99,7 +99,7 @@ def note_missing(layer: nn.Module, names: list[str]) -> None:
 def load_problem(layer: Any) -> str | None:
     """What is known to be wrong with the numbers in the linears of a layer, or None.
 
-    Parameters that from_pretrained of a drop-in class has made up are known; those that stock's has are not.
+    Parameters that from_pretrained of a drop-in class has made up are known. Those that stock's has made up are not.
     """
     for name, linear in layer.named_modules():
         if name.endswith("_proj") and is_plain(linear) and not linear.weight.is_floating_point():

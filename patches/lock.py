@@ -1,4 +1,6 @@
-"""Reads a lock, which lists everything that decides a fixed model's numbers, and says how an environment differs.
+"""What the environment says: whether the fix is switched off, and which lock must hold.
+
+A lock lists everything that decides a fixed model's numbers. This file reads one and says how an environment differs.
 
 With QWEN2_FP16_FIX_LOCK=FILE in the environment nothing is fixed and no fixed model is built if anything differs from
 FILE. That guards against accidents and drift, not against an attacker: whoever can edit the files beside this one can
@@ -24,6 +26,7 @@ from .version_map import NUMERICS
 
 FORMAT = 1
 VARIABLE = "QWEN2_FP16_FIX_LOCK"
+SWITCH = "QWEN2_FP16_FIX"
 HERE = Path(__file__).parent
 
 #: What a lock must hold to be one.
@@ -38,6 +41,11 @@ FIELDS: dict[str, type] = {
 
 #: transformers' tables of functions that its Qwen2 uses: attention implementations and RoPE variants.
 TABLES = ("ALL_ATTENTION_FUNCTIONS", "ROPE_INIT_FUNCTIONS")
+
+
+def is_switched_off() -> bool:
+    """Whether the environment says QWEN2_FP16_FIX=0, which leaves every model stock."""
+    return os.environ.get(SWITCH, "").strip() == "0"
 
 
 def check_when_asked() -> None:

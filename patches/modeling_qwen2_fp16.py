@@ -6,7 +6,6 @@ names, which saved checkpoints, device maps and transformers' table of losses re
 """
 
 import contextlib
-import os
 import types
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import transformers
 from torch import nn
 
 # Every sibling is imported here. Remote code depends on it: of a local folder, transformers before 5.10 copies only the
-# files that the entry imports. tests/test_export.py, test_the_entry_file_imports_every_sibling.
+# files that the entry imports. tests/hub/test_export.py, test_the_entry_file_imports_every_sibling.
 from .architecture import Architecture  # noqa: F401
 from .attention import claim_keys  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
@@ -28,14 +27,14 @@ from .errors import UntestedTransformersWarning
 from .key_centring import CentredKeys  # noqa: F401
 from .layer_plan import Plan  # noqa: F401
 from .linears import load_problem, note_made_up  # noqa: F401
-from .lock import check_when_asked
+from .lock import check_when_asked, is_switched_off
 from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
 from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
-from .swap import base_models, check_model, exchange, exchange_all, known_class, layers_of
+from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48
@@ -79,11 +78,6 @@ if is_untested(transformers.__version__):
         UntestedTransformersWarning,
         stacklevel=2,
     )
-
-
-def is_switched_off() -> bool:
-    """Whether the environment says QWEN2_FP16_FIX=0, which leaves every model stock."""
-    return os.environ.get("QWEN2_FP16_FIX", "").strip() == "0"
 
 
 _stock_wanted: ContextVar[bool] = ContextVar("qwen2_fp16_fix_stock_wanted", default=False)
@@ -168,8 +162,8 @@ def _make_stock(root: nn.Module) -> None:
 
 
 #: The `__module__` of the drop-in classes. In the package it is stock's: from 5.5 transformers prefers a checkpoint's
-#: code to them, as to its own classes, and a PEFT adapter, which names it, loads without this package. As remote code
-#: it is this module, whose files save_pretrained copies.
+#: code to them, as to its own classes. A PEFT adapter, whose configuration names it, loads without this package. As
+#: remote code it is this module, whose files save_pretrained copies.
 HOME = __name__ if __name__.startswith("transformers_modules.") else modeling_qwen2.__name__
 
 
@@ -220,10 +214,15 @@ def make_class(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
     return made
 
 
-#: Stock class to fixed class of each part, and back. Models keep theirs: transformers 5 looks up by it what to record.
-FIXED_OF: dict[type, type] = {
-    getattr(STOCK, name): make_class(name, (part, getattr(STOCK, name))) for name, part in PARTS.items()
-}
+def _fixed_part(name: str, part: Any) -> type:
+    """The fixed class of a part. Older copies of this file call its `on_unfixed` by the name it had before."""
+    alias = {NAME_BEFORE: part.on_unfixed} if hasattr(part, "on_unfixed") else {}
+    return make_class(name, (part, getattr(STOCK, name)), **alias)
+
+
+#: Stock class to fixed class of each part, and back. `fix` leaves a model its class, by which transformers 5 looks up
+#: what to record.
+FIXED_OF: dict[type, type] = {getattr(STOCK, name): _fixed_part(name, part) for name, part in PARTS.items()}
 STOCK_OF: dict[type, type] = {fixed: stock for stock, fixed in FIXED_OF.items()}
 
 #: Stock class to drop-in class, for the models that this release has.

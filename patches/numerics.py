@@ -20,8 +20,8 @@ FREXP = ("cpu", "cuda")
 def autocast_device(device_type: str) -> str:
     """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
 
-    Before torch 2.13 its compiler cannot trace the question. Compiled code is not asked: it computes, so autocast knows
-    its device, unless the model has no weights.
+    Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
+    autocast knows, unless the model has no weights.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type
@@ -189,7 +189,8 @@ def grouped_attention(
     if device_of(rows) not in IN_PLACE:
         nothing = torch.zeros_like(nothing)  # MPS does multiply it: a query of NaN would reach every row
     # The scan takes the first baddbmm after an attention starts, or the first product of 4 dimensions, for the scores.
-    # So this is a baddbmm, and none goes before it: tests/test_scan.py, test_no_observation_passes_its_bound.
+    # So this is a baddbmm, and none goes before it: tests/scanning/test_findings.py,
+    # test_the_scores_of_a_fixed_model_are_its_own.
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
         scores += mask

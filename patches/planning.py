@@ -1,8 +1,8 @@
 """Makes the plan of each layer, and decides when: at `fix`, before a forward, and around moves and casts.
 
 A plan is one exponent for the MLP and one for the output projection of a layer, from the bounds in `range_plan.py`. It
-holds for the weights it was made from. `layer_plan.py` has what ends it. A layer scales by token without one, also if
-its weights cannot be bounded.
+holds for the weights it was made from. `layer_plan.py` has what ends it. A layer without a plan scales by token; it
+gets none if its weights cannot be bounded.
 A plan that has ended is made anew at the next forward after `eval()`, a load or `fix`, unless a weight still holds a
 gradient that an optimiser could apply.
 """

@@ -10,8 +10,8 @@ The bounds hold for every prompt. What they rest on, for the arithmetic of the f
    bounds what the next step reads. Float16 accumulation, a switch that is off by default, is covered by a factor of 2
    in LIMIT. A float16 s is itself a float16 number at distance |t| from s + t. So rounding s + t moves away from s by
    at most 2|t|, and a chain of additions ends at most at twice the sum of magnitudes.
-3. A rotation turns a pair without lengthening it. The centre of the keys is no longer than their bias (keys.py).
-   Attention averages values with weights that sum to 1, up to rounding.
+3. A rotation turns a pair without lengthening it. The centre of the keys is no longer than their bias
+   (key_centring.py). Attention averages values with weights that sum to 1, up to rounding.
 4. |act(g)| <= |g|, and |g·u| = |⟨a,y⟩⟨b,y⟩| <= ‖y‖²/2·(‖a‖‖b‖ + |⟨a,b⟩|): the largest eigenvalue of (abᵀ + baᵀ)/2.
 5. An output, and any part of it, is at most Σ_j |w_j|·(bound of input j).
 
@@ -180,7 +180,7 @@ def bits_below(limit: float, bound: float) -> float:
 
 
 def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
-    """The sites whose bound passes its limit even with the exponents. Scaling down shrinks all else, too."""
+    """The sites whose bound passes its limit even with the exponents, which scale partial sums as well."""
     return [site for site, bits in headroom_bits(bounds, exponents).items() if not bits >= 0]
 
 

@@ -1,6 +1,6 @@
 """Linears whose input is scaled by a power of two and whose output is scaled back in fp32, as the residual needs it.
 
-A power of two is exact: only numbers are rounded that scaling brings below float16's smallest, 2^-24.
+A power of two is exact: scaling rounds off only the part of a number that it brings below float16's smallest, 2^-24.
 """
 
 from typing import Any, NamedTuple

@@ -13,6 +13,9 @@ from torch import nn
 from .architecture import QWEN2, Architecture
 from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
 
+#: The name of `on_unfixed` up to 0.1.1. Code exported then looks for it on our parts, and has it on its own.
+NAME_BEFORE = "release"
+
 
 def exchange_all(
     root: nn.Module,
@@ -190,12 +193,15 @@ def _is_offloaded(root: nn.Module, parameter: str) -> bool:
 def exchange(module: nn.Module, new: type) -> None:
     """Sets the class of one module: `on_unfixed` of the old class, then `on_fixed` of the new one.
 
+    The old class may be another copy's, whose method has the name that releases up to 0.1.1 gave it.
     A forward of the old class that accelerate or transformers has stored on the module is replaced by the new one's.
     """
     kept = _kept_forwards(module)
     old = type(module)
-    if hasattr(old, "on_unfixed"):
-        module.on_unfixed()  # type: ignore[operator]
+    for name in ("on_unfixed", NAME_BEFORE):
+        if hasattr(old, name):
+            getattr(module, name)()
+            break
     module.__class__ = new
     if hasattr(new, "on_fixed"):
         module.on_fixed(old)  # type: ignore[operator]

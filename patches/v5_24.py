@@ -47,7 +47,7 @@ class Attention(InterfaceAttention):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         # vLLM reads this forward as text. It wants the table by this name, the result in a local, and one call of that
-        # local with scaling=self.… and **kwargs: tests/test_engine_rules.py.
+        # local with scaling=self.… and **kwargs: tests/patches/test_engine_rules.py.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         if replaces_eager:
             attend = eager_attention

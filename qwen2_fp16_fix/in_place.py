@@ -7,7 +7,7 @@ from torch import nn
 
 from .code_copies import code_of, own_errors
 from .patches.errors import ForeignCacheError
-from .patches.modeling_qwen2_fp16 import is_switched_off
+from .patches.lock import is_switched_off
 
 logger = logging.getLogger("qwen2_fp16_fix")
 

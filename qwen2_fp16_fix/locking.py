@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from rich.text import Text
 
 from ._version import __version__
 from .files import write_whole
@@ -25,6 +24,9 @@ from .patches.lock import (
 )
 from .patches.version_map import range_for
 from .results import Result
+
+if TYPE_CHECKING:  # `register` comes by here, and must not need what only a terminal does
+    from rich.text import Text
 
 #: The lock of an exported folder.
 FILE_NAME = "qwen2_fp16_fix.lock.json"
@@ -45,8 +47,10 @@ class LockCheck(Result):
         noun = "difference" if len(self.differences) == 1 else "differences"
         return f"{len(self.differences)} {noun} from {self.lock}, first: {self.differences[0]}"
 
-    def __rich__(self) -> Text:
+    def __rich__(self) -> "Text":
         """The differences, one below the other."""
+        from rich.text import Text
+
         return Text("\n".join(self.differences) or f"Nothing differs from {self.lock}.")
 
 

@@ -1,20 +1,22 @@
 """The status: installed versions, registered Auto classes, and the parts of a model that are fixed."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from rich.text import Text
 from torch import nn
 
 from ._version import __version__
 from .patches.errors import Qwen2FP16FixError
+from .patches.lock import is_switched_off
 from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
 from .results import Record, Result
+
+if TYPE_CHECKING:  # `status` must not need what only a terminal does
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class ModelStatus(Result):
         state = "fixed" if self.fixed else self.problem or "not fixed"
         return f"{self.class_name} in {self.dtype}, {self.attention}: {state}"
 
-    def __rich__(self) -> Text:
+    def __rich__(self) -> "Text":
         """A line for each attribute, and for each layer."""
+        from rich.text import Text
+
         shown = {name: value for name, value in self.to_dict().items() if name not in ("parts", "ranges")}
         shown |= {role: f"{count.fixed} of {count.total} fixed" for role, count in self.parts.items()}
         for row in self.ranges:
@@ -103,8 +107,10 @@ class Status(Result):
         about = "" if self.model is None else f"; {self.model.summary()}"
         return f"{self.package} on transformers {self.transformers}, {state}{about}"
 
-    def __rich__(self) -> Text:
+    def __rich__(self) -> "Text":
         """A line for each attribute. The command leaves `registered` out: its own process has nothing registered."""
+        from rich.text import Text
+
         shown = {name: value for name, value in self.to_dict().items() if name not in ("registered", "model")}
         lines = [Text(f"{name:>12}  {'' if value is None else value}") for name, value in shown.items()]
         return Text("\n").join(lines if self.model is None else [*lines, Text(), self.model.__rich__()])
@@ -135,7 +141,7 @@ def status(model: nn.Module | None = None) -> Status:
         torch=torch.__version__,
         numerics=NUMERICS,
         supported=SUPPORTED,
-        enabled=os.environ.get("QWEN2_FP16_FIX", "").strip() != "0",
+        enabled=not is_switched_off(),
         patch=patch,
         tested=tested,
         registered=registered,

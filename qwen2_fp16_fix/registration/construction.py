@@ -14,7 +14,8 @@ from torch import nn
 from transformers.models.auto import auto_factory
 
 from ..patches.errors import NotFixedWarning, PatchConflictError, Qwen2FP16FixError
-from ..patches.modeling_qwen2_fp16 import STOCK, fix_built, is_switched_off, stock_is_wanted
+from ..patches.lock import is_switched_off
+from ..patches.modeling_qwen2_fp16 import STOCK, fix_built, stock_is_wanted
 from ..patches.swap import base_models
 
 BUILDING = "_qwen2_fp16_fix_building"  # in an instance while its constructor runs

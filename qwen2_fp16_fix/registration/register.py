@@ -11,7 +11,8 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from ..locking import require_lock
 from ..patches.errors import RegistrationError
-from ..patches.modeling_qwen2_fp16 import DROP_IN_OF, STOCK, is_switched_off
+from ..patches.lock import is_switched_off
+from ..patches.modeling_qwen2_fp16 import DROP_IN_OF, STOCK
 from . import construction
 from .construction import MISSING
 

@@ -21,7 +21,7 @@ from ..certificate import certify
 from ..checkpoints.folder import open_checkpoint
 from ..errors import ScanError
 from ..model_status import status
-from ..patches.modeling_qwen2_fp16 import is_switched_off
+from ..patches.lock import is_switched_off
 from ..progress import Progress, console_of, with_bar
 from .findings import Findings
 from .measurements import BreakSearch, Measurements

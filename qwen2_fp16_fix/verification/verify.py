@@ -25,7 +25,7 @@ from ..checkpoints.loaded_model import saved
 from ..checkpoints.tokenizer import read_text, tokens_of
 from ..errors import CheckpointError, VerificationError
 from ..model_status import status
-from ..patches.modeling_qwen2_fp16 import is_switched_off
+from ..patches.lock import is_switched_off
 from ..progress import Progress, console_of
 from .divergence import OracleLogits, sliding_windows
 from .judgement import shortcomings, verdict_of

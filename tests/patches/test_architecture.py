@@ -24,8 +24,8 @@ from qwen2_fp16_fix.patches.architecture import (
     Part,
     Site,
     qwen2_arguments,
+    roles_by_class,
     row_of,
-    stock_classes,
 )
 from qwen2_fp16_fix.patches.range_plan import Exponents, LayerBounds, LayerShape, layer_shapes
 
@@ -118,9 +118,9 @@ def test_the_parts_of_a_row_are_those_of_a_model(row: Architecture) -> None:
     for name, module, expected in parts:
         assert module is model.get_submodule(name)
         assert type(module) is expected
-        assert row_of(expected, (QWEN2, QWEN3)) == (row, stock_classes(row)[expected])
-    norms = {name for name, module in model.named_modules() if type(module) in stock_classes(row) and "norm" in name}
-    assert norms == {name for name, _, expected in parts if stock_classes(row)[expected] == "norm"}
+        assert row_of(expected, (QWEN2, QWEN3)) == (row, roles_by_class(row)[expected])
+    norms = {name for name, module in model.named_modules() if type(module) in roles_by_class(row) and "norm" in name}
+    assert norms == {name for name, _, expected in parts if roles_by_class(row)[expected] == "norm"}
     assert model.get_submodule(row.final_norm()) is model.norm
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,65 @@ def unmarked(cache: Any) -> Any:
 def measured(model: Any, cache: Any) -> float:
     along, centre, _ = caches.measure(cache, tuple(model.model.layers[0].self_attn.witnesses.values()))
     return along / centre
+
+
+# --- which keys may go into it ---
+
+FULL, EMPTY = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)
+
+
+def claimed_before(attention: Any, cache: Any, shift: Tensor | None, marks_last: bool) -> Tensor | None:
+    """`claim_cache` of an eager model as 0.1.1 has it: the oracle for the table."""
+    layer, marks = attention.layer_idx, cache.__dict__.setdefault(caches.MARKS, {})
+    wanted, centred = shift is not None, marks.get(layer)
+    if centred is None:
+        centred = wanted and caches.holds_centred(attention, cache, marks, marks_last)
+    elif centred != wanted and caches.is_emptied(cache, layer, look=centred):
+        centred = wanted
+    if centred and shift is None:
+        raise qwen2_fp16_fix.ForeignCacheError
+    marks[layer] = centred
+    return shift if centred else None
+
+
+@pytest.mark.parametrize("marks_last", [True, False])
+@pytest.mark.parametrize("shift", [None, FULL], ids=["no shift", "shift"])
+@pytest.mark.parametrize("held", [None, EMPTY, FULL], ids=["no keys", "zeros", "keys"])
+@pytest.mark.parametrize("old", [True, False, None], ids=["look centred", "look uncentred", "do not tell"])
+@pytest.mark.parametrize("mark", [None, True, False], ids=["no mark", "centred", "uncentred"])
+def test_every_state_of_a_cache_is_claimed_as_ever(
+    mark: bool | None,
+    old: bool | None,
+    held: Tensor | None,
+    shift: Tensor | None,
+    marks_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The shift or the error, the marks left behind, and what was looked at on the way, which waits for the GPU."""
+    looked: list[Any] = []
+
+    def holds_centred(*asked: Any) -> bool:
+        looked.append(asked[2:])
+        if old is None:
+            raise qwen2_fp16_fix.ForeignCacheError
+        return old
+
+    def is_emptied(cache: Any, layer: int, look: bool) -> bool:
+        looked.append((layer, look))
+        return held is None or (look and not bool(held.any()))
+
+    monkeypatch.setattr(caches, "holds_centred", holds_centred)
+    monkeypatch.setattr(caches, "is_emptied", is_emptied)
+    attention, found = SimpleNamespace(layer_idx=3), []
+    for claim in (claimed_before, caches.claim_cache):
+        cache = SimpleNamespace(**{caches.MARKS: {2: True} if mark is None else {2: True, 3: mark}})
+        looked.clear()
+        try:
+            got = claim(attention, cache, shift, marks_last)
+        except qwen2_fp16_fix.ForeignCacheError:
+            got = "refused"
+        found.append((got, vars(cache), copy.deepcopy(looked)))
+    assert found[0] == found[1]
 
 
 # --- what is measured ---

@@ -110,6 +110,19 @@ def test_no_observation_passes_its_bound(scans: Callable[..., Any], kind: str, f
         assert found.largest <= found.bound, (found.layer, found.site)
 
 
+@pytest.mark.parametrize("kind", ["scores", "residual", "swiglu"])
+def test_the_scores_of_a_fixed_model_are_its_own(
+    scans: Callable[..., Any], folders: Callable[..., Path], kind: str
+) -> None:
+    """The first baddbmm of an attention is taken for them. Through sdpa they come from the query and the keys."""
+    eager = scans(kind, True)
+    fused = qwen2_fp16_fix.scan(folders(kind), [PROMPT], fixed=True, attention="sdpa", device="cpu")
+    for layer in range(TINY.layers):
+        for name in ("raw_scores", "scaled_scores"):
+            expected = site(fused, layer, name).largest
+            assert site(eager, layer, name).largest == pytest.approx(expected, rel=1e-2), (layer, name)
+
+
 def test_the_earliest_site_over_all_prompts_comes_first(folders: Callable[..., Path]) -> None:
     """Prompt 1 breaks in layer 2 at down_proj, prompt 2 only at that layer's residual: neither order may decide it."""
     marked, plain = torch.tensor([[4, 50, 60]]), torch.tensor([[40, 50, 60]])

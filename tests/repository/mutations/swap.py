@@ -11,4 +11,11 @@ MUTATIONS = (
         "    for name in ():\n",
         "tests/registration/test_ways_in.py::test_device_map[fixed after loading]",
     ),
+    Mutation(
+        "what an older copy has put into a model stays there",
+        FILE,
+        'for name in ("on_unfixed", NAME_BEFORE):',
+        'for name in ("on_unfixed",):',
+        "tests/hub/test_older_remote_code.py::test_one_copy_undoes_the_other_whole[older]",
+    ),
 )
