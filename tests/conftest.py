@@ -1,5 +1,6 @@
 """What several test files share: tiny stress models, and a process that starts clean and leaves nothing registered."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("QWEN2_FP16_FIX", None)
 MODULES = tempfile.TemporaryDirectory(prefix="qwen2-fp16-fix-modules-", ignore_cleanup_errors=True)
 os.environ["HF_MODULES_CACHE"] = MODULES.name  # where transformers puts remote code: not among the user's own
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: a full collection, two a row of `verify`, would walk through torch each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

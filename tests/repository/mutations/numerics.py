@@ -166,7 +166,7 @@ MUTATIONS = (
         FILE,
         "if module._forward_hooks or module._forward_pre_hooks or",
         "if",
-        "tests/patches/test_key_centring.py::test_a_hook_is_called",
+        "tests/patches/test_centred_projections.py::test_a_hook_is_called",
     ),
     Mutation(
         "sdpa is handed an fp32 query alone",
