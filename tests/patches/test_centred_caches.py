@@ -46,7 +46,7 @@ def test_assisted_decoding_generates_the_fp32_text() -> None:
     assert generate(fixed("keys"), assistant_model=fixed("keys", seed=1)) == oracle
 
 
-def test_a_sliding_window_cache() -> None:
+def test_a_sliding_window_cache_generates_the_fp32_text() -> None:
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     oracle = generate(build(TINY, ("keys",), **window))
     assert generate(fixed("keys", **window)) == oracle

@@ -235,7 +235,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_every_rope_type(kind: str) -> None:
+def test_keys_of_every_rope_type_are_as_in_fp32(kind: str) -> None:
     """The frequencies and the scale come from stock's own tables."""
     rope = {"rope_parameters": {"rope_type": kind, "rope_theta": ROPE_THETA, **ROPES[kind]}}
     rope |= {"max_position_embeddings": 128 if "original_max_position_embeddings" in ROPES[kind] else 32}
@@ -260,7 +260,9 @@ STILL = {
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("arithmetic", ["a CPU's", "a GPU's"])
 @pytest.mark.parametrize("rope", STILL)
-def test_pairs_that_do_not_turn(rope: str, arithmetic: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_pairs_that_do_not_turn_are_centred(
+    rope: str, arithmetic: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eager was NaN; sdpa on a CPU finite, and as wrong as the logits are large; `status` said centred."""
     settings = {"rope_parameters": {"rope_theta": ROPE_THETA, **STILL[rope]}}
     if arithmetic == "a GPU's":

@@ -72,7 +72,7 @@ def test_a_hook_sees_what_stocks_hook_would_see(kind: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hook", "pre-hook"])
-def test_to_look_changes_nothing(kind: str) -> None:
+def test_a_hook_that_only_looks_changes_nothing(kind: str) -> None:
     """To the bit. A model that is watched would else be another than the one that is run."""
     model = qwen2_fp16_fix.fix(half())
     expected, seen = logits(model), []

@@ -23,7 +23,7 @@ MUTATIONS = (
         FILE,
         "exact = torch.where(whole == kept, exact, whole.float())",
         "exact = whole.float()",
-        "tests/patches/test_linears.py::test_to_look_changes_nothing[hook]",
+        "tests/patches/test_linears.py::test_a_hook_that_only_looks_changes_nothing[hook]",
     ),
     Mutation(
         "what a hook writes is not seen",
@@ -82,7 +82,7 @@ MUTATIONS = (
         FILE,
         "linear.weight) + bias.to(hidden_states.device).float()",
         "linear.weight) + bias.to(hidden_states.device)",
-        "tests/patches/test_linears.py::test_to_look_changes_nothing[hook]",
+        "tests/patches/test_linears.py::test_a_hook_that_only_looks_changes_nothing[hook]",
     ),
     Mutation(
         "what a hook was shown is cut out of the graph",

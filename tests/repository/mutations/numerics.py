@@ -159,7 +159,7 @@ MUTATIONS = (
         FILE,
         "heads.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)",
         "heads.to(dtype)",
-        "tests/patches/test_numerics.py::test_sdpa_operands[elsewhere]",
+        "tests/patches/test_numerics.py::test_sdpa_operands_have_one_dtype_and_a_safe_mask[elsewhere]",
     ),
     Mutation(
         "heads are written past a hook",
@@ -173,14 +173,14 @@ MUTATIONS = (
         FILE,
         "return laid_out_by_token(query, value.dtype), key, value, mask",
         "return query, key, value, mask",
-        "tests/patches/test_numerics.py::test_sdpa_operands[elsewhere]",
+        "tests/patches/test_numerics.py::test_sdpa_operands_have_one_dtype_and_a_safe_mask[elsewhere]",
     ),
     Mutation(
         "sdpa on a CPU is handed 16 bit",
         FILE,
         "return query.float(), key.float(), value.float(), mask",
         "return query.to(value.dtype), key, value, mask",
-        "tests/patches/test_numerics.py::test_sdpa_operands[cpu]",
+        "tests/patches/test_numerics.py::test_sdpa_operands_have_one_dtype_and_a_safe_mask[cpu]",
     ),
     Mutation(
         "values are multiplied in 16 bit on a CPU",

@@ -9,6 +9,6 @@ MUTATIONS = (
         FILE,
         "    for name in kept:\n",
         "    for name in ():\n",
-        "tests/registration/test_ways_in.py::test_device_map[fixed after loading]",
+        "tests/registration/test_ways_in.py::test_a_model_dispatched_by_a_device_map_is_fixed[fixed after loading]",
     ),
 )
