@@ -1,5 +1,6 @@
 """What several test files share: tiny stress models, and a process that starts clean and leaves nothing registered."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,12 @@ MODULES = tempfile.TemporaryDirectory(prefix="qwen2-fp16-fix-modules-", ignore_c
 os.environ["HF_MODULES_CACHE"] = MODULES.name  # where transformers puts remote code: not among the user's own
 
 
+def pytest_collection_finish() -> None:
+    """What the imports made stays: a full collection, two a row of `verify`, would walk through torch each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def as_in_any_order() -> Iterator[None]:
     """Every test starts with the same random numbers and with transformers' own Auto classes, whatever ran before."""
@@ -24,6 +31,24 @@ def as_in_any_order() -> Iterator[None]:
     yield
     if "qwen2_fp16_fix.registration.register" in sys.modules:
         sys.modules["qwen2_fp16_fix.registration.register"].unregister()
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int | str | None, str, str]]:
+    """Runs `qwen2-fp16-fix` in this process, from `main` on: its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int | str | None, str, str]:
+        from qwen2_fp16_fix.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

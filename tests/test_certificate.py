@@ -305,15 +305,15 @@ def test_another_architecture_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any]) -> None:
-    command = ("-m", "qwen2_fp16_fix", "certify")
-    done = python(*command, str(folder))
+def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any], command: Callable[..., Any]) -> None:
+    """The verdict in a process of its own; the other exit codes from `main` on."""
+    done = python("-m", "qwen2_fp16_fix", "certify", str(folder))
     assert (done.returncode, "Proven: " in done.stdout) == (0, True), done.stderr
     edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
-    done = python(*command, str(folder), "--json")
-    assert (done.returncode, json.loads(done.stdout)["proven"]) == (1, False)
-    done = python(*command, str(folder / "elsewhere"))
-    assert (done.returncode, done.stderr.startswith("qwen2-fp16-fix: there is no")) == (2, True)
+    code, said, _ = command("certify", str(folder), "--json")
+    assert (code, json.loads(said)["proven"]) == (1, False)
+    code, _, complaint = command("certify", str(folder / "elsewhere"))
+    assert (code, complaint.startswith("qwen2-fp16-fix: there is no")) == (2, True)
 
 
 GROWTH = """

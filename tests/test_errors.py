@@ -54,6 +54,6 @@ def test_the_tree_in_the_docstring_is_true(module: ModuleType) -> None:
         assert not code or int(code) == EXIT_CODES[name], name
 
 
-def test_first_line_of_another_librarys_error() -> None:
+def test_the_first_line_of_another_librarys_error_is_kept() -> None:
     assert errors.first_line(ValueError("\nfirst\nsecond")) == "first"
     assert errors.first_line(KeyError()) == "KeyError"

@@ -52,7 +52,7 @@ def test_scores_are_placed_by_their_query() -> None:
     assert first.found == Break(EARLY, TokenPlace(0, 3, 6))
 
 
-def test_extremes_tell_the_same() -> None:
+def test_extremes_and_looks_find_the_same_first_break() -> None:
     looked, kept = FirstBreak(), {place: Extremes() for place in (END, LATE, EARLY)}
     for place, made in ((END, tensor((0, 0))), (LATE, tensor((2, 3))), (EARLY, tensor())):
         looked.look(place, made)

@@ -33,7 +33,7 @@ def watched(model: Any, row: Any = QWEN2) -> tuple[dict[int, list[str]], list[At
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_every_site_of_every_layer_once(fixed: bool, attention: str) -> None:
+def test_every_site_of_every_layer_is_seen_once_in_order(fixed: bool, attention: str) -> None:
     """Scores are there where eager stores them: raw in stock, scaled in fixed. Query and key are always."""
     model = build(TINY, (), attn_implementation=attention).half()
     if fixed:

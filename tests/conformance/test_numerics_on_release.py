@@ -110,7 +110,7 @@ def scaled_rope(kind: str, factor: float = 4.0) -> dict[str, Any]:
 if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
 
     @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-    def test_scaled_rope(kind: str) -> None:
+    def test_scaled_rotations_are_stocks(kind: str) -> None:
         """Qwen2.5 reaches 128k tokens by yarn: its tables come from stock's code, in fp32."""
         settings = scaled_rope(kind)
         oracle = logits(stress(("scores",), **settings))
@@ -119,7 +119,7 @@ if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
         assert kl(oracle, logits(fixed_half(("scores",), **settings))) < CLOSE
 
     @pytest.mark.parametrize("attention", ATTENTIONS)
-    def test_frequencies_of_0(attention: str) -> None:
+    def test_pairs_of_frequency_0_are_centred_without_nan(attention: str) -> None:
         """A huge factor leaves no pair that turns. The mean of a turn that never starts was 0/0: a NaN in each key."""
         settings = scaled_rope("linear", factor=1e46)
         model = fixed_half(("keys",), attention, **settings)

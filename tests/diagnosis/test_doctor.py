@@ -162,7 +162,7 @@ def test_text_and_json_are_the_same_data(healthy: None) -> None:
             assert bool(re.search("[一-鿿]", part)) is (language == "zh")
 
 
-def test_the_page_of_an_ill_machine(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_lists_all_that_is_wrong(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     monkeypatch.setattr(doctor, "lock_differences", lambda path: ["key_centring.py differs.", "torch differs."])
     done = Command()()
@@ -174,7 +174,7 @@ def test_the_page_of_an_ill_machine(healthy: None, monkeypatch: pytest.MonkeyPat
     assert "torch differs." in done.stdout
 
 
-def test_the_page_in_a_terminal(healthy: None) -> None:
+def test_code_stays_whole_in_a_coloured_terminal(healthy: None) -> None:
     """Colours come and the code stays whole."""
     found = qwen2_fp16_fix.doctor()
     with Console(force_terminal=True, color_system="standard", width=60, record=True, file=io.StringIO()) as console:

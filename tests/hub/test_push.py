@@ -19,7 +19,6 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.errors import CheckpointError, PublishError
-from qwen2_fp16_fix.hub import push as pushing
 from qwen2_fp16_fix.hub.push import LOCK, push
 from qwen2_fp16_fix.patches.errors import NotQwen2Error
 
@@ -208,7 +207,7 @@ def test_large_weights_go_first_and_an_interrupted_push_goes_on(
     exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What makes weights loadable comes last: before that, the repository does not look whole."""
-    monkeypatch.setattr(pushing, "LARGE", 1)
+    monkeypatch.setattr("qwen2_fp16_fix.hub.push.LARGE", 1)
     uploads = 0
 
     def interrupt(method: str, **arguments: Any) -> None:
@@ -336,7 +335,7 @@ def test_the_command_lists_what_it_would_push(exported: Path) -> None:
 
 
 def test_the_command_pushes(exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushing, "HfApi", lambda: hub)
+    monkeypatch.setattr("qwen2_fp16_fix.hub.push.HfApi", lambda: hub)
     done = CliRunner().invoke(commands.app, ["push", str(exported), "me/new", "--revision", "v1"])
     assert done.exit_code == 0
     assert "https://hub/me/new/commit/1" in done.output.replace("\n", "")
@@ -346,7 +345,7 @@ def test_the_command_pushes(exported: Path, hub: Hub, monkeypatch: pytest.Monkey
 def test_errors_and_interruptions_are_one_sentence_with_exit_code_2(
     exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pushing, "HfApi", lambda: hub)
+    monkeypatch.setattr("qwen2_fp16_fix.hub.push.HfApi", lambda: hub)
     for failure in (answered(403), KeyboardInterrupt()):
         hub.fails["create_repo"] = failure
         monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", "push", str(exported), "me/new"])

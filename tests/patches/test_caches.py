@@ -143,7 +143,7 @@ def test_keys_show_whether_they_are_centred(kinds: tuple[str, ...], length: int,
 
 @pytest.mark.parametrize("std", [0.02, 0.1, 0.5])
 @pytest.mark.parametrize("marks_last", [True, False])
-def test_a_short_centre_says_nothing(std: float, marks_last: bool) -> None:
+def test_a_short_centre_is_not_taken_for_a_stock_models_cache(std: float, marks_last: bool) -> None:
     """Keys that have more in common than their bias gave measures from -2 to 20, and were taken for a stock model's."""
     stock = build(TINY, ())
     with torch.no_grad():
@@ -380,7 +380,7 @@ def test_a_model_without_centres_to_speak_of_goes_on() -> None:
             assert kl_to(oracle, rest(model, cache)) < CLOSE
 
 
-def test_keys_in_between_are_nobodys() -> None:
+def test_keys_with_half_of_a_centre_are_refused() -> None:
     """Half of a centre taken off: neither a stock model's nor ours."""
     model = fixed("keys")
     cache = unmarked(filled(model))

@@ -87,7 +87,7 @@ def test_a_compiled_graph_still_sees_autocast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_export(attention: str) -> None:
+def test_an_exported_program_is_the_fixed_model(attention: str) -> None:
     """The exported program is the fixed model, not stock's forward found some other way: those logits are NaN."""
     model = Logits(fixed(attention))
     with torch.no_grad():

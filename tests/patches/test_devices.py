@@ -15,7 +15,7 @@ from benchmarks.cost import cost_of
 from qwen2_fp16_fix import certificate
 from qwen2_fp16_fix.diagnosis import self_test
 from qwen2_fp16_fix.patches import numerics
-from qwen2_fp16_fix.scanning import quantisation as outliers
+from qwen2_fp16_fix.scanning import quantisation
 from tests.helpers import kl_to
 from tests.stress import KINDS, TINY, build
 
@@ -158,7 +158,7 @@ def test_a_model_runs_on_a_device_with_the_kernels_of_mps(attention: str, planne
 
 
 def test_an_outlier_scan_sums_in_fp64_on_the_cpu() -> None:
-    found = outliers.RoundingLoss(127)
+    found = quantisation.RoundingLoss(127)
     with OnMps():
         found.add(torch.randn(8, 4).to("mps"))
     assert found.error is not None

@@ -1,72 +1,34 @@
 """Projections that are not plain: watched, wrapped, quantised, elsewhere. The product alone, or all as in stock."""
 
-import copy
 import functools
-import io
-import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.parallel.replicate
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import linears
-from tests.helpers import kl_to, replicated
+from tests.helpers import Quantised, kl_to, replicated
+from tests.patches.models import (
+    CLOSE,
+    EXACT,
+    PROMPT,
+    ROUNDED,
+    adapted,
+    attentions,
+    error,
+    half,
+    logits,
+    quantised,
+    states,
+    stock_error,
+)
 from tests.stress import TINY, build, random_prompt
 
-PROMPT = random_prompt(TINY, batch=2, length=24)
-EXACT, ROUNDED, UNCENTRED = {"centred"}, {"centred, bias rounded before"}, {"not centred"}
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks transformers
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=PROMPT, use_cache=False).logits.float()
-    return found
-
-
-def half() -> Any:
-    return build(TINY, ("keys",)).half()
-
-
-def attentions(model: Any) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "k_proj")]
-
-
-def states(model: Any) -> set[str]:
-    return {row.keys for row in qwen2_fp16_fix.status(model).model.ranges}
-
-
-@functools.cache
-def oracle() -> Tensor:
-    return logits(build(TINY, ("keys",)))
-
-
-def error(model: Any) -> float:
-    found = logits(model)
-    assert torch.isfinite(found).all()
-    return kl_to(oracle(), found)
-
-
-@functools.cache
-def stock_error() -> float:
-    return error(half())
-
-
-def replace(model: Any, make: Callable[[nn.Module], nn.Module]) -> Any:
-    """The model with other query and key projections."""
-    for attention in attentions(model):
-        attention.q_proj, attention.k_proj = make(attention.q_proj), make(attention.k_proj)
-    return model
-
-
-#: KL to fp32 of these weights, nats. Exact biases are at 3e-7, rounded ones at 1e-3 as stock.
-CLOSE = 5e-6
 
 
 def test_the_limits_lie_apart() -> None:
@@ -110,7 +72,7 @@ def test_a_hook_sees_what_stocks_hook_would_see(kind: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hook", "pre-hook"])
-def test_to_look_changes_nothing(kind: str) -> None:
+def test_a_hook_that_only_looks_changes_nothing(kind: str) -> None:
     """To the bit. A model that is watched would else be another than the one that is run."""
     model = qwen2_fp16_fix.fix(half())
     expected, seen = logits(model), []
@@ -144,6 +106,34 @@ def test_a_hook_that_changes_something_changes_the_result(kind: str, everywhere:
     finally:
         handle.remove()
     assert torch.equal(found, (k_proj.bias if kind == "pre-hook" else torch.zeros(())).expand_as(found))
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_gradients_reach_what_a_hook_was_shown(name: str) -> None:
+    """Attribution tools keep activations and ask for their gradients."""
+    model = qwen2_fp16_fix.fix(half())
+    shown: list[Tensor] = []
+    getattr(attentions(model)[1], name).register_forward_hook(lambda _, __, output: shown.append(output))
+    loss = model(input_ids=PROMPT, use_cache=False).logits.float().square().mean()
+    (gradient,) = torch.autograd.grad(loss, shown)
+    assert gradient.abs().max() > 0
+
+
+def test_what_a_hook_writes_through_data_counts() -> None:
+    """As interventions do; torch counts no such write."""
+    model = qwen2_fp16_fix.fix(half())
+    with torch.no_grad():
+        before = model(input_ids=PROMPT, use_cache=False).logits
+
+        def write(_: Any, __: Any, output: Tensor) -> None:
+            output.data.zero_()
+
+        handle = attentions(model)[1].q_proj.register_forward_hook(write)
+        written = model(input_ids=PROMPT, use_cache=False).logits
+        handle.remove()
+        attentions(model)[1].q_proj.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        assert torch.equal(written, model(input_ids=PROMPT, use_cache=False).logits)
+    assert not torch.equal(before, written)
 
 
 def test_a_forward_of_somebody_elses_is_called_and_adds_the_bias_once() -> None:
@@ -221,28 +211,6 @@ def test_a_weight_that_is_computed_is_computed() -> None:
     assert states(model) == ROUNDED  # of hooks it is not known what they will do
 
 
-class Quantised(nn.Linear):
-    """Stands for a quantised linear: int8 weights, rows with a scale each, the bias added last, if there is one."""
-
-    __module__ = "bitsandbytes.nn.stands_for"
-
-    @classmethod
-    def of(cls, linear: Any) -> Any:
-        made = cls(linear.in_features, linear.out_features, device="meta")
-        scale = linear.weight.detach().abs().amax(1, keepdim=True).float() / 127
-        made.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        made.bias = linear.bias
-        made.register_buffer("scale", scale)
-        return made
-
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        return (self.weight * self.scale).to(dtype)
-
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]  # nn.Linear calls it input
-        product = nn.functional.linear(hidden, self.dequantised(hidden.dtype))
-        return product if self.bias is None else product + self.bias
-
-
 class Unheard(Quantised):
     """The same, of a library nobody has looked at."""
 
@@ -257,12 +225,6 @@ def quantised_oracle() -> Tensor:
             projection.weight.data = Quantised.of(projection.half()).dequantised(torch.float32)
             projection.float()
     return logits(model)
-
-
-def quantised(first: str = "quantised", kind: type[Quantised] = Quantised) -> Any:
-    model = half() if first == "quantised" else qwen2_fp16_fix.fix(half())
-    replace(model, kind.of)
-    return qwen2_fp16_fix.fix(model) if first == "quantised" else model
 
 
 @pytest.mark.parametrize("first", ["fixed", "quantised"])
@@ -311,8 +273,9 @@ def test_a_hook_on_what_goes_through_a_view_is_called_with_the_whole(kind: str) 
 def test_a_replica_adds_its_bias_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tensors are attributes of the object: a class attribute `bias = None` would lose to them."""
     model = {"plain": lambda: qwen2_fp16_fix.fix(half()), "quantised": quantised, "LoRA": adapted}[kind]()
-    expected = logits(model)
-    assert torch.equal(logits(replicated(model, monkeypatch)), expected)
+    prompt = random_prompt(TINY, batch=2, length=24)  # with another one a replica, which has no plan, rounds otherwise
+    expected = logits(model, prompt)
+    assert torch.equal(logits(replicated(model, monkeypatch), prompt), expected)
 
 
 def test_a_bias_that_is_gathered_later_is_the_modules_own_affair() -> None:
@@ -347,309 +310,3 @@ def test_tensor_parallel_projections_are_rounded_as_in_stock_and_fully_sharded_o
         assert error(sharded) < CLOSE
     finally:
         torch.distributed.destroy_process_group()
-
-
-# --- adapters ---
-
-
-def wrap(model: Any, kind: str) -> Any:
-    peft = pytest.importorskip("peft")
-    chosen = getattr(peft, f"{kind}Config")(target_modules=["q_proj", "k_proj"], **SIZES.get(kind, {}))
-    return peft.get_peft_model(model, chosen).eval()
-
-
-@functools.cache
-def learned(kind: str) -> dict[str, Tensor]:
-    """An adapter that does something, made once: float16 and fp32 draw other random numbers."""
-    torch.manual_seed(0)
-    model = wrap(build(TINY, ("keys",)), kind)
-    base = {name for name, _ in model.named_parameters() if "base_layer" in name}
-    found = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    return {name: value + torch.randn(value.shape) * 0.02 for name, value in found.items() if name not in base}
-
-
-def adapted(model: Any = None, kind: str = "Lora") -> Any:
-    """A model, by default a fixed one, in that adapter."""
-    torch.manual_seed(0)
-    model = wrap(qwen2_fp16_fix.fix(half()) if model is None else model, kind)
-    with torch.no_grad():
-        for name, value in learned(kind).items():
-            model.get_parameter(name).copy_(value)
-    return model
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "Lora": {"r": 2},
-    "LoHa": {"r": 2},
-    "LoKr": {"r": 2},
-    "AdaLora": {"total_step": 10, "init_r": 2, "target_r": 1},
-    "BOFT": {"boft_block_size": 4, "boft_n_butterfly_factor": 1},
-    "C3A": {"block_size": 8},
-    "FourierFT": {"n_frequency": 20},
-    "HRA": {"r": 4},
-    "IA3": {"feedforward_modules": []},
-    "Miss": {"r": 4},
-    "OFT": {"oft_block_size": 8},
-    "Road": {"group_size": 16},
-    "Shira": {"r": 2},
-    "VBLoRA": {"num_vectors": 8, "vector_length": 8},
-    "Vera": {"r": 8},
-    "WaveFT": {"n_frequency": 20},
-}
-NEWER = ("Beft", "Deft", "Delora", "Frod", "Gralora", "Hira", "Lily", "OSF", "Peanut", "Psoft", "Pvera", "RandLora",
-         "Supertuning", "TinyLora", "UniLora")  # fmt: skip
-CHANGING = ("IA3", "Road", "Glora")  # the bias, too
-
-
-def of_peft(*kinds: str) -> list[str]:
-    """Those that the installed PEFT has."""
-    peft = pytest.importorskip("peft")
-    return [kind for kind in kinds if hasattr(peft, f"{kind}Config")]
-
-
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly")
-@pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize("kind", of_peft(*[kind for kind in SIZES if kind not in CHANGING], *NEWER))
-def test_an_adapter_that_adds_to_a_product_leaves_the_bias_out(kind: str) -> None:
-    """In fp64, where nothing hides in rounding: a view and the bias are what the adapter returns."""
-    model = adapted(build(TINY, ("keys",)), kind).double()
-    hidden = torch.randn(2, 3, TINY.hidden, dtype=torch.float64)
-    for attention in attentions(model):
-        for projection in (attention.q_proj, attention.k_proj):
-            with torch.no_grad():
-                whole, base = projection(hidden), projection.get_base_layer()
-                assert (whole - base(hidden)).abs().max() > 1e-4
-                assert linears.is_viewable(projection)
-                found = linears.view_of(projection)(hidden) + base.bias
-            assert (found - whole).abs().max() < 1e-6 * whole.abs().max()  # some compute in fp32
-
-
-@pytest.mark.parametrize("first", ["fixed", "wrapped"])
-@pytest.mark.parametrize("kind", of_peft(*CHANGING))
-def test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock(kind: str, first: str) -> None:
-    """The centre is that of the bias beneath it, which a key can be farther from than from 0."""
-    exact = logits(adapted(build(TINY, ("keys",)), kind))
-    model = adapted(None, kind) if first == "fixed" else qwen2_fp16_fix.fix(adapted(half(), kind))
-    assert states(model) == UNCENTRED
-    assert kl_to(exact, logits(model)) < 1.1 * kl_to(exact, logits(adapted(half(), kind)))  # chance; centred 2 times
-    if kind != "Glora":  # which cannot be merged
-        model = qwen2_fp16_fix.fix(model.merge_and_unload())
-        assert states(model) == EXACT
-
-
-@pytest.mark.parametrize("kind", of_peft("Lora", "LoHa", "OFT", "Vera"))
-def test_adapters_are_exact_on_merged_and_off(kind: str) -> None:
-    """Also the call in which it takes itself out of the weights again."""
-    reference, model = adapted(build(TINY, ("keys",)), kind), adapted(None, kind)
-
-    def check(what: str, limit: float = 2e-5) -> None:
-        assert kl_to(logits(reference), logits(model)) < limit, what
-        assert states(model) == EXACT, what
-
-    check("on")
-    with model.disable_adapter(), reference.disable_adapter():
-        check("off")
-    model.merge_adapter()
-    check("merged", 1e-4)  # into float16 weights
-    with model.disable_adapter(), reference.disable_adapter():
-        assert states(model) == ROUNDED
-        assert kl_to(logits(reference), logits(model)) < 2 * stock_error()  # this call takes it out
-        check("off, unmerged by that", 1e-4)
-    check("on again", 1e-4)
-
-
-def test_a_state_dict_and_an_adapter_file_are_stocks(tmp_path: Any) -> None:
-    saved = {}
-    for name, base in (("ours", qwen2_fp16_fix.fix(half())), ("stock", half())):
-        model = adapted(base)
-        logits(model)
-        model.save_pretrained(tmp_path / name)
-        saved[name] = (model.state_dict(), (tmp_path / name / "adapter_model.safetensors").read_bytes())
-    assert list(saved["ours"][0]) == list(saved["stock"][0])
-    assert all(torch.equal(saved["ours"][0][key], saved["stock"][0][key]) for key in saved["stock"][0])
-    assert saved["ours"][1] == saved["stock"][1]
-
-
-# --- what else goes through a view ---
-
-KINDS: dict[str, Callable[[], Any]] = {
-    "plain": lambda: qwen2_fp16_fix.fix(half()),
-    "LoRA": lambda: adapted(),
-    "quantised": lambda: quantised(),
-    "LoRA over quantised": lambda: adapted(quantised()),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_the_real_parameters(kind: str) -> None:
-    """Weights, biases and adapters: in the direction of fp32's."""
-
-    def gradients(model: Any) -> dict[str, Tensor]:
-        model.train().zero_grad()
-        for attention in attentions(model):
-            attention.requires_grad_(False)
-            for name, parameter in [*attention.q_proj.named_parameters(), *attention.k_proj.named_parameters()]:
-                parameter.requires_grad_(parameter.is_floating_point() and (kind == "plain" or "base" not in name))
-        hidden = torch.randn(2, 5, TINY.hidden, generator=torch.Generator().manual_seed(3))
-        attention = attentions(model)[0]
-        projected = linears.project_exactly(attention.k_proj, hidden.to(attention.k_proj.bias.dtype))
-        (projected.float() * torch.linspace(-1, 1, projected.shape[-1])).sum().backward()
-        return {n: p.grad.float().flatten() for n, p in attention.k_proj.named_parameters() if p.grad is not None}
-
-    found, expected = gradients(KINDS[kind]()), gradients(KINDS[kind]().float())
-    assert found
-    assert list(found) == list(expected)
-    for name, gradient in found.items():
-        assert torch.cosine_similarity(gradient, expected[name], dim=0) > 0.999, name  # 11 bits each
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_graph_is_compiled(kind: str, attention: str) -> None:
-    """Without a view made beforehand, too: Dynamo cannot make a class."""
-    model = KINDS[kind]()
-    model.config._attn_implementation = attention
-    expected = logits(model)
-    torch._dynamo.reset()
-    linears._views.clear()
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    assert kl_to(expected, logits(compiled)) < 1e-6  # addcmul taken apart
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_and_pickles_after_a_forward(kind: str) -> None:
-    """Nothing that a forward makes stays in the model."""
-    model = KINDS[kind]()
-    expected = logits(model)  # the first ends plans that are stale
-    before = [sorted(vars(module)) for module in model.modules()]
-    logits(model)
-    assert [sorted(vars(module)) for module in model.modules()] == before
-    assert torch.equal(logits(copy.deepcopy(model)), expected)
-    if "quantised" in kind:  # the stand-in's module is none
-        return
-    file = io.BytesIO()
-    pickle.dump(model, file)
-    file.seek(0)
-    assert torch.equal(logits(pickle.load(file)), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_threads_share_a_model(kind: str) -> None:
-    model = KINDS[kind]()
-    expected, found = logits(model), []
-    linears._views.clear()
-    threads = [threading.Thread(target=lambda: found.append(logits(model))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
-    assert all(torch.equal(each, expected) for each in found)
-
-
-# --- loaders ---
-
-
-def test_every_linear_is_of_the_stock_class_at_any_time() -> None:
-    """Loaders of bitsandbytes, GPTQ and fp8 ask `type(module) is nn.Linear`, and skip what is none without a word."""
-    from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import Qwen2ForCausalLM
-
-    def kinds(model: Any) -> set[type]:
-        return {type(module) for name, module in model.named_modules() if name.endswith("_proj")}
-
-    built = Qwen2ForCausalLM(build(TINY, ()).config)
-    assert kinds(built) == {nn.Linear}
-    model = qwen2_fp16_fix.fix(half())
-    logits(model)
-    assert kinds(model) == {nn.Linear}
-    assert all("forward" not in vars(module) for module in model.modules())
-
-
-def test_a_wrapper_of_linears_forward_meets_the_original_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """compressed-tensors' takes no keyword of ours. It is called, too: it may bring the weights."""
-    calls = []
-
-    def strict(self: nn.Linear, input: Tensor) -> Tensor:
-        calls.append(self.in_features)
-        return nn.functional.linear(input, self.weight, self.bias)
-
-    model = qwen2_fp16_fix.fix(half())
-    expected = logits(model)
-    with monkeypatch.context() as patched:
-        patched.setattr(nn.Linear, "forward", strict)
-        assert torch.equal(logits(model), expected)
-        assert len(calls) == 7 * TINY.layers + 1
-        assert states(model) == EXACT
-    for attention in attentions(model):
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.forward = strict.__get__(projection)
-    calls.clear()
-    assert kl_to(expected, logits(model)) < 2 * stock_error()
-    assert len(calls) == 2 * TINY.layers
-    assert states(model) == ROUNDED
-
-
-# --- what status says of what was loaded ---
-
-
-@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
-def test_gradients_reach_what_a_hook_was_shown(name: str) -> None:
-    """Attribution tools keep activations and ask for their gradients."""
-    model = qwen2_fp16_fix.fix(half())
-    shown: list[Tensor] = []
-    getattr(attentions(model)[1], name).register_forward_hook(lambda _, __, output: shown.append(output))
-    loss = model(input_ids=PROMPT, use_cache=False).logits.float().square().mean()
-    (gradient,) = torch.autograd.grad(loss, shown)
-    assert gradient.abs().max() > 0
-
-
-def test_what_a_hook_writes_through_data_counts() -> None:
-    """As interventions do; torch counts no such write."""
-    model = qwen2_fp16_fix.fix(half())
-    with torch.no_grad():
-        before = model(input_ids=PROMPT, use_cache=False).logits
-
-        def write(_: Any, __: Any, output: Tensor) -> None:
-            output.data.zero_()
-
-        handle = attentions(model)[1].q_proj.register_forward_hook(write)
-        written = model(input_ids=PROMPT, use_cache=False).logits
-        handle.remove()
-        attentions(model)[1].q_proj.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
-        assert torch.equal(written, model(input_ids=PROMPT, use_cache=False).logits)
-    assert not torch.equal(before, written)
-
-
-def test_status_knows_what_loading_made_up(tmp_path: Any) -> None:
-    """A quantised checkpoint whose names no module has loads with random numbers, and generates finite nonsense."""
-    import transformers
-    from safetensors.torch import load_file, save_file
-
-    half().save_pretrained(tmp_path)
-    qwen2_fp16_fix.register()
-    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert qwen2_fp16_fix.status(whole).model.fixed
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    state = dict(tensors)
-    tensors["model.layers.3.self_attn.k_proj.qweight"] = tensors.pop("model.layers.3.self_attn.k_proj.weight")
-    save_file(tensors, file, metadata={"format": "pt"})
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert list(told["missing_keys"]) == ["model.layers.3.self_attn.k_proj.weight"]
-    found = qwen2_fp16_fix.status(model).model
-    assert not found.fixed
-    assert "layers.3.self_attn.k_proj.weight was not in the checkpoint" in found.problem
-    assert qwen2_fp16_fix.status(copy.deepcopy(model)).model.problem == found.problem
-    model.load_state_dict(state)
-    assert qwen2_fp16_fix.status(model).model.fixed
-
-
-def test_status_knows_weights_of_another_kind_than_their_linear() -> None:
-    """LLM.int8 weights in a linear that a loader took for none of its own: the first forward raises."""
-    model = qwen2_fp16_fix.fix(half())
-    k_proj = attentions(model)[1].k_proj
-    k_proj.weight = nn.Parameter(k_proj.weight.detach().to(torch.int8), requires_grad=False)
-    found = qwen2_fp16_fix.status(model).model
-    assert not found.fixed
-    assert "layers.1.self_attn.k_proj is a plain linear with weights of int8" in found.problem
-    assert qwen2_fp16_fix.status(quantised()).model.fixed

@@ -96,7 +96,7 @@ def test_grouped_attention_is_attention(heads: tuple[int, int], queries: int, de
     torch.testing.assert_close(output.double(), expected, atol=4e-3, rtol=0)  # float16 weights times values up to 4
 
 
-def test_sdpa_operands(device_kind: str) -> None:
+def test_sdpa_operands_have_one_dtype_and_a_safe_mask(device_kind: str) -> None:
     """One dtype for all, and a mask in it that float16 scores or towering ones in fp32 cannot pass."""
     query, key, value = random(1, 4, 2, 8).float(), random(1, 2, 5, 8), random(1, 2, 5, 8)
     additive = torch.zeros(1, 1, 2, 6, dtype=HALF).index_fill_(-1, torch.tensor([4]), torch.finfo(HALF).min)

@@ -85,7 +85,7 @@ def sites(weights: dict[str, Tensor], residual: Tensor, dtype: torch.dtype) -> d
     peak=st.floats(0, 1e4),
     size=st.floats(1e-3, 1e5),
 )
-def test_no_run_passes_a_bound(seed: int, scale: int, gain: float, lone: float, peak: float, size: float) -> None:
+def test_no_forward_passes_a_bound(seed: int, scale: int, gain: float, lone: float, peak: float, size: float) -> None:
     """Float16 as the layer runs it, and fp64, on residuals with one channel far above the others.
 
     Weights from subnormal to large; `lone` is the gain of a channel that the linears behind the norm ignore.

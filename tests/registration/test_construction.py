@@ -311,7 +311,7 @@ def test_register_outlives_blocks() -> None:
     assert qwen2_fp16_fix.is_fixed(Qwen2ForCausalLM(config(TINY)))
 
 
-def test_blocks_in_threads() -> None:
+def test_registered_blocks_in_threads_build_fixed_models() -> None:
     """Each thread builds fixed models in its blocks, whatever the others do meanwhile."""
     tiny = config(TINY, num_hidden_layers=2)
     fixed: list[bool] = []
@@ -345,7 +345,7 @@ def test_is_fixed_takes_anything(thing: Any) -> None:
     assert qwen2_fp16_fix.is_fixed(thing) is False
 
 
-def test_stock_is_not_fixed(source: Any) -> None:
+def test_is_fixed_is_false_of_stock_and_of_a_part_put_back(source: Any) -> None:
     model = copy.deepcopy(source)
     assert qwen2_fp16_fix.is_fixed(model) is False
     assert qwen2_fp16_fix.is_fixed(qwen2_fp16_fix.fix(model)) is True

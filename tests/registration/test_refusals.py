@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import qwen2_fp16_fix as q
-from qwen2_fp16_fix.launch import launcher as launch
+from qwen2_fp16_fix.launch import launcher
 from qwen2_fp16_fix.patches import structure, version_map
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import PARTS, STOCK
 from tests.stress import TINY, build, config
@@ -46,11 +46,11 @@ def test_pipeline_cannot_swallow_our_errors(error: type) -> None:
 
 
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, "Qwen/Qwen2-7B"], ids=["module", "None", "path"])
-def test_not_a_qwen2(thing: Any) -> None:
+def test_what_is_no_qwen2_is_refused(thing: Any) -> None:
     refuses(q.NotQwen2Error, thing, "no Qwen2")
 
 
-def test_another_architecture() -> None:
+def test_a_llama_is_refused() -> None:
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -89,7 +89,7 @@ def test_a_norm_replaced_by_another_tool() -> None:
     refuses(q.PatchConflictError, model, "layers.2.input_layernorm", "LigerRMSNorm", "another tool")
 
 
-def test_a_subclass_of_a_part() -> None:
+def test_a_subclass_of_a_part_is_refused() -> None:
     """A subclass may override what the fix relies on, as Unsloth's do, and FSDP2 goes by its own."""
     model = build(TINY, ())
     own = type("OwnLayer", (STOCK.Qwen2DecoderLayer,), {"forward": lambda self, hidden_states: hidden_states})
@@ -150,7 +150,7 @@ def test_a_class_replaced_in_transformers(monkeypatch: pytest.MonkeyPatch) -> No
         q.Qwen2ForCausalLM(config(TINY))
 
 
-def test_meta_tensors() -> None:
+def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = transformers.Qwen2ForCausalLM(config(TINY))
     refuses(q.MetaTensorError, model, "meta device")
@@ -171,7 +171,7 @@ def test_a_fault_half_way_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", ["4.36.2", "3.0", "not-a-version"])
-def test_an_unsupported_release(version: str) -> None:
+def test_an_unsupported_release_is_named_with_what_is_supported(version: str) -> None:
     with pytest.raises(q.UnsupportedTransformersError) as caught:
         version_map.range_for(version)
     assert version in str(caught.value)
@@ -270,7 +270,7 @@ def test_paged_eager_attention_is_refused() -> None:
         model(torch.tensor([[1, 2, 3]]))
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def test_registering_keeps_transformers_error_for_an_empty_folder(tmp_path: Path) -> None:
     """transformers' own error stands: registering must not turn it into a success or another model."""
     with q.registered(), pytest.raises((OSError, ValueError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -278,9 +278,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 def test_registration_that_does_not_take_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look-up after registering is what counts, whatever register() returned."""
-    from qwen2_fp16_fix.registration import register as registration
+    from qwen2_fp16_fix.registration import register
 
-    monkeypatch.setattr(registration, "is_registered", lambda auto: False)
+    monkeypatch.setattr(register, "is_registered", lambda auto: False)
     with pytest.raises(q.RegistrationError, match="AutoModel"):
         q.register()
     monkeypatch.undo()
@@ -293,8 +293,8 @@ def test_registration_that_does_not_take_is_an_error(monkeypatch: pytest.MonkeyP
 )
 def test_a_switch_that_keeps_the_fix_out_is_found_behind_others(switches: str) -> None:
     """The argument of -W ended the search, and `python -W ignore -I` ran stock Qwen2 without a word."""
-    with pytest.raises(launch.UsageError, match="keeps the fix out"):
-        launch.command_for([sys.executable, *switches.split(), "x.py"])
+    with pytest.raises(launcher.UsageError, match="keeps the fix out"):
+        launcher.command_for([sys.executable, *switches.split(), "x.py"])
 
 
 @pytest.mark.parametrize(
@@ -307,4 +307,4 @@ def test_a_switch_that_keeps_the_fix_out_is_found_behind_others(switches: str) -
 )
 def test_letters_in_arguments_are_no_switches(arguments: str) -> None:
     """`-Wignore::ImportWarning` was refused for its I."""
-    assert launch.command_for([sys.executable, *arguments.split()])[1:] == arguments.split()
+    assert launcher.command_for([sys.executable, *arguments.split()])[1:] == arguments.split()

@@ -65,7 +65,7 @@ def test_the_stress_model_breaks_stock(folder: Path) -> None:
             assert not torch.isfinite(stress(attention)(input_ids=PROMPT).logits).all()
 
 
-def test_register(folder: Path) -> None:
+def test_registering_fixes_what_auto_classes_load(folder: Path) -> None:
     qwen2_fp16_fix.register()
     assert is_fixed(load(AutoModelForCausalLM, folder))
     assert is_fixed(load(AutoModel, folder))
@@ -80,7 +80,7 @@ def test_registered_as_a_context_manager(folder: Path) -> None:
     assert not any(qwen2_fp16_fix.status().registered.values())
 
 
-def test_fix() -> None:
+def test_fix_takes_effect_in_place() -> None:
     model = stress()
     assert qwen2_fp16_fix.fix(model) is model
     assert is_fixed(model)
@@ -101,7 +101,7 @@ def test_shapes_can_be_asked_of_a_model_without_weights() -> None:
     assert model(input_ids=PROMPT.to("meta")).logits.shape == (*PROMPT.shape, TINY.vocab)
 
 
-def test_drop_in_classes(folder: Path) -> None:
+def test_drop_in_classes_load_fixed(folder: Path) -> None:
     assert is_fixed(load(qwen2_fp16_fix.Qwen2ForCausalLM, folder))
     assert is_fixed(load(qwen2_fp16_fix.Qwen2Model, folder))
 
@@ -175,7 +175,7 @@ def test_fix_reaches_a_qwen2_inside_another_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks transformers for it
 @pytest.mark.parametrize("before", [True, False], ids=["fixed first", "wrapped first"])
-def test_peft(before: bool) -> None:
+def test_a_peft_model_is_fixed_wrapped_before_or_after(before: bool) -> None:
     """LoRA replaces the projections that the attention calls, not the attention."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], init_lora_weights=False)
@@ -202,7 +202,7 @@ class Int8Linear(nn.Module):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["fixed first", "quantised first"])
-def test_quantised_projections(before: bool) -> None:
+def test_a_model_with_quantised_projections_is_fixed(before: bool) -> None:
     """bitsandbytes, GPTQ and AWQ replace linears; the attention and the norms around them stay."""
     model = qwen2_fp16_fix.fix(stress()) if before else stress()
     for layer in model.model.layers:
@@ -213,13 +213,13 @@ def test_quantised_projections(before: bool) -> None:
     assert is_fixed(qwen2_fp16_fix.fix(model))
 
 
-def test_data_parallel() -> None:
+def test_a_model_in_data_parallel_is_fixed() -> None:
     wrapped = nn.DataParallel(stress())
     assert is_fixed(qwen2_fp16_fix.fix(wrapped))
 
 
 @pytest.mark.parametrize("ran_before", [False, True], ids=["not yet run", "already compiled as stock"])
-def test_torch_compile(ran_before: bool) -> None:
+def test_a_compiled_model_is_compiled_anew_by_fix(ran_before: bool) -> None:
     """Code compiled from the stock classes must not go on running after the fix."""
     compiled: Any = torch.compile(stress(), backend="eager")
     if ran_before:
@@ -242,7 +242,7 @@ def test_torch_compile_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("registered", [True, False], ids=["registered", "fixed after loading"])
-def test_device_map(folder: Path, registered: bool) -> None:
+def test_a_model_dispatched_by_a_device_map_is_fixed(folder: Path, registered: bool) -> None:
     """accelerate keeps the forward it hooked: one kept from the stock class would go on running."""
     pytest.importorskip("accelerate")
     from accelerate import dispatch_model

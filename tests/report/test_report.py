@@ -16,16 +16,14 @@ from PIL import Image
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import SITES
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
-from qwen2_fp16_fix.report import picture as report_picture
-from qwen2_fp16_fix.report import style as report_style
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.report import picture, style
 from qwen2_fp16_fix.report.files import ScanFiles, read_verification
 from qwen2_fp16_fix.report.page import page
 from qwen2_fp16_fix.report.style import PALETTE
 from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import CacheLosses, ScannedPrompt, ScanResult
-from qwen2_fp16_fix.verification import rows as verification_rows
-from qwen2_fp16_fix.verification import verify as verification
+from qwen2_fp16_fix.verification import rows, verify
 from tests.scanning.planted import with_tokens
 from tests.stress import TINY, build, random_prompt
 
@@ -313,7 +311,7 @@ def test_a_scan_of_nan_makes_a_page_and_a_picture(scans: list[ScanResult], tmp_p
     )
     broken = replace(scans[0], sites=sites, quantisation=lost)
     assert "not finite" in page([broken])
-    report_picture.draw([broken], tmp_path / "out.png")
+    picture.draw([broken], tmp_path / "out.png")
 
 
 def test_the_page_is_small_and_whole(reports: dict[str, Path]) -> None:
@@ -343,31 +341,33 @@ def test_text_has_contrast(theme: str) -> None:
                 assert (pair[1] + 0.05) / (pair[0] + 0.05) >= least, (name, ground)
 
 
-def test_the_picture(scans: list[ScanResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_is_a_described_png(
+    scans: list[ScanResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a letter that the font lacks is a warning and an empty box
         written = ScanFiles(png=tmp_path / "out.png").write(scans, None)
     assert written == [tmp_path / "out.png"]
     data = written[0].read_bytes()
     assert data.startswith(b"\x89PNG")
-    with Image.open(written[0]) as picture:
-        assert picture.info["Description"].startswith("✗ Stock float16 (eager) breaks first in layer")
+    with Image.open(written[0]) as image:
+        assert image.info["Description"].startswith("✗ Stock float16 (eager) breaks first in layer")
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert width == 1600
     assert height > 800
-    monkeypatch.setattr(report_picture, "CHINESE_FONTS", ("No Such Font",))
+    monkeypatch.setattr(picture, "CHINESE_FONTS", ("No Such Font",))
     with pytest.raises(qwen2_fp16_fix.ScanError, match="no font here has Chinese letters for the PNG: install"):
         ScanFiles(png=tmp_path / "zh.png", lang="zh").check(force=False)
 
 
 def test_a_token_of_dollars_is_no_formula_in_the_picture(scans: list[ScanResult], tmp_path: Path) -> None:
     """matplotlib sets what stands between dollars as mathematics, and raised: after the run, no picture."""
-    report_picture.draw([with_tokens(scans[0], "$^$")], tmp_path / "out.png")
+    picture.draw([with_tokens(scans[0], "$^$")], tmp_path / "out.png")
 
 
 def test_axes_have_ticks_between_their_ends() -> None:
     for values in ([65504.0, 70000.0], [1.0, 1e9], [None, 3e-4, 0.1], [5.0], [None]):
-        low, high, ticks = report_style.log_ticks(values)
+        low, high, ticks = style.log_ticks(values)
         known = [math.log10(value) for value in values if value]
         assert ticks
         assert all(low <= value <= high for value in [*known, *map(math.log10, ticks)])
@@ -375,9 +375,9 @@ def test_axes_have_ticks_between_their_ends() -> None:
 
 def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's keys are verify's own: here of a real run, so that the two cannot part."""
-    rows = [verification_rows.ORACLE, *(verification_rows.Row("float16", "eager", fixed) for fixed in (False, True))]
-    monkeypatch.setattr(verification, "planned_rows", lambda device: rows)
-    monkeypatch.setattr(verification_rows, "NEW_TOKENS", 2)
-    found = qwen2_fp16_fix.verify(CHECKPOINT, window=16, stride=8, tokens=17, device="cpu")
+    few = [rows.ORACLE, *(rows.Row("float16", "eager", fixed) for fixed in (False, True))]
+    monkeypatch.setattr(verify, "planned_rows", lambda device: few)
+    monkeypatch.setattr(rows, "NEW_TOKENS", 2)
+    found = qwen2_fp16_fix.verify(DEMO_CHECKPOINT, window=16, stride=8, tokens=17, device="cpu")
     (tmp_path / "verify.json").write_text(json.dumps(found.to_dict()))
     assert read_verification(tmp_path / "verify.json") == found.to_dict()

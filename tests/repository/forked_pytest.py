@@ -4,6 +4,7 @@ Reads requests from stdin, a JSON line each: pytest's `arguments`, and the file 
 line: pytest's exit code. What is under test is not imported here, so that every fork imports it anew.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -39,5 +40,7 @@ if __name__ == "__main__":
     for name in SLOW:
         importlib.import_module(name)
     assert "qwen2_fp16_fix" not in sys.modules
+    gc.collect()
+    gc.freeze()  # pytest collects garbage some five times at its end, which would walk through torch in each fork
     for line in sys.stdin:
         print(run(**json.loads(line)), flush=True)

@@ -19,8 +19,8 @@ import benchmarks.__main__
 import qwen2_fp16_fix
 from benchmarks import report
 from benchmarks.cells import full_grid
-from qwen2_fp16_fix.cli import commands as cli
-from qwen2_fp16_fix.scanning import sentences as wording
+from qwen2_fp16_fix.cli import commands
+from qwen2_fp16_fix.scanning import sentences
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -29,7 +29,7 @@ READMES = {"README.md": "overview.md", "README.zh-CN.md": "overview.zh.md"}  # a
 TRANSLATED = ("index", "troubleshooting")
 FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 TYPED = {
-    "qwen2-fp16-fix": typer.main.get_command(cli.app),
+    "qwen2-fp16-fix": typer.main.get_command(commands.app),
     ".venv/bin/python -m benchmarks": typer.main.get_command(benchmarks.__main__.app),
 }
 UNCHECKED = {"pip", "pip-compile"}  # programs of others, in blocks that are not run
@@ -113,7 +113,7 @@ def test_commands_do_what_the_page_says(
             assert done.returncode == 0, done.stderr
             assert done.stdout == "True\n"
         elif words not in looked_at:
-            result = CliRunner().invoke(cli.app, words[1:] + BESIDES.get(words[1], []))
+            result = CliRunner().invoke(commands.app, words[1:] + BESIDES.get(words[1], []))
             expected = 1 if words[1] == "scan" and "--fixed" not in words else 0  # the demo's stock float16 breaks
             assert result.exit_code == expected, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
             if words[1] in ONLY_LOOK:
@@ -141,7 +141,7 @@ def test_python_runs_as_it_stands(
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason], ids=name_of)
-def test_what_is_not_run_is_read(block: Block) -> None:
+def test_blocks_that_are_not_run_parse(block: Block) -> None:
     """A renamed option, command or target must turn red here too, where running would take a network or minutes."""
     if block.language == "python":
         ast.parse(block.code)
@@ -267,7 +267,7 @@ def test_the_readmes_sum_up_the_figures_that_are_kept(readme: str, to: str) -> N
 
 def test_the_picture_shows_the_demo_as_it_is_now() -> None:
     """Its description is the verdicts it was drawn with. To draw it anew, run the commands of the page."""
-    verdicts = [wording.verdict(qwen2_fp16_fix.scan(DEMO, fixed=fixed), "en") for fixed in (False, True)]
+    verdicts = [sentences.verdict(qwen2_fp16_fix.scan(DEMO, fixed=fixed), "en") for fixed in (False, True)]
     with Image.open(DOCS / "demo-scan.png") as picture:
         assert picture.info["Description"].splitlines() == [f"✗ {verdicts[0]}", f"✓ {verdicts[1]}"]
 

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.cli import commands as cli
+from qwen2_fp16_fix.cli import commands
 from qwen2_fp16_fix.patches import version_map
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +79,8 @@ def test_versions_agree() -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_readmes_name_every_way_in_and_every_command(readme: str) -> None:
     text = read(readme)
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    for command, implementation in commands.items():
+    offered = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
+    for command, implementation in offered.items():
         assert f"qwen2-fp16-fix {command}" in text
         assert implementation.help
     for name in ("register()", "unregister()", "registered()", "fix(model)", "unfix(model)", "status(model)"):

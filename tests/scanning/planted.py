@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.cli import commands
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT
 from qwen2_fp16_fix.scanning.result import MeasuredSite, ScanResult
 from tests import stress
 from tests.stress import TINY, random_prompt
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path) -> None:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     parts = {"model": model, "pre_tokenizer": level, "decoder": level, "version": "1.0", "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(parts))
-    own = CHECKPOINT / "tokenizer_config.json"
+    own = DEMO_CHECKPOINT / "tokenizer_config.json"
     (folder / "tokenizer_config.json").write_bytes(own.read_bytes())
 
 

@@ -17,7 +17,7 @@ from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
 from qwen2_fp16_fix.report.page import page
 from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import ScanResult
-from qwen2_fp16_fix.translations import SCAN_TEXTS as TEXTS
+from qwen2_fp16_fix.translations import SCAN_TEXTS
 from tests import stress
 from tests.scanning.planted import BREAKS, HALF, LAST, MASSIVE, PROMPT, SPIKED, site
 from tests.stress import TINY, build
@@ -78,14 +78,14 @@ def test_a_bias_past_float16_is_null_and_is_shown(tmp_path: Path) -> None:
     assert (top["layer"], top["channel"], top["bias"], top["times_median"]) == (1, 3, None, None)
     for lang in sentences.LANGUAGES:
         Console(width=160).print(sentences.rendered(found, lang))
-        assert TEXTS[lang]["not_finite"] in next(
+        assert SCAN_TEXTS[lang]["not_finite"] in next(
             sentence for sentence in sentences.consequences(found, lang) if "k_proj" in sentence
         )
         assert "<html" in page([found], lang=lang)
 
 
 @pytest.mark.parametrize("kind", stress.KINDS)
-def test_fixed_finds_nothing(scans: Callable[..., Any], kind: str) -> None:
+def test_a_fixed_scan_of_planted_overflows_is_finite(scans: Callable[..., Any], kind: str) -> None:
     found = scans(kind, fixed=True)
     assert found.first_nonfinite is None
     assert found.finite
@@ -181,7 +181,7 @@ def test_through_sdpa_no_score_is_stored(folders: Callable[..., Path]) -> None:
     assert found.past_limit == []
 
 
-def test_tied_embeddings_and_shards(tmp_path: Path) -> None:
+def test_a_scan_reads_tied_embeddings_and_shards(tmp_path: Path) -> None:
     model = build(TINY, ("massive",), tie_word_embeddings=True).half()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2

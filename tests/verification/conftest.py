@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT
 from qwen2_fp16_fix.verification import rows, verify
 from qwen2_fp16_fix.verification.result import VerificationResult
 from tests.verification.letters import tiny
@@ -18,7 +18,7 @@ from tests.verification.letters import tiny
 
 @pytest.fixture(scope="session")
 def findings() -> VerificationResult:
-    return qwen2_fp16_fix.verify(CHECKPOINT, window=256, stride=128, tokens=400, device="cpu")
+    return qwen2_fp16_fix.verify(DEMO_CHECKPOINT, window=256, stride=128, tokens=400, device="cpu")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints.loading import load
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT
 from tests.stress import TINY, build
 from tests.verification.letters import TEXT, table, tokenizer
 
@@ -122,13 +122,13 @@ def test_bad_texts_and_tokenizers_are_one_sentence(checkpoint: Path, tmp_path: P
     file = tmp_path / "text.txt"
     refused = qwen2_fp16_fix.VerificationError
     with pytest.raises(refused, match=r"text.txt cannot be read \(No such file"):
-        qwen2_fp16_fix.verify(CHECKPOINT, file)
+        qwen2_fp16_fix.verify(DEMO_CHECKPOINT, file)
     file.write_bytes(b"caf\xe9")
     with pytest.raises(refused, match="is not UTF-8"):
-        qwen2_fp16_fix.verify(CHECKPOINT, file)
+        qwen2_fp16_fix.verify(DEMO_CHECKPOINT, file)
     file.write_text(" \n")
     with pytest.raises(refused, match=r"text\.txt is empty"):
-        qwen2_fp16_fix.verify(CHECKPOINT, file)
+        qwen2_fp16_fix.verify(DEMO_CHECKPOINT, file)
     with pytest.raises(refused, match="a single token"):
         qwen2_fp16_fix.verify(checkpoint, "x", tokenizer=tokenizer)
     with pytest.raises(qwen2_fp16_fix.CheckpointError, match=r"has no tokenizer: copy tokenizer\.json"):
@@ -137,7 +137,7 @@ def test_bad_texts_and_tokenizers_are_one_sentence(checkpoint: Path, tmp_path: P
     with pytest.raises(qwen2_fp16_fix.CheckpointError, match="cannot be loaded"):
         qwen2_fp16_fix.verify(checkpoint, TEXT)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (checkpoint / name).write_bytes((CHECKPOINT / name).read_bytes())
+        (checkpoint / name).write_bytes((DEMO_CHECKPOINT / name).read_bytes())
     with pytest.raises(qwen2_fp16_fix.CheckpointError, match="vocabulary ends at 127: it is another model's tokenizer"):
         qwen2_fp16_fix.verify(checkpoint, "And the LORD said unto Moses,")
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qwen2_fp16_fix.cli import commands as cli
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT as CHECKPOINT
+from qwen2_fp16_fix.cli import commands
+from qwen2_fp16_fix.files import DEMO_CHECKPOINT
 from qwen2_fp16_fix.hub.model_card import read_verification
 from qwen2_fp16_fix.verification import verify
 from qwen2_fp16_fix.verification.judgement import shortcomings
@@ -31,6 +31,51 @@ def test_findings_are_json_and_are_rendered(findings: VerificationResult, capsys
     assert "stock fp16 eager" in shown
     assert "Verified: every fixed row is finite" in shown
     assert "not finite: stock float16 eager" in " ".join(shown.split())
+
+
+def made_up(dtype: str, attention: str, fixed: bool, kl: float, drift: float) -> VerifiedRow:
+    """A finite row with this mean KL and this drift."""
+    return VerifiedRow(
+        name=f"{'fixed' if fixed else 'stock'} {dtype} {attention}",
+        dtype=dtype,
+        attention=attention,
+        fixed=fixed,
+        finite=True,
+        perplexity=18.8,
+        kl_mean=kl,
+        kl_max=4 * kl,
+        top1_agreement=1.0,
+        largest_logit_difference=0.01,
+        first_overflow=None,
+        first_differences=(None, None, None),
+        seconds=1.0,
+        peak_bytes=None,
+        drift=drift,
+    )
+
+
+ROWS = (
+    made_up("float32", "eager", False, 0.0, 0.0),
+    made_up("float16", "eager", True, 2e-6, 1e-4),
+    made_up("float16", "sdpa", True, 3e-6, 2e-4),
+    made_up("bfloat16", "eager", False, 2.0, 2.0),
+    made_up("bfloat16", "sdpa", True, 1e-3, 1e-2),
+)
+
+
+def test_thresholds_and_overflows_are_named() -> None:
+    """On rows that are made up, which need no model. The tests below ask the same of the demo's."""
+    assert not shortcomings(ROWS, 1.0, 1.0)
+    (reason,) = shortcomings(ROWS, 2.5e-6, None)
+    assert reason == "fixed float16 sdpa has a mean KL of 3e-06, above 2.5e-06"
+    (reason,) = shortcomings(ROWS, None, 1.5e-4)
+    assert reason == "fixed float16 sdpa has a perplexity drift of +0.0002, past 0.00015"
+    low = [replace(each, drift=-0.5) if each.name == "fixed float16 eager" else each for each in ROWS]
+    assert shortcomings(low, None, 0.1) == ["fixed float16 eager has a perplexity drift of -0.5, past 0.1"]
+    broken = replace(ROWS[-1], finite=False, first_overflow="layer 1, residual stream")
+    assert shortcomings([*ROWS[:-1], broken], None, None) == [
+        "fixed bfloat16 sdpa is not finite, first in layer 1, residual stream"
+    ]
 
 
 def test_shortcomings_name_the_row(findings: VerificationResult) -> None:
@@ -63,20 +108,23 @@ def test_thresholds_decide_the_exit_code(
     findings: VerificationResult, monkeypatch: pytest.MonkeyPatch, extra: list[str], code: int
 ) -> None:
     monkeypatch.setattr(verify, "measure", lambda inputs, of: measured(row(findings, of.name)))
-    done = CliRunner().invoke(cli.app, ["verify", str(CHECKPOINT), "--json", "--device", "cpu", *extra])
+    done = CliRunner().invoke(commands.app, ["verify", str(DEMO_CHECKPOINT), "--json", "--device", "cpu", *extra])
     found = json.loads(done.stdout)
     assert (done.exit_code, found["passed"]) == (code, code == 0)
     assert found["verdict"].startswith("Not verified: fixed float16 eager has a mean KL" if code else "Verified: ")
 
 
 @pytest.mark.process
-def test_the_command_and_its_exit_codes(python: Callable[..., Any], tmp_path: Path) -> None:
-    command = ("-m", "qwen2_fp16_fix", "verify")
+def test_the_command_and_its_exit_codes(
+    python: Callable[..., Any], command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict in a process of its own; wrong usage from `main` on."""
     quick = ("--tokens", "40", "--window", "32", "--device", "cpu")
-    done = python(*command, str(CHECKPOINT), *quick, "--max-ppl-drift", "0")
+    done = python("-m", "qwen2_fp16_fix", "verify", str(DEMO_CHECKPOINT), *quick, "--max-ppl-drift", "0")
     assert (done.returncode, "Not verified: fixed float16" in done.stdout) == (1, True), done.stderr
     assert "Traceback" not in done.stderr
-    done = python(*command, str(tmp_path / "elsewhere"))
-    assert (done.returncode, done.stderr.startswith("qwen2-fp16-fix: there is no ")) == (2, True)
-    done = python(*command, str(CHECKPOINT), QWEN2_FP16_FIX="0")
-    assert (done.returncode, "QWEN2_FP16_FIX=0 switches the fix off" in done.stderr) == (2, True)
+    code, _, complaint = command("verify", str(tmp_path / "elsewhere"))
+    assert (code, complaint.startswith("qwen2-fp16-fix: there is no ")) == (2, True)
+    monkeypatch.setenv("QWEN2_FP16_FIX", "0")
+    code, _, complaint = command("verify", str(DEMO_CHECKPOINT))
+    assert (code, "QWEN2_FP16_FIX=0 switches the fix off" in complaint) == (2, True)

@@ -51,7 +51,7 @@ MUTATIONS = (
         FILE,
         "dtype=torch.float32, device=hidden_states.device)",
         "dtype=torch.float16, device=hidden_states.device)",
-        "tests/patches/test_key_centring.py::test_projections_are_the_same_to_the_bit_with_autograd",
+        "tests/patches/test_centred_projections.py::test_projections_are_the_same_to_the_bit_with_autograd",
     ),
     Mutation(
         "keys are not centred",

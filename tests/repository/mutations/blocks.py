@@ -16,7 +16,7 @@ MUTATIONS = (
         FILE,
         "if weight.dtype != torch.float16:",
         "if True:",
-        "tests/registration/test_ways_in.py::test_fix",
+        "tests/registration/test_ways_in.py::test_fix_takes_effect_in_place",
     ),
     Mutation(
         "rotation tables in float16",

@@ -9,14 +9,14 @@ MUTATIONS = (
         FILE,
         "    marks[layer] = centred\n",
         "",
-        "tests/patches/test_key_centring.py::test_a_cache_of_another_sort_is_refused",
+        "tests/patches/test_centred_caches.py::test_a_cache_of_another_sort_is_refused",
     ),
     Mutation(
         "new keys are centred beside a stock model's",
         FILE,
         "return shift if centred else None",
         "return shift",
-        "tests/patches/test_key_centring.py::test_a_cache_of_plain_keys_is_gone_on_with",
+        "tests/patches/test_centred_caches.py::test_a_cache_of_plain_keys_is_gone_on_with",
     ),
     Mutation(
         "keys are added up in float16",

@@ -9,20 +9,20 @@ MUTATIONS = (
         FILE,
         "if max_kl is not None and not within(row.kl_mean, max_kl):",
         "if False:",
-        "tests/verification/test_judgement.py::test_shortcomings_name_the_row",
+        "tests/verification/test_judgement.py::test_thresholds_and_overflows_are_named",
     ),
     Mutation(
         "verify passes a drift downwards",
         FILE,
         "abs(value) <= limit",
         "value <= limit",
-        "tests/verification/test_judgement.py::test_a_drift_that_is_negative_or_unknown_counts",
+        "tests/verification/test_judgement.py::test_thresholds_and_overflows_are_named",
     ),
     Mutation(
         "verify forgets what is not finite",
         FILE,
         "if row.fixed and not row.finite:",
         "if False:",
-        "tests/verification/test_judgement.py::test_shortcomings_name_the_row",
+        "tests/verification/test_judgement.py::test_thresholds_and_overflows_are_named",
     ),
 )

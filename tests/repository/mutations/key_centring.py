@@ -16,20 +16,20 @@ MUTATIONS = (
         FILE,
         "None if may_change_bias(self.k_proj) else loaded_bias",
         "loaded_bias",
-        "tests/patches/test_linears.py::test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock[IA3-wrapped]",
+        "tests/patches/test_adapters.py::test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock[IA3-wrapped]",
     ),
     Mutation(
         "a centre outlives an adapter that changes the bias",
         FILE,
         "isinstance(value, nn.Module) and may_change_bias(value)",
         "False",
-        "tests/patches/test_linears.py::test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock[IA3-fixed]",
+        "tests/patches/test_adapters.py::test_an_adapter_that_changes_the_bias_gets_no_centre_and_is_no_worse_than_stock[IA3-fixed]",
     ),
     Mutation(
         "the centre is fp64, and all that meets it",
         FILE,
         "torch.cat((nothing, -centre), dim=1).float()",
         "torch.cat((nothing, -centre), dim=1)",
-        "tests/patches/test_key_centring.py::test_the_centre_follows_a_move_and_not_a_cast",
+        "tests/patches/test_centred_projections.py::test_the_centre_follows_a_move_and_not_a_cast",
     ),
 )

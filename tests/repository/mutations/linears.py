@@ -9,7 +9,7 @@ MUTATIONS = (
         FILE,
         "bias.to(product.device).float()",
         "bias.to(product.device)",
-        "tests/patches/test_key_centring.py::test_projections_are_the_same_to_the_bit_with_autograd",
+        "tests/patches/test_centred_projections.py::test_projections_are_the_same_to_the_bit_with_autograd",
     ),
     Mutation(
         "a product is taken past a hook",
@@ -23,7 +23,7 @@ MUTATIONS = (
         FILE,
         "exact = torch.where(whole == kept, exact, whole.float())",
         "exact = whole.float()",
-        "tests/patches/test_linears.py::test_to_look_changes_nothing[hook]",
+        "tests/patches/test_linears.py::test_a_hook_that_only_looks_changes_nothing[hook]",
     ),
     Mutation(
         "what a hook writes is not seen",
@@ -54,7 +54,7 @@ MUTATIONS = (
         FILE,
         ' or ("forward" in module.__dict__ and not is_aligned(module))',
         "",
-        "tests/patches/test_linears.py::test_a_wrapper_of_linears_forward_meets_the_original_signature",
+        "tests/patches/test_loaded_linears.py::test_a_wrapper_of_linears_forward_meets_the_original_signature",
     ),
     Mutation(
         "accelerate's forward stays bound to the module",
@@ -75,14 +75,14 @@ MUTATIONS = (
         FILE,
         "not about_to_unmerge and ",
         "",
-        "tests/patches/test_linears.py::test_adapters_are_exact_on_merged_and_off[Lora]",
+        "tests/patches/test_adapters.py::test_adapters_are_exact_on_merged_and_off[Lora]",
     ),
     Mutation(
         "the sum beside a hook is rounded",
         FILE,
         "linear.weight) + bias.to(hidden_states.device).float()",
         "linear.weight) + bias.to(hidden_states.device)",
-        "tests/patches/test_linears.py::test_to_look_changes_nothing[hook]",
+        "tests/patches/test_linears.py::test_a_hook_that_only_looks_changes_nothing[hook]",
     ),
     Mutation(
         "what a hook was shown is cut out of the graph",

@@ -9,7 +9,7 @@ MUTATIONS = (
         FILE,
         "    for name in kept:\n",
         "    for name in ():\n",
-        "tests/registration/test_ways_in.py::test_device_map[fixed after loading]",
+        "tests/registration/test_ways_in.py::test_a_model_dispatched_by_a_device_map_is_fixed[fixed after loading]",
     ),
     Mutation(
         "what an older copy has put into a model stays there",
