@@ -1,10 +1,12 @@
 """The results of the public functions: attributes for a program, a table for a terminal or a notebook, and JSON.
 
-found = qwen2_fp16_fix.certify("checkpoint")
-found.proven             # an attribute, which an editor completes
-found.to_dict()          # the data that `certify --json` prints
-found.summary()          # one line, which `repr` shows as well
-rich.print(found)        # the table that `certify` prints
+    found = qwen2_fp16_fix.certify("checkpoint")
+    found.proven             # an attribute, which an editor completes
+    found.to_dict()          # the data that `certify --json` prints
+    found.summary()          # one line, which `repr` shows as well
+    rich.print(found)        # the table that `certify` prints
+
+Each class is in the room of its function. docs/api.md lists them.
 """
 
 import dataclasses
