@@ -33,7 +33,7 @@ def save_everything(kind: Any, folder: Path, out: Path) -> None:
         peft.get_peft_model(inner, lora).save_pretrained(out / f"lora-{task}")
     optimiser = torch.optim.AdamW(model.parameters())
     torch.save(optimiser.state_dict(), out / "optimizer.pt")
-    arguments = transformers.TrainingArguments(output_dir="x", report_to=[], use_cpu=True)
+    arguments = transformers.TrainingArguments(output_dir=str(out / "trainer"), report_to=[], use_cpu=True)
     trainer = transformers.Trainer(model, arguments)
     trainer.save_model(out / "trainer")
 
