@@ -34,24 +34,6 @@ def as_in_any_order() -> Iterator[None]:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int | str | None, str, str]]:
-    """Runs `qwen2-fp16-fix` in this process, from `main` on: its exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int | str | None, str, str]:
-        from qwen2_fp16_fix.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a Python of its own, with the checkout importable, for what must not touch this process.
 

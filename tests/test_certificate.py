@@ -18,6 +18,7 @@ from qwen2_fp16_fix.certificate import bound_scores, casting_losses
 from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
 from qwen2_fp16_fix.patches.range_plan import LayerShape
+from tests.commands.in_process import run_command
 from tests.stress import KINDS, TINY, build
 
 ROOT = Path(__file__).parents[1]
@@ -305,14 +306,16 @@ def test_another_architecture_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_command_and_its_exit_codes(folder: Path, python: Callable[..., Any], command: Callable[..., Any]) -> None:
+def test_the_command_and_its_exit_codes(
+    folder: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The verdict in a process of its own; the other exit codes from `main` on."""
     done = python("-m", "qwen2_fp16_fix", "certify", str(folder))
     assert (done.returncode, "Proven: " in done.stdout) == (0, True), done.stderr
     edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
-    code, said, _ = command("certify", str(folder), "--json")
+    code, said, _ = run_command(monkeypatch, capsys, "certify", str(folder), "--json")
     assert (code, json.loads(said)["proven"]) == (1, False)
-    code, _, complaint = command("certify", str(folder / "elsewhere"))
+    code, _, complaint = run_command(monkeypatch, capsys, "certify", str(folder / "elsewhere"))
     assert (code, complaint.startswith("qwen2-fp16-fix: there is no")) == (2, True)
 
 

@@ -16,6 +16,7 @@ from qwen2_fp16_fix.hub.model_card import read_verification
 from qwen2_fp16_fix.verification import verify
 from qwen2_fp16_fix.verification.judgement import shortcomings
 from qwen2_fp16_fix.verification.result import MeasuredRow, VerificationResult, VerifiedRow
+from tests.commands.in_process import run_command
 from tests.verification.letters import row
 
 pytestmark = pytest.mark.xdist_group("verify")  # one worker runs the demo's table once, for all
@@ -116,15 +117,15 @@ def test_thresholds_decide_the_exit_code(
 
 @pytest.mark.process
 def test_the_command_and_its_exit_codes(
-    python: Callable[..., Any], command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    python: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The verdict in a process of its own; wrong usage from `main` on."""
     quick = ("--tokens", "40", "--window", "32", "--device", "cpu")
     done = python("-m", "qwen2_fp16_fix", "verify", str(DEMO_CHECKPOINT), *quick, "--max-ppl-drift", "0")
     assert (done.returncode, "Not verified: fixed float16" in done.stdout) == (1, True), done.stderr
     assert "Traceback" not in done.stderr
-    code, _, complaint = command("verify", str(tmp_path / "elsewhere"))
+    code, _, complaint = run_command(monkeypatch, capsys, "verify", str(tmp_path / "elsewhere"))
     assert (code, complaint.startswith("qwen2-fp16-fix: there is no ")) == (2, True)
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
-    code, _, complaint = command("verify", str(DEMO_CHECKPOINT))
+    code, _, complaint = run_command(monkeypatch, capsys, "verify", str(DEMO_CHECKPOINT))
     assert (code, "QWEN2_FP16_FIX=0 switches the fix off" in complaint) == (2, True)
