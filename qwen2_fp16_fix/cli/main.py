@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from ..launch.launcher import UsageError
 from ..patches.errors import Qwen2FP16FixError
-from .commands import app, stderr
-from .terminal import PrintError, replace_unknown_signs
+from .commands import app
+from .terminal import PrintError, replace_unknown_signs, stderr
 
 CRASH = 70  # EX_SOFTWARE of sysexits.h
 

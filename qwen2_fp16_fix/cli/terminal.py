@@ -1,13 +1,14 @@
 """Printing to a stdout that may be a closed pipe or a full disk, or whose encoding may lack our characters."""
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 CLOSED = 128 + 13  # the exit code that a shell gives a program ended by SIGPIPE
 
@@ -70,3 +71,21 @@ def _drop_the_rest(stream: TextIO) -> None:
     """Discards what is still buffered: Python would try to write it again when it ends, and exit with 120."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+stderr = Notices(soft_wrap=True)
+
+
+def show(
+    data: dict[str, Any], table: RenderableType, as_json: bool, *, whole_lines: bool = False, escaped: bool = True
+) -> None:
+    """Prints what a command has found, as JSON or as a table.
+
+    whole_lines: no line of the table is wrapped. escaped: letters beyond ASCII become escapes in JSON.
+    """
+    with printing() as page:
+        if as_json:
+            # JSON has no NaN and no infinity. Results have None instead; anything else raises here.
+            print(json.dumps(data, indent=2, ensure_ascii=escaped, allow_nan=False))
+        else:
+            page.print(table, soft_wrap=whole_lines)

@@ -1,4 +1,4 @@
-"""Runs a command in the process of the test. Not a fixture of tests/conftest.py: the matrix's digest reads that file."""
+"""Runs a command in this process. No fixture of tests/conftest.py: the matrix's digest follows what that imports."""
 
 import sys
 
