@@ -54,3 +54,10 @@ def test_a_rooms_init_holds_one_docstring() -> None:
 
 def test_the_picture_shows_the_rooms() -> None:
     assert draw_rooms.main(["--check"]) == 0, "run `make docs`"
+
+
+def test_the_example_of_a_command_is_the_command() -> None:
+    """The recipe shows code to copy. The code that it shows had changed, and a copy of it wrapped long lines."""
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```\n(def .*?)```$", page, re.M | re.S)
+    assert example in (PACKAGE / "cli" / "checks.py").read_text(encoding="utf-8")
