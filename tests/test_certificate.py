@@ -85,7 +85,8 @@ def test_a_planted_weight_flips_the_verdict(folder: Path) -> None:
 
 
 def test_what_cannot_be_bounded_in_a_model_is_named() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # PEFT asks transformers for it
         model = peft.get_peft_model(build(TINY, ()).half(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
     found = qwen2_fp16_fix.certify(model)

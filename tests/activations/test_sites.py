@@ -56,7 +56,8 @@ def test_the_hooks_are_taken_off() -> None:
 
 def test_another_row_is_watched_by_what_it_says() -> None:
     """Qwen3 has a norm for the heads of q and of k: two more sites, and no line of the watch."""
-    modeling = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    from transformers.models.qwen3 import modeling_qwen3 as modeling
+
     sites: list[Site] = []
     for site in QWEN2.sites:
         sites.append(site)

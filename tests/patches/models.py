@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -115,7 +114,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def wrap(model: Any, kind: str) -> Any:
     """The model in a new adapter of that kind."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     chosen = getattr(peft, f"{kind}Config")(target_modules=["q_proj", "k_proj"], **SIZES.get(kind, {}))
     return peft.get_peft_model(model, chosen).eval()
 

@@ -454,7 +454,8 @@ def test_what_cannot_be_marked_is_an_error() -> None:
 
 
 def with_prefix(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8))
 

@@ -49,7 +49,7 @@ def test_a_hook_is_called(where: str) -> None:
 @pytest.mark.parametrize("first", ["fixed", "wrapped"])
 def test_adapters_leave_the_bias_unrounded(first: str, dora: bool) -> None:
     """DoRA takes the bias of what it wraps off again, or finds none."""
-    peft = pytest.importorskip("peft")
+    import peft
 
     def wrap(model: Any) -> Any:
         torch.manual_seed(0)
@@ -92,7 +92,8 @@ def test_a_projection_that_rounds_its_bias_is_named_and_no_worse_than_stock() ->
 
 def test_an_offloaded_bias_is_read_from_where_it_waits(tmp_path: Path) -> None:
     """On the meta device between calls, as device_map="auto" leaves what does not fit."""
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model = build(TINY, ("keys",)).half()
     accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
     assert model.model.layers[0].self_attn.k_proj.bias.is_meta

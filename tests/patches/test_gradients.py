@@ -98,7 +98,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("target", [*TARGETS, "all", "o_proj with a bias", "down_proj with a bias"])
 def test_lora_learns_what_it_learns_in_fp32(target: str, attention: str) -> None:
     """Every adapter makes its layer scale by token; the loss rose from there, without a word."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets = list(TARGETS) if target == "all" else [target.partition(" ")[0]]
     settings = {"lora_bias": True} if "bias" in target else {}
 

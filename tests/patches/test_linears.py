@@ -161,7 +161,8 @@ def test_a_forward_of_somebody_elses_is_called_and_adds_the_bias_once() -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_of_accelerate_bring_the_weights_and_round_nothing(when: str) -> None:
     """`device_map` puts a forward into every module. Offloaded weights are there only while it runs."""
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     plain = logits(qwen2_fp16_fix.fix(half()))
     model = half()
     if when == "after":
@@ -175,7 +176,9 @@ def test_hooks_of_accelerate_bring_the_weights_and_round_nothing(when: str) -> N
 
 @pytest.mark.parametrize("under", [False, True], ids=["alone", "under LoRA"])
 def test_offloaded_weights_are_where_they_are_needed_and_gone_again(under: bool) -> None:
-    accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    import accelerate
+    import peft
+
     model = half()
     if under:
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"])).eval()

@@ -167,7 +167,8 @@ def test_fixing_again_plans_anew() -> None:
 @pytest.mark.parametrize("ran_between", [False, True])
 def test_merging_an_adapter_ends_a_plan(ran_between: bool) -> None:
     """PEFT merges through `.data`, which leaves no trace on the weight: the change of modules does."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = fixed()
     settings = peft.LoraConfig(r=2, target_modules=["up_proj", "down_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, settings).eval()

@@ -19,7 +19,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def save_everything(kind: Any, folder: Path, out: Path) -> None:
     """Checkpoint, adapters with and without a task, a prompt, and what training writes."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = kind.from_pretrained(folder, dtype=torch.float16)
     model.save_pretrained(out / "model")
     model.generation_config.save_pretrained(out / "generation")
@@ -63,7 +64,8 @@ def make(path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 @pytest.mark.parametrize("registered", [True, False])
 def test_an_adapter_without_a_task_loads_again(registered: bool, folder: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     with qwen2_fp16_fix.registered():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)

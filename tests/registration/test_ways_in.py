@@ -177,7 +177,8 @@ def test_fix_reaches_a_qwen2_inside_another_model() -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["fixed first", "wrapped first"])
 def test_a_peft_model_is_fixed_wrapped_before_or_after(before: bool) -> None:
     """LoRA replaces the projections that the attention calls, not the attention."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], init_lora_weights=False)
     model = qwen2_fp16_fix.fix(stress()) if before else stress()
     wrapped = peft.get_peft_model(model, settings).eval()
@@ -244,7 +245,6 @@ def test_torch_compile_in_one_graph() -> None:
 @pytest.mark.parametrize("registered", [True, False], ids=["registered", "fixed after loading"])
 def test_a_model_dispatched_by_a_device_map_is_fixed(folder: Path, registered: bool) -> None:
     """accelerate keeps the forward it hooked: one kept from the stock class would go on running."""
-    pytest.importorskip("accelerate")
     from accelerate import dispatch_model
 
     if registered:

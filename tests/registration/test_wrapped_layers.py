@@ -17,7 +17,8 @@ from tests.stress import TINY
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """This process alone, by gloo."""
-    distributed = pytest.importorskip("torch.distributed")
+    from torch import distributed
+
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()

@@ -159,7 +159,8 @@ def test_a_loaded_model_is_scanned_as_its_folder_is(folders: Callable[..., Path]
 @pytest.mark.parametrize("fixed", [False, True])
 def test_an_offloaded_model_is_scanned(folders: Callable[..., Path], tmp_path: Path, fixed: bool) -> None:
     """accelerate's hooks bring each weight in as its module runs; half of the layers wait on disk."""
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model = load(folders("residual"), fixed, torch.float16, "eager")
     devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     devices |= {f"model.layers.{n}": "disk" if n % 2 else "cpu" for n in range(TINY.layers)}
