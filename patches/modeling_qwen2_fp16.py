@@ -31,7 +31,9 @@ from .lock import check_when_asked, is_switched_off
 from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
-from .range_plan import LayerShape  # noqa: F401
+from .range_bounds import LayerShape  # noqa: F401
+from .range_plan import plan_layer  # noqa: F401
+from .range_sums import linear_sums  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of

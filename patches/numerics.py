@@ -227,6 +227,14 @@ def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory
     return torch.addcmul(zero, gate, up, value=2.0**-exponent, out=memory)
 
 
+def scaled_down(activation: Tensor, exponent: int) -> Tensor:
+    """2^-exponent · activation in float16, rounded once: nothing but what falls below float16's smallest normal number.
+
+    activation: float16, in one kernel, or fp32.
+    """
+    return (activation * 2.0**-exponent).to(torch.float16)
+
+
 def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:
     """The least e >= 0 with |x| <= 2^(e + bits) in all channels x of a token.
 

@@ -29,6 +29,18 @@ class Scale(NamedTuple):
     factor: Tensor  # (1,) in fp32, 2 to the exponent: with a dimension, so that float16 times it is fp32
 
 
+class Ranges(NamedTuple):
+    """The exponents of numbers that attention keeps scaled, in its memory or in a cache; 0 is stock.
+
+    A plan sets them. They stay when it ends, as the centre of the keys does, so that a cache holds numbers of one
+    scale.
+    """
+
+    input: int = 0  # 2^-input scales what q, k and v read
+    values: int = 0  # the values, and so the heads' outputs; at least `input`
+    rotated: int = 0  # rotated queries and keys, each
+
+
 class Scaled(nn.Module):
     """A module with an exponent for its last linear.
 
@@ -102,6 +114,11 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def is_quantised(linear: nn.Module) -> bool:
     """Whether the weight of a linear, or of the linear that an adapter wraps, needs scales to be read."""
     return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) not in FLOAT_DTYPES
+
+
+def holds_float16(linear: nn.Module) -> bool:
+    """Whether the weight of a linear, or of the linear that an adapter wraps, is float16."""
+    return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) == torch.float16
 
 
 def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:

@@ -17,7 +17,7 @@ from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.certificate import bound_scores, casting_losses
 from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
-from qwen2_fp16_fix.patches.range_plan import LayerShape
+from qwen2_fp16_fix.patches.range_bounds import LayerShape
 from tests.commands.in_process import run_command
 from tests.stress import KINDS, TINY, build
 

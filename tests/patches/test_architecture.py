@@ -27,7 +27,7 @@ from qwen2_fp16_fix.patches.architecture import (
     roles_by_class,
     row_of,
 )
-from qwen2_fp16_fix.patches.range_plan import Exponents, LayerBounds, LayerShape, layer_shapes
+from qwen2_fp16_fix.patches.range_bounds import Exponents, LayerBounds, LayerShape, layer_shapes
 
 HEADS, KEY_HEADS, TOKENS = 4, 2, 5
 #: No two sizes are equal, so that none passes for another.
