@@ -109,7 +109,7 @@ def load_problem(layer: Any) -> str | None:
     return f"{missing[0]} was not in the checkpoint, so it is random" if missing else None
 
 
-def project_exactly(projection: nn.Module, hidden_states: Tensor) -> Tensor:
+def project_exactly(projection: nn.Module, hidden_states: Tensor, exponent: int = 0) -> Tensor:
     """projection(hidden_states), in fp32 with an unrounded bias if the projection can be split."""
     bias = loaded_bias(projection)
     if bias is not None and is_separable(projection):
