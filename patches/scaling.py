@@ -21,24 +21,20 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED_BITS = 8
 
 
+class Ranges(NamedTuple):
+    """Exponents of an attention that a plan chooses and that stay when the plan ends; 0 is stock."""
+
+    input: int = 0  # q_proj, k_proj and v_proj read their input times 2^-input
+    values: int = 0  # values, and so the outputs of the heads, are stored times 2^-values
+    rotated: int = 0  # rotated queries and keys are stored times 2^-rotated each
+
+
 class Scale(NamedTuple):
     """An exponent and its constants on the device. It is replaced as a whole, since other threads may be reading."""
 
     exponent: int
     zero: Tensor  # in float16, no dimensions
     factor: Tensor  # (1,) in fp32, 2 to the exponent: with a dimension, so that float16 times it is fp32
-
-
-class Ranges(NamedTuple):
-    """The exponents of numbers that attention keeps scaled, in its memory or in a cache; 0 is stock.
-
-    A plan sets them. They stay when it ends, as the centre of the keys does, so that a cache holds numbers of one
-    scale.
-    """
-
-    input: int = 0  # 2^-input scales what q, k and v read
-    values: int = 0  # the values, and so the heads' outputs; at least `input`
-    rotated: int = 0  # rotated queries and keys, each
 
 
 class Scaled(nn.Module):

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from .attention import (
     ALL_ATTENTION_FUNCTIONS,
     InterfaceAttention,
-    claim_keys,
     dropout_of,
     eager_attention,
     is_stock_eager,
     operands_for,
     project_output,
-    rotated_projections,
 )
+from .attention_form import claim_keys
 from .blocks import COMMON_PARTS
+from .projections import rotated_projections
 
 
 class Attention(InterfaceAttention):
@@ -34,8 +34,8 @@ class Attention(InterfaceAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
         cache = kwargs.pop("past_key_values", cache)  # the older name, which stock takes until 5.40
-        runs_stock, shift = claim_keys(self, hidden_states, cache, marks_last=True)
-        if runs_stock:
+        form = claim_keys(self, hidden_states, cache, marks_last=True)
+        if form is None:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, cache, **kwargs
             )
@@ -43,7 +43,7 @@ class Attention(InterfaceAttention):
         cos, sin = position_embeddings
         chosen = self.config._attn_implementation
         replaces_eager = is_stock_eager(chosen)
-        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, form)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         # vLLM reads this forward as text. It wants the table by this name, the result in a local, and one call of that
@@ -53,13 +53,13 @@ class Attention(InterfaceAttention):
             attend = eager_attention
         output, weights = attend(
             self,
-            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            *operands_for(form, attend, chosen, query, key, value, attention_mask, cos),
             dropout=dropout_of(self),
-            scaling=self.scaling,
+            scaling=self.score_scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
+        return project_output(self, output, hidden_states, value.dtype, form), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}
