@@ -170,10 +170,10 @@ def test_what_rounds_up_from_below_float16s_smallest_number_is_bounded() -> None
     output = (gain * z).half().double() @ row[0].double()
     assert output == 14 * 2.0**-24
     assert output <= float(range_sums.linear_sums(row, gain))
-    normal = 2.0**10 * gain  # until an exponent of 10 scales it
-    scaled = numerics.scaled_down((normal * z).half(), 10).double() @ row[0].double() * 2.0**10
-    assert scaled == 14 * 2.0**-14
-    assert float(range_sums.linear_sums(row, normal)) < scaled <= float(range_sums.linear_sums(row, normal, 10))
+    normal = 2.0**16 * gain  # until an exponent of 16 scales it
+    scaled = numerics.scaled_down((normal * z).half(), 16).double() @ row[0].double() * 2.0**16
+    assert scaled == 14 * 2.0**-8
+    assert float(range_sums.linear_sums(row, normal)) < scaled <= float(range_sums.linear_sums(row, normal, 16))
     stored = torch.tensor([0.6 * 2.0**-24], dtype=torch.float64)
     assert stored.half() > stored
     assert range_sums.after_matmul(stored, 1) >= stored.half().double()
