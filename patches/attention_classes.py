@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .attention import REQUIRED_NAMES, as_wide_as_keys, dropout_of, eager_attention, project_output
 from .attention_form import Form, ScaledAttention
-from .caches import STOCK, claim_cache, is_sink, note_keys, stored_keys
+from .cached_keys import is_sink, stored_keys
+from .caches import STOCK, claim_cache, note_keys
 from .key_centring import CentredKeys
 from .numerics import rotate, sdpa_operands, sdpa_takes_fp32, widen_mask
 
@@ -119,7 +120,7 @@ class FlashAttention(CentredKeys):
     """
 
     projects_exactly = False
-    stores_two_parts = False
+    one_part = "FlashAttention2 before transformers 4.48 stores keys itself"
     layer_idx: int
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")

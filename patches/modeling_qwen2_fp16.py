@@ -22,6 +22,8 @@ from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .attention_form import claim_keys  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
+from .cache_origin import Witness  # noqa: F401
+from .cached_keys import stored_keys  # noqa: F401
 from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning

@@ -152,6 +152,11 @@ def sdpa_takes_fp32(value: Tensor) -> bool:
     return runs_on_cpu(value) and not autocast_is_on("cpu")
 
 
+def flex_pads(heads: Tensor) -> bool:
+    """Whether flex_attention pads head_dim to a power of two, so that a few more channels double its work: on a GPU."""
+    return not runs_on_cpu(heads)
+
+
 def sdpa_operands(
     query: Tensor,
     key: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .architecture import QWEN2
-from .caches import Witness, witness
+from .cache_origin import Witness, witness
 from .errors import NotFixedWarning, PatchConflictError
 from .key_centring import centre_factors
 from .layer_plan import (

@@ -48,8 +48,9 @@ def values(attention: Any, hidden_states: Tensor, scaled: Tensor, form: Form) ->
     if not form.input and not form.values:
         found: Tensor = v_proj(hidden_states)
     elif can_fuse_bias(v_proj) and is_separable(v_proj):  # in one kernel
-        factors = {"beta": 2.0**-form.values, "alpha": 2.0 ** (form.input - form.values)}
-        found = torch.addmm(v_proj.bias, scaled.flatten(0, 1), v_proj.weight.t(), **factors)
+        bias_factor, product_factor = 2.0**-form.values, 2.0 ** (form.input - form.values)
+        rows, weight = scaled.flatten(0, 1), v_proj.weight.t()
+        found = torch.addmm(v_proj.bias, rows, weight, beta=bias_factor, alpha=product_factor)
     else:
         exact = project_exactly(v_proj, hidden_states, form.input, scaled) * 2.0**-form.values
         found = exact.to(matmul_dtype(attention, hidden_states))

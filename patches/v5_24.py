@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .attention import (
-    ALL_ATTENTION_FUNCTIONS,
     InterfaceAttention,
     dropout_of,
     eager_attention,
@@ -13,7 +12,7 @@ from .attention import (
     operands_for,
     project_output,
 )
-from .attention_form import claim_keys
+from .attention_form import ALL_ATTENTION_FUNCTIONS, claim_keys
 from .blocks import COMMON_PARTS
 from .projections import rotated_projections
 
