@@ -4,6 +4,7 @@ Every float16 tensor that torch computes in a forward is looked at, so no site i
 """
 
 import copy
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import planning
@@ -131,8 +133,8 @@ def worst_inputs(stock: Any, site: Callable[[Any], Tensor]) -> Tensor:
             stock.model(inputs_embeds=embeddings, use_cache=False)
             value = seen.pop().abs().max()
             (slope,) = torch.autograd.grad(value, embeddings)
-            if float(value) > largest:
-                best, largest = embeddings.detach(), float(value)
+            if value.item() > largest:
+                best, largest = embeddings.detach(), value.item()
             embeddings = (embeddings + 0.3 * slope / slope.norm().clamp(min=1e-300) * embeddings.norm()).detach()
     handle.remove()
     return best
@@ -173,9 +175,6 @@ def test_the_adversary_would_find_what_is_not_scaled() -> None:
         layer.mlp.keep_input_exponent(0)
     with torch.no_grad(), Float16Numbers(), pytest.raises(AssertionError, match="mm"):
         model(inputs_embeds=inputs.half(), use_cache=False)
-
-
-MLP = pytest.mark.parametrize("grown", ["gate", "up", "post_norm", "wide post_norm"])
 
 
 @LARGE
@@ -223,26 +222,34 @@ def test_bfloat16_is_not_scaled(grown: str) -> None:
         assert kl_to(stock(PROMPT).logits, logits) < 5e-3  # bfloat16's own error is at 2e-3 here
 
 
-@LARGE
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_fp32(grown: str, checkpointing: bool) -> None:
-    """Through the scaling and back: of fp32 weights under autocast, where gradients do not overflow by themselves."""
-    stock = grow(grown)
-    model = qwen2_fp16_fix.fix(copy.deepcopy(stock)).train()
-    with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        model(PROMPT)  # makes the plan
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+def gradients(model: Any, bits: int) -> dict[str, Tensor]:
+    """Of the loss, computed of 2^bits times the loss under autocast, as a GradScaler does."""
     with torch.autocast("cpu", torch.float16):
-        model(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+        (model(PROMPT, labels=PROMPT, use_cache=False).loss * 2.0**bits).backward()
+    return {name: parameter.grad * 2.0**-bits for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("grown", "checkpointing"), [*((grown, False) for grown in GROWN), ("v and o_proj", True), ("wide post_norm", True)]
+)
+def test_gradients_are_those_of_fp32(grown: str, checkpointing: bool) -> None:
+    """Through the scaling and back, of fp32 weights under autocast, where a GradScaler keeps float16 finite."""
+    stock = grow(grown)
+    for bits in range(12, -2, -2):
+        model = qwen2_fp16_fix.fix(copy.deepcopy(stock)).train()
+        if checkpointing:
+            model._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))
+        found = gradients(model, bits)
+        assert planned(model)  # the backward has made it suspect, and it was there in the forward
+        if all(gradient.isfinite().all() for gradient in found.values()):
+            break
     stock.train()(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
-    for (name, got), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
-        assert got.grad.isfinite().all(), name
-        # Float16 activations and gradients have 11 bits; a sum over tokens averages some of that out.
-        assert (got.grad - expected.grad).norm() <= 0.02 * expected.grad.norm(), name
+    for name, parameter in stock.named_parameters():
+        # Float16 gradients have 11 bits, fewer where they are subnormal. 0.003 without exponents, 0.05 at most here.
+        assert (found[name] - parameter.grad).norm() <= 0.1 * parameter.grad.norm(), name
 
 
-@LARGE
+@pytest.mark.parametrize("grown", ["q", "v and o_proj", "wide input_norm", "wide post_norm"])
 def test_a_compiled_forward_has_the_same_exponents(grown: str) -> None:
     """One graph, and the exponents are constants in it."""
     stock = grow(grown)
@@ -255,8 +262,13 @@ def test_a_compiled_forward_has_the_same_exponents(grown: str) -> None:
         assert kl_to(expected, found) < CLOSE
 
 
+def keep(outputs: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """A hook that only reads."""
+    outputs[name] = output.clone()
+
+
 @LARGE
-def test_hooks_see_what_stocks_would_and_change_no_number(grown: str) -> None:
+def test_hooks_see_what_stocks_would_and_leave_the_model_as_exact(grown: str) -> None:
     """On norms and projections: unscaled, in float16 where float16 can hold it, infinite where it cannot."""
     stock = grow(grown)
     model, half = fixed(stock), copy.deepcopy(stock).half()
@@ -266,22 +278,19 @@ def test_hooks_see_what_stocks_would_and_change_no_number(grown: str) -> None:
         expected = model(PROMPT).logits
         for each, outputs in seen.items():
             for name in (*names, "mlp.gate_proj", "mlp.up_proj"):
-                keep = lambda module, inputs, output, name=name, to=outputs: (
-                    to.setdefault(name, output.clone()) and None
-                )  # noqa: E731
-                each.model.layers[0].get_submodule(name).register_forward_hook(keep)
+                part = each.model.layers[0].get_submodule(name)
+                part.register_forward_hook(functools.partial(keep, outputs, name))
             logits = each(PROMPT).logits
-            if each is model:
-                # Eager fused projections multiply and add in one kernel, the others in two: a rounding of fp32 apart.
-                torch.testing.assert_close(logits, expected, rtol=2e-3, atol=2e-3)
+            if each is model:  # a value that is watched is rounded twice
+                assert kl_to(expected, logits) < CLOSE
+                assert kl_to(stock(PROMPT).logits, logits) < CLOSE
     for name, output in seen[half].items():
         found = seen[model][name]
         assert found.shape == output.shape
-        is_large = output.float().isinf()
-        assert (found.float().abs()[is_large] > 65504).all() or not is_large.any()
+        assert (found.float().abs()[output.isinf()] > 65504).all()
         if name != "post_attention_layernorm" and "mlp" not in name:  # of the same input
-            exact, rounded = found.float()[~is_large], output.float()[~is_large]
-            torch.testing.assert_close(exact, rounded, rtol=4e-3, atol=float(rounded.abs().max()) * 2e-3)
+            exact, rounded = found.float()[output.isfinite()], output.float()[output.isfinite()]
+            torch.testing.assert_close(exact, rounded, rtol=2e-3, atol=2e-3 * 65504)  # a bias is rounded or not
 
 
 def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +298,7 @@ def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pyt
     stock = grow("v and o_proj")
     model = fixed(stock)
     expected = fixed(stock)(PROMPT).logits.detach()
+    model.load_state_dict(model.state_dict())  # each layer makes its plan at its next forward
     bounding, made = threading.Event(), []
 
     def slow(*layer: Any) -> Any:
