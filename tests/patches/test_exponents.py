@@ -268,29 +268,27 @@ def keep(outputs: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, 
 
 
 @LARGE
-def test_hooks_see_what_stocks_would_and_leave_the_model_as_exact(grown: str) -> None:
-    """On norms and projections: unscaled, in float16 where float16 can hold it, infinite where it cannot."""
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_hooks_see_what_stocks_would_and_leave_the_model_as_exact(grown: str, mode: Any) -> None:
+    """On norms and projections: unscaled, and in fp32 where a number may pass float16's range."""
     stock = grow(grown)
-    model, half = fixed(stock), copy.deepcopy(stock).half()
+    model = fixed(stock)
     names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    seen: dict[Any, dict[str, Tensor]] = {model: {}, half: {}}
-    with torch.no_grad():
+    seen: dict[Any, dict[str, Tensor]] = {model: {}, stock: {}}
+    with mode():
         expected = model(PROMPT).logits
         for each, outputs in seen.items():
             for name in (*names, "mlp.gate_proj", "mlp.up_proj"):
                 part = each.model.layers[0].get_submodule(name)
                 part.register_forward_hook(functools.partial(keep, outputs, name))
-            logits = each(PROMPT).logits
-            if each is model:  # a value that is watched is rounded twice
-                assert kl_to(expected, logits) < CLOSE
-                assert kl_to(stock(PROMPT).logits, logits) < CLOSE
-    for name, output in seen[half].items():
-        found = seen[model][name]
-        assert found.shape == output.shape
-        assert (found.float().abs()[output.isinf()] > 65504).all()
-        if name != "post_attention_layernorm" and "mlp" not in name:  # of the same input
-            exact, rounded = found.float()[output.isfinite()], output.float()[output.isfinite()]
-            torch.testing.assert_close(exact, rounded, rtol=2e-3, atol=2e-3 * 65504)  # a bias is rounded or not
+        logits = model(PROMPT).logits
+        assert kl_to(expected, logits) < CLOSE  # a value that is watched is rounded twice
+        assert kl_to(stock(PROMPT).logits, logits) < CLOSE
+    for name, exact in seen[stock].items():
+        found = seen[model][name].float()
+        assert found.isfinite().all()
+        # Float16's rounding of the input, of the weights' sums and, in the MLP, of attention's output.
+        torch.testing.assert_close(found, exact, rtol=4e-3, atol=4e-3 * float(exact.abs().max()))
 
 
 def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
