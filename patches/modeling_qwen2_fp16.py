@@ -33,6 +33,7 @@ from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
 from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
+from .sdpa import sdpa_attention  # noqa: F401
 from .structure import check_structure
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .v4_37 import PARTS as PARTS_4_37
