@@ -14,6 +14,7 @@ from .cached_keys import is_sink, stored_keys
 from .caches import STOCK, claim_cache, note_keys
 from .key_centring import CentredKeys
 from .numerics import rotate, sdpa_operands, sdpa_takes_fp32, widen_mask
+from .sdpa import attend_with_one_query, repeated
 
 
 class AttendEagerly(ScaledAttention):
@@ -74,13 +75,14 @@ def sdpa_attention(
     No mask means causal, unless there is a single query; these releases pass no mask or an additive one.
     """
     query, key, value, mask = sdpa_operands(query, key, value, mask)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if query.shape[2] == 1:
+        return attend_with_one_query(query, key, value, mask, scaling, dropout)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeated(key, groups), repeated(value, groups)
     if mask is not None:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # pytorch issue 112577
-    causal = mask is None and query.shape[2] > 1
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )
     return output.transpose(1, 2)
 
