@@ -271,7 +271,7 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
     return found
 
 
-def _kept(layer: Any) -> dict[str, int]:
+def _kept(layer: Any) -> dict[str, Any]:
     """The exponents that stay when a plan ends. Exports up to 0.1.1 have none."""
     ranges = getattr(layer.self_attn, "ranges", None)
     return {
