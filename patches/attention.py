@@ -25,6 +25,7 @@ from .numerics import (
     widen_mask,
 )
 from .scaling import casts_to_float16, linear_by_token, scaled_linear
+from .sdpa import STOCK_SDPA, sdpa_attention
 from .two_part_keys import widened_queries
 
 #: Names that stock's attention must use. A release whose attention lacks one is refused: a fixed forward needs all.
@@ -70,7 +71,7 @@ def operands_for(
     if attend is eager_attention:
         mask = None if mask is None else prepared(widen_mask, mask, key.shape[-2])
         return as_wide_as_keys(query, form, None), key, value, mask
-    if name == "sdpa":
+    if name == "sdpa" or attend is sdpa_attention:
         rounded = None if sdpa_takes_fp32(value) else value.dtype
         return sdpa_operands(as_wide_as_keys(query, form, rounded), key, value, mask, prepared)
     return laid_out_by_token(as_wide_as_keys(query, form, value.dtype), value.dtype), key, value, mask
@@ -117,9 +118,19 @@ def eager_attention(
 
 
 def implementation_of(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The implementation of that name from 4.48 to 5.3, whose table lacks eager; ours takes the place of eager."""
-    found: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention
-    return found if name == "eager" or is_stock_eager(name) else ALL_ATTENTION_FUNCTIONS[name]
+    """The implementation of that name from 4.48 to 5.3, whose table lacks eager; ours takes the place of stock's."""
+    ours: Callable[..., tuple[Tensor, Tensor | None]] | None = eager_attention if name == "eager" else ours_for(name)
+    return ALL_ATTENTION_FUNCTIONS[name] if ours is None else ours
+
+
+def ours_for(implementation: str | None) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Our attention in place of the implementation of that name, if that is transformers' own eager or sdpa; else None.
+
+    Raises what `is_stock_eager` raises.
+    """
+    if is_stock_eager(implementation):
+        return eager_attention
+    return sdpa_attention if scores_of(implementation) == "stock sdpa" else None
 
 
 def is_stock_eager(implementation: str | None) -> bool:
@@ -144,10 +155,15 @@ def is_stock_eager(implementation: str | None) -> bool:
 
 
 def scores_of(implementation: str | None) -> str:
-    """Whose scores an implementation computes: "stock", "wrapped" and "paged" keep them in float16; else "own"."""
+    """Whose scores an implementation computes: "stock", "wrapped" and "paged" keep them in float16.
+
+    "stock sdpa" is transformers' own call of torch's fused attention; anything else is "own".
+    """
     if implementation in ("paged|eager", "eager_paged"):
         return "paged"
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if function is not None and function is STOCK_SDPA:
+        return "stock sdpa"
     may_be = isinstance(function, (types.FunctionType, functools.partial)) or hasattr(function, "__wrapped__")
     return "own" if function is eager_attention or not may_be else _scores_of_function(function)
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from .attention import REQUIRED_NAMES, as_wide_as_keys, dropout_of, eager_attention, project_output
 from .attention_form import Form, ScaledAttention
-from .caches import STOCK, claim_cache, is_sink, note_keys, stored_keys
+from .cached_keys import is_sink, stored_keys
+from .caches import STOCK, claim_cache, note_keys
 from .key_centring import CentredKeys
 from .numerics import rotate, sdpa_operands, sdpa_takes_fp32, widen_mask
+from .sdpa import attend_with_one_query, repeated
 
 
 class AttendEagerly(ScaledAttention):
@@ -73,13 +75,14 @@ def sdpa_attention(
     No mask means causal, unless there is a single query; these releases pass no mask or an additive one.
     """
     query, key, value, mask = sdpa_operands(query, key, value, mask)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if query.shape[2] == 1:
+        return attend_with_one_query(query, key, value, mask, scaling, dropout)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeated(key, groups), repeated(value, groups)
     if mask is not None:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # pytorch issue 112577
-    causal = mask is None and query.shape[2] > 1
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )
     return output.transpose(1, 2)
 
@@ -119,7 +122,7 @@ class FlashAttention(CentredKeys):
     """
 
     projects_exactly = False
-    stores_two_parts = False
+    one_part = "FlashAttention2 before transformers 4.48 stores keys itself"
     layer_idx: int
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")

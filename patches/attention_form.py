@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from .caches import MIXED, STOCK, Mark, claim_cache, is_sink, stored_width
+from .cached_keys import is_sink, stored_width
+from .caches import MIXED, STOCK, Mark, claim_cache
 from .errors import ForeignCacheError
 from .key_centring import CentredKeys
-from .linears import inner_linear
-from .numerics import autocast_is_on, is_full_precision, runs_in_float16
+from .linears import inner_linear, is_separable
+from .numerics import autocast_device, flex_pads, is_full_precision
 from .scaling import Ranges, Scaled, casts_to_float16
 from .two_part_keys import Split
 
@@ -91,9 +92,10 @@ def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
 
 def matmul_dtype(attention: Any, hidden_states: Tensor) -> torch.dtype:
     """The dtype in which the projections of an attention compute."""
-    if runs_in_float16(hidden_states):
-        return torch.float16
-    if hidden_states.dtype != torch.float32 or autocast_is_on(hidden_states.device.type):
+    device = autocast_device(hidden_states.device.type)
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if hidden_states.dtype != torch.float32:
         return hidden_states.dtype
     weight = getattr(inner_linear(attention.k_proj), "weight", None)
     return torch.float16 if getattr(weight, "dtype", None) == torch.float16 else torch.float32
@@ -119,30 +121,54 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
         return None
     width = attention.head_dim + split.extra
     held = None if cache is None else stored_width(attention, cache)
-    if held is not None and held not in (width, attention.head_dim):
+    if held == width:
+        reason = None
+    elif held == attention.head_dim:
+        reason = f"{type(cache).__name__} held or takes keys of {held} channels"
+    elif held is None:
+        reason = why_not_wider(attention.config._attn_implementation, width, flex_pads(attention.centre.shift))
+    else:
         raise ForeignCacheError(MIXED.format(attention.layer_idx))
-    on_cpu = attention.centre.shift.device.type == "cpu"
-    is_wide = held == width if held is not None else takes_width(attention.config._attn_implementation, width, on_cpu)
-    return split if is_wide else None
+    if not torch.compiler.is_compiling() and reason != attention.one_part:
+        attention.__dict__["one_part"] = reason  # for `key_state`
+    return split if reason is None else None
 
 
-def takes_width(implementation: str | None, width: int, on_cpu: bool) -> bool:
-    """Whether an attention implementation takes heads that are wider than head_dim.
+def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | None:
+    """Why an attention implementation is not given heads of `width` channels instead of head_dim; None if it is.
 
-    Of one that transformers does not define nothing is known. flex_attention pads to a power of two on a GPU, flash
-    kernels end at 256, and the cache of paged attention is allocated by head_dim.
+    pads: see `flex_pads`.
     """
     name, function = str(implementation), ALL_ATTENTION_FUNCTIONS.get(implementation)
     while isinstance(function, functools.partial):
         function = function.func
     home = "transformers." if function is None else getattr(function, "__module__", None) or ""
     if not home.startswith(("transformers.", f"{__package__}.")):
-        return False
+        return f"{name} is not transformers' own and may expect heads of head_dim"
     if "paged" in name:
-        return False
-    if "flex" in name:
-        return on_cpu
-    return name in ("eager", "sdpa") or width <= 256
+        return f"{name} has a cache that is allocated by head_dim"
+    if "flex" in name and pads:
+        return f"{name} pads heads to a power of two"
+    if width > 256 and name not in ("eager", "sdpa"):
+        return f"{name} takes heads of at most 256 channels"
+    return None
 
 
-takes_width._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_not_wider._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def key_state(attention: CentredKeys) -> str:
+    """What `status` says of a layer's keys."""
+    centre = attention.centre
+    if centre is None:
+        return "not centred"
+    found = "centred"
+    if centre.split is not None:
+        pairs = centre.split.channels.shape[-1] // 2
+        found += f", {pairs} pairs {'in two parts' if attention.one_part is None else 'not in two parts'}"
+        if centre.split.left:
+            found += f" ({centre.split.left} more ask for it)"
+        if attention.one_part is not None:
+            found += f", since {attention.one_part}"
+    exact = attention.projects_exactly and is_separable(attention.q_proj) and is_separable(attention.k_proj)
+    return found if exact else f"{found}, bias rounded before"

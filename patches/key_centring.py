@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .caches import Witness
-from .linears import is_separable, loaded_bias, may_change_bias
+from .cache_origin import Witness
+from .linears import loaded_bias, may_change_bias
 from .numerics import rotate
 from .scaling import Ranges
 from .two_part_keys import Split, choose_pairs
@@ -48,10 +48,10 @@ class CentredKeys(nn.Module):
     v_proj: nn.Module
     head_dim: int
     projects_exactly = True  # whether its forward asks the projections for unrounded biases
-    stores_two_parts = True  # whether its forward can store a key in two parts
     num_key_value_groups: int
     centre: Centre | None = None  # its tensors are no buffers, so casts pass them by
-    ranges: Ranges = Ranges()  # exponents of the plan; see attention.py
+    ranges: Ranges = Ranges()  # exponents of the plan; see attention_form.py
+    one_part: str | None = None  # why the last forward stored no pair in two parts, although the layer has such pairs
     witnesses: dict[int, Witness] | None = None  # by layer, shared by the layers of a model; see caches.py
 
     @property
@@ -75,7 +75,7 @@ class CentredKeys(nn.Module):
 
     def on_unfixed(self) -> None:
         """Forgets the centre."""
-        for constant in ("centre", "witnesses"):
+        for constant in ("centre", "witnesses", "one_part"):
             self.__dict__.pop(constant, None)
 
     def centre_keys(self, inverse_frequencies: Tensor, positions: int, rotation_scale: float) -> None:
@@ -99,12 +99,10 @@ class CentredKeys(nn.Module):
         if not shift.isfinite().all():  # it would make every key of its head NaN
             self.keep_centre(None)
             return
-        split = None
-        if self.stores_two_parts:
-            of_queries = loaded_bias(self.q_proj)
-            queries = nothing[0, :, 0] if of_queries is None else by_head(of_queries, self.head_dim)
-            rest = farthest_rests(frequencies, positions)
-            split = choose_pairs(heads * rotation_scale, queries * rotation_scale, rest)
+        of_queries = loaded_bias(self.q_proj)
+        queries = nothing[0, :, 0] if of_queries is None else by_head(of_queries, self.head_dim)
+        rest = farthest_rests(frequencies, positions)
+        split = choose_pairs(heads * rotation_scale, queries * rotation_scale, rest)
         told = shift.flatten().tolist() + ([] if split is None else split.channels.flatten().tolist())
         self.keep_centre(Centre(shift, split, hash(tuple(told)) | 1), bias.device)
 
@@ -163,18 +161,3 @@ def polar_factors(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor, 
     angle = speed * (count - 1) / 2
     away = torch.maximum(angle, speed * positions - angle).clamp(max=torch.pi).cos()
     return torch.minimum(length, away + (away.square() + FARTHEST**2 - 1).sqrt()), angle, away
-
-
-def key_state(attention: CentredKeys) -> str:
-    """What `status` says of a layer's keys."""
-    centre = attention.centre
-    if centre is None:
-        return "not centred"
-    found = "centred"
-    if centre.split is not None:
-        pairs = centre.split.channels.shape[-1] // 2
-        found = f"centred, {pairs} pairs in two parts"
-        if centre.split.left:
-            found += f", {centre.split.left} more would need it"
-    exact = attention.projects_exactly and is_separable(attention.q_proj) and is_separable(attention.k_proj)
-    return found if exact else f"{found}, bias rounded before"

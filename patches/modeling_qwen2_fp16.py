@@ -22,6 +22,8 @@ from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .attention_form import claim_keys  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
+from .cache_origin import Witness  # noqa: F401
+from .cached_keys import stored_keys  # noqa: F401
 from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
@@ -33,8 +35,11 @@ from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
 from .projections import rotated_projections  # noqa: F401
-from .range_plan import LayerShape  # noqa: F401
+from .range_bounds import LayerShape  # noqa: F401
+from .range_plan import plan_layer  # noqa: F401
+from .range_sums import linear_sums  # noqa: F401
 from .scaling import Scaled  # noqa: F401
+from .sdpa import sdpa_attention  # noqa: F401
 from .structure import check_structure
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .two_part_keys import Split  # noqa: F401

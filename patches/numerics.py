@@ -152,6 +152,11 @@ def sdpa_takes_fp32(value: Tensor) -> bool:
     return runs_on_cpu(value) and not autocast_is_on("cpu")
 
 
+def flex_pads(heads: Tensor) -> bool:
+    """Whether flex_attention pads head_dim to a power of two, so that a few more channels double its work: on a GPU."""
+    return not runs_on_cpu(heads)
+
+
 def sdpa_operands(
     query: Tensor,
     key: Tensor,
@@ -230,6 +235,14 @@ def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory
     if device_of(gate) not in ONE_KERNEL:
         return (gate.float() * up.float() * 2.0**-exponent).to(zero.dtype)
     return torch.addcmul(zero, gate, up, value=2.0**-exponent, out=memory)
+
+
+def scaled_down(activation: Tensor, exponent: int) -> Tensor:
+    """2^-exponent · activation in float16, rounded once: nothing but what falls below float16's smallest normal number.
+
+    activation: float16, in one kernel, or fp32.
+    """
+    return (activation * 2.0**-exponent).to(torch.float16)
 
 
 def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:

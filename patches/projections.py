@@ -20,7 +20,7 @@ def rotated_projections(
     pairs to two numbers. Values are then padded with zeros to the width of the keys.
     """
     scaled = scaled_input(hidden_states, form.input)
-    turned = rotate(queries_and_keys(attention, scaled, form.input), cos, sin, form.shift)
+    turned = rotate(queries_and_keys(attention, hidden_states, scaled, form.input), cos, sin, form.shift)
     if form.rotated:
         turned = turned * 2.0**-form.rotated
     value = values(attention, hidden_states, scaled, form)
@@ -48,26 +48,27 @@ def values(attention: Any, hidden_states: Tensor, scaled: Tensor, form: Form) ->
     if not form.input and not form.values:
         found: Tensor = v_proj(hidden_states)
     elif can_fuse_bias(v_proj) and is_separable(v_proj):  # in one kernel
-        factors = {"beta": 2.0**-form.values, "alpha": 2.0 ** (form.input - form.values)}
-        found = torch.addmm(v_proj.bias, scaled.flatten(0, 1), v_proj.weight.t(), **factors)
+        bias_factor, product_factor = 2.0**-form.values, 2.0 ** (form.input - form.values)
+        rows, weight = scaled.flatten(0, 1), v_proj.weight.t()
+        found = torch.addmm(v_proj.bias, rows, weight, beta=bias_factor, alpha=product_factor)
     else:
-        exact = project_exactly(v_proj, scaled, form.input) * 2.0**-form.values
+        exact = project_exactly(v_proj, hidden_states, form.input, scaled) * 2.0**-form.values
         found = exact.to(matmul_dtype(attention, hidden_states))
     return found.view(batch, length, -1, attention.head_dim).transpose(1, 2)
 
 
-def queries_and_keys(attention: Any, scaled: Tensor, exponent: int) -> Tensor:
+def queries_and_keys(attention: Any, hidden_states: Tensor, scaled: Tensor, exponent: int) -> Tensor:
     """The heads of q_proj and then those of k_proj, (B, H + G, S, D), for one rotation; fp32 where biases are exact.
 
-    scaled: their input, times 2^-exponent.
+    scaled: hidden_states times 2^-exponent.
     """
     q_proj, k_proj, head_dim = attention.q_proj, attention.k_proj, attention.head_dim
     batch, length, _ = scaled.shape
     can_fuse = attention.factor is not None and exponent == attention.ranges.input
     if not (can_fuse and can_fuse_bias(q_proj) and can_fuse_bias(k_proj) and may_reuse_memory(q_proj, k_proj)):
         by_head = (batch, length, -1, head_dim)
-        products = [project_exactly(each, scaled, exponent).view(by_head).transpose(1, 2) for each in (q_proj, k_proj)]
-        return torch.cat(products, 1)
+        products = [project_exactly(each, hidden_states, exponent, scaled) for each in (q_proj, k_proj)]
+        return torch.cat([each.view(by_head).transpose(1, 2) for each in products], 1)
     sizes = [q_proj.out_features // head_dim, k_proj.out_features // head_dim]
     heads = torch.empty((batch, sum(sizes), length, head_dim), dtype=torch.float32, device=scaled.device)
     queries, keys = heads.split_with_sizes(sizes, 1)

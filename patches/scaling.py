@@ -112,6 +112,11 @@ def is_quantised(linear: nn.Module) -> bool:
     return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) not in FLOAT_DTYPES
 
 
+def holds_float16(linear: nn.Module) -> bool:
+    """Whether the weight of a linear, or of the linear that an adapter wraps, is float16."""
+    return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) == torch.float16
+
+
 def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:
     """Whether a quantised linear casts this fp32 activation to float16.
 

@@ -79,7 +79,7 @@ def upper(exact: Tensor, dtype: torch.dtype) -> Tensor:
     dropped = DROPPED_BITS[dtype]
     bits = exact.detach().view(torch.int32)
     odd = (bits >> dropped) & 1
-    rounded = ((bits + (2 ** (dropped - 1) - 1) + odd) & -(2**dropped)).view(torch.float32)
+    rounded: Tensor = ((bits + (2 ** (dropped - 1) - 1) + odd) & -(2**dropped)).view(torch.float32)
     return exact + (rounded - exact.detach()) if exact.requires_grad else rounded
 
 

@@ -5,15 +5,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .attention import (
-    ALL_ATTENTION_FUNCTIONS,
     InterfaceAttention,
     dropout_of,
     eager_attention,
-    is_stock_eager,
     operands_for,
+    ours_for,
     project_output,
 )
-from .attention_form import claim_keys
+from .attention_form import ALL_ATTENTION_FUNCTIONS, claim_keys
 from .blocks import COMMON_PARTS
 from .projections import rotated_projections
 
@@ -42,15 +41,15 @@ class Attention(InterfaceAttention):
             return stock
         cos, sin = position_embeddings
         chosen = self.config._attn_implementation
-        replaces_eager = is_stock_eager(chosen)
+        ours = ours_for(chosen)
         query, key, value = rotated_projections(self, hidden_states, cos, sin, form)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         # vLLM reads this forward as text. It wants the table by this name, the result in a local, and one call of that
         # local with scaling=self.… and **kwargs: tests/patches/test_engine_rules.py.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
-        if replaces_eager:
-            attend = eager_attention
+        if ours is not None:
+            attend = ours
         output, weights = attend(
             self,
             *operands_for(form, attend, chosen, query, key, value, attention_mask, cos),
