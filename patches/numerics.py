@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .autograd import backward_through, is_recorded, is_transformed
+
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
 #: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
 ONE_KERNEL = ("cpu", "cuda", "xpu")
@@ -62,7 +64,7 @@ def runs_on_cpu(tensor: Tensor) -> bool:
 def may_reuse_memory(*modules: nn.Module) -> bool:
     """Whether the caller may write over what these modules return: no autograd, compiler or hook keeps it."""
     everywhere = nn.modules.module
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.is_grad_enabled() or is_recorded() or is_transformed():
         return False
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return False
@@ -175,7 +177,8 @@ def grouped_attention(
     query (B, H, Q, D), key and value (B, G, K, D); mask as `widen_mask` returns it, or None to mask nothing.
     Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
     Product, scale, mask and softmax are fp32, with autocast too. The weights are rounded for the product with `value`.
-    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32.
+    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32. Everywhere a backward
+    through the output reaches the weights that are returned.
     """
     device = autocast_device(query.device.type)
     if torch.is_autocast_enabled(device):
@@ -199,6 +202,7 @@ def grouped_attention(
         exact = torch.nn.functional.dropout(exact, dropout)
     weights = exact.to(value.dtype)
     if runs_on_cpu(value):
+        exact = backward_through(weights, exact)
         output = exact.view(*grouped, keys) @ value.float().flatten(0, 1)
     else:
         output = weights.view(*grouped, keys) @ value.flatten(0, 1)
@@ -210,7 +214,8 @@ def softmax(scores: Tensor) -> Tensor:
 
     On devices that IN_PLACE does not name it takes new memory: no kernel there is known to write over its input.
     """
-    if scores.requires_grad or torch.compiler.is_compiling() or device_of(scores) not in IN_PLACE:
+    kept = scores.requires_grad or torch.compiler.is_compiling() or is_transformed()
+    if kept or device_of(scores) not in IN_PLACE:
         return torch.softmax(scores, dim=-1)
     return torch.softmax(scores, dim=-1, out=scores)
 
