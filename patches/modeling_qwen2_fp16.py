@@ -20,6 +20,7 @@ from torch import nn
 from .architecture import Architecture  # noqa: F401
 from .attention import claim_keys  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
+from .autograd import backward_through  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
@@ -35,6 +36,7 @@ from .range_plan import LayerShape  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .structure import check_structure
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
+from .symbolic import is_symbolic  # noqa: F401
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import backward_through, is_recorded, is_transformed
+from .symbolic import is_symbolic, refuse
 
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
 #: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
@@ -23,10 +24,13 @@ def autocast_device(device_type: str) -> str:
     """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
 
     Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
-    autocast knows, unless the model has no weights.
+    autocast knows, unless the model has no weights. Every fixed part comes here first, so that a part that torch.fx
+    traces into is refused here.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type
+    if is_symbolic(device_type):
+        refuse()
     return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
 
 
