@@ -62,16 +62,22 @@ class Site(NamedTuple):
     name: str
     title: str  # what messages call it
     at: str | None  # "self_attn.q_proj:output", "mlp.down_proj:input", ":output" (of the layer), "scores:raw"
-    bound: str | None = None  # the field of range_plan's LayerBounds; None where the fix computes it in fp32
+    bound: str | None = None  # the field of LayerBounds (range_bounds.py); None where the fix computes it in fp32
     limit: Literal["sum", "number"] = "sum"  # what is bounded: the magnitudes of a sum, or one number that is stored
-    exponent: str | None = None  # the field of range_plan's Exponents by which a fixed layer scales it, if any does
-    exists_unscaled: bool = False  # whether float16 holds it before it is scaled: then its exponent proves nothing
+    exponent: str | None = None  # the field of Exponents by which a fixed layer scales it
+    seen_scaled: bool = False  # whether hooks get it scaled; elsewhere they get what stock's would
+    stock_bound: str | None = None  # the field of LayerBounds of what stock stores and hooks get, if it is another
 
     @property
     def module(self) -> str | None:
         """The module, by its path below the layer, that has this tensor as its input or output; None if none has."""
         path, _, side = (self.at or "").partition(":")
         return path if side in ("input", "output") else None
+
+    @property
+    def seen_bound(self) -> str | None:
+        """The field of LayerBounds that bounds what stock stores and hooks get."""
+        return self.stock_bound or self.bound
 
     @property
     def is_input(self) -> bool:
@@ -181,13 +187,12 @@ class Architecture(NamedTuple):
 
     def scaled_bounds(self) -> dict[str, str]:
         """The bounds that an exponent lowers, and the exponent's name."""
-        scaled = (site for site in self.sites if not site.exists_unscaled)
-        return {site.bound: site.exponent for site in scaled if site.bound and site.exponent}
+        return {site.bound: site.exponent for site in self.sites if site.bound and site.exponent}
 
     def scaled_owners(self) -> dict[str, str]:
-        """For each exponent the part of the layer whose last linear it scales."""
-        scaled = ((self.site(linear.writes).exponent, linear.owner) for linear in self.linears)
-        return {exponent: owner for exponent, owner in scaled if exponent}
+        """For each exponent that scales the output of a part's last linear, that part of the layer."""
+        written = ((self.site(linear.writes), linear.owner) for linear in self.linears)
+        return {site.exponent: owner for site, owner in written if site.exponent and site.seen_scaled}
 
     def output_layers(self) -> tuple[str, ...]:
         """The modules that its heads end in, each once: "lm_head"."""
@@ -219,28 +224,29 @@ QWEN2 = Architecture(
         Linear("mlp.down_proj", "hidden", "intermediate", reads="product", writes="down_proj"),
     ),
     sites=(
-        Site("input_norm", "input_layernorm output", "input_layernorm:output", "norm", "number"),
-        Site("q", "q_proj output", "self_attn.q_proj:output", "q"),
-        Site("k", "k_proj output", "self_attn.k_proj:output", "k"),
-        Site("v", "v_proj output", "self_attn.v_proj:output", "v"),
-        Site("rotated", "rotated queries and keys", None, "rotated", "number"),  # (B, H or G, S, D)
+        Site("input_norm", "input_layernorm output", "input_layernorm:output", "input_norm", "number", "input_norm"),
+        Site("q", "q_proj output", "self_attn.q_proj:output", "q", exponent="input_norm", stock_bound="biased_q"),
+        Site("k", "k_proj output", "self_attn.k_proj:output", "k", exponent="input_norm", stock_bound="biased_k"),
+        Site("v", "v_proj output", "self_attn.v_proj:output", "v", exponent="input_norm", stock_bound="value"),
+        Site("value", "values", None, "value", exponent="o_proj"),  # (B, G, S, D): v with its bias, as it is stored
+        Site("rotated", "rotated queries and keys", None, "rotated", "number", "rotated"),  # (B, H or G, S, D)
         Site("raw_scores", "raw scores q·k", "scores:raw"),  # (B, H, S, keys): stock's, before they are scaled
         Site("scaled_scores", "scaled scores", "scores:scaled"),
-        Site(
-            "attention",
-            "attention output",
-            "self_attn.o_proj:input",
-            "attention",
-            exponent="o_proj",
-            exists_unscaled=True,  # the heads' outputs are rounded, then multiplied by a power of two
-        ),
-        Site("o_proj", "o_proj output", "self_attn.o_proj:output", "o_proj", exponent="o_proj"),
+        Site("attention", "attention output", "self_attn.o_proj:input", "attention", "sum", "o_proj", seen_scaled=True),
+        Site("o_proj", "o_proj output", "self_attn.o_proj:output", "o_proj", "sum", "o_proj", seen_scaled=True),
         Site("residual_attention", "residual stream after attention", "post_attention_layernorm:input"),
-        Site("post_norm", "post_attention_layernorm output", "post_attention_layernorm:output", "norm", "number"),
-        Site("gate", "gate_proj output", "mlp.gate_proj:output", "gate"),
-        Site("up", "up_proj output", "mlp.up_proj:output", "up"),
-        Site("product", "SwiGLU product", "mlp.down_proj:input", "product", "number", exponent="mlp"),
-        Site("down_proj", "down_proj output", "mlp.down_proj:output", "down_proj", exponent="mlp"),
+        Site(
+            "post_norm",
+            "post_attention_layernorm output",
+            "post_attention_layernorm:output",
+            "post_norm",
+            "number",
+            "post_norm",
+        ),
+        Site("gate", "gate_proj output", "mlp.gate_proj:output", "gate", exponent="post_norm"),
+        Site("up", "up_proj output", "mlp.up_proj:output", "up", exponent="post_norm"),
+        Site("product", "SwiGLU product", "mlp.down_proj:input", "product", "number", "mlp", seen_scaled=True),
+        Site("down_proj", "down_proj output", "mlp.down_proj:output", "down_proj", "sum", "mlp", seen_scaled=True),
         Site("residual", "residual stream", ":output"),
     ),
     heads=(

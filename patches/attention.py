@@ -1,7 +1,8 @@
-"""The steps of a fixed attention. The module of each transformers range puts them into one forward.
+"""The steps of a fixed attention after its cache. The module of each transformers range puts them into one forward.
 
-A forward claims the cache, runs stock's code if that is safe, projects and rotates, updates the cache, calls an
-implementation with the operands that it wants, and applies the output projection.
+A forward chooses a form and claims the cache (attention_form.py), runs stock's code if that is safe, projects and
+rotates (projections.py), updates the cache, calls an implementation with the operands that it wants, and applies the
+output projection.
 """
 
 import functools
@@ -12,32 +13,26 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import modeling_utils
 
-from .caches import claim_cache
+from .attention_form import ALL_ATTENTION_FUNCTIONS, Form, ScaledAttention
 from .errors import HalfPrecisionScoresError
-from .key_centring import CentredKeys, shift_for
-from .linears import LINEAR_FORWARD, project_exactly
 from .numerics import (
     grouped_attention,
-    is_full_precision,
     laid_out_by_token,
-    may_reuse_memory,
-    rotate,
     runs_in_float16,
     sdpa_operands,
+    sdpa_takes_fp32,
     widen_mask,
 )
-from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
-
-#: transformers' table of attention implementations, by name. Releases before 4.48 have none.
-ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
+from .scaling import casts_to_float16, linear_by_token, scaled_linear
+from .sdpa import STOCK_SDPA, sdpa_attention
+from .two_part_keys import widened_queries
 
 #: Names that stock's attention must use. A release whose attention lacks one is refused: a fixed forward needs all.
 REQUIRED_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
 
 
-class InterfaceAttention(CentredKeys, Scaled):
+class InterfaceAttention(ScaledAttention):
     """What an attention has from 4.48 on, where one class calls the implementation that the user chose by name."""
 
     stock_names: ClassVar = {*REQUIRED_NAMES, "scaling", "sliding_window", "eager_attention_forward"}
@@ -45,73 +40,11 @@ class InterfaceAttention(CentredKeys, Scaled):
     layer_idx: int
     scaling: float
     attention_dropout: float
-    o_proj: nn.Module
 
-
-def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bool) -> tuple[bool, Tensor | None]:
-    """Whether stock's forward is to run, and the shift for new keys; the cache is marked as holding such keys.
-
-    marks_last: see `claim_cache`, which raises ForeignCacheError.
-    """
-    runs_stock = is_safe_in_stock(attention, hidden_states)
-    shift = None if runs_stock else shift_for(attention, cache)
-    return runs_stock, claim_cache(attention, cache, shift, marks_last)
-
-
-def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
-    """Whether stock's attention computes on this activation in fp32 or wider, its output projection included."""
-    return is_full_precision(hidden_states) and not casts_to_float16(attention.o_proj, hidden_states)
-
-
-def rotated_projections(
-    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, H, S, D) in fp32, key and value (B, G, S, D) in the dtype of the matmuls.
-
-    hidden_states (B, S, hidden). Query and key are rotated in fp32; keys get the shift (see `shift_for`) and are
-    rounded once.
-    """
-    turned = rotate(queries_and_keys(attention, hidden_states), cos, sin, shift)
-    value = attention.v_proj(hidden_states).view(*hidden_states.shape[:-1], -1, attention.head_dim).transpose(1, 2)
-    query, key = turned.split_with_sizes((turned.shape[1] - value.shape[1], value.shape[1]), dim=1)
-    return query, key.to(value.dtype), value
-
-
-def queries_and_keys(attention: Any, hidden_states: Tensor) -> Tensor:
-    """The heads of q_proj and then those of k_proj, (B, H + G, S, D), for one rotation; fp32 where biases are exact."""
-    q_proj, k_proj, head_dim = attention.q_proj, attention.k_proj, attention.head_dim
-    batch, length, _ = hidden_states.shape
-    can_fuse = attention.one is not None and can_fuse_bias(q_proj) and can_fuse_bias(k_proj)
-    if not (can_fuse and may_reuse_memory(q_proj, k_proj)):
-        by_head = (batch, length, -1, head_dim)
-        products = [project_exactly(each, hidden_states).view(by_head).transpose(1, 2) for each in (q_proj, k_proj)]
-        return torch.cat(products, 1)
-    if attention.one.device != hidden_states.device:  # a tool has moved the weights one by one, past `_apply`
-        attention.keep_constants(attention.shift, hidden_states.device)
-    sizes = [q_proj.out_features // head_dim, k_proj.out_features // head_dim]
-    heads = torch.empty((batch, sum(sizes), length, head_dim), dtype=torch.float32, device=hidden_states.device)
-    queries, keys = heads.split_with_sizes(sizes, 1)
-    write_with_bias(q_proj, hidden_states, queries, attention.one)
-    write_with_bias(k_proj, hidden_states, keys, attention.one)
-    return heads
-
-
-def can_fuse_bias(projection: Any) -> bool:
-    """Whether a projection is a plain linear with a bias and a whole weight, no rank's shard."""
-    if type(projection) is not nn.Linear or nn.Linear.forward is not LINEAR_FORWARD:
-        return False
-    parameters = projection._parameters  # a replica, a flat shard and a pruned linear have no weight here
-    return type(parameters.get("weight")) is nn.Parameter and parameters.get("bias") is not None
-
-
-def write_with_bias(linear: nn.Linear, hidden_states: Tensor, heads: Tensor, one: Tensor) -> None:
-    """Writes linear(hidden_states), with its bias added in fp32, into fp32 heads (B, H, S, D).
-
-    one: 1.0 in fp32, (1,). The kernel multiplies the bias by it, which makes the bias fp32 before it is added.
-    """
-    batch, _, length, head_dim = heads.shape
-    product = nn.functional.linear(hidden_states, linear.weight).view(batch, length, -1, head_dim)
-    torch.addcmul(product.transpose(1, 2), linear.bias.view(-1, 1, head_dim), one, out=heads)
+    @property
+    def score_scaling(self) -> float:
+        """What scores are multiplied by."""
+        return self.scaling * 4.0**self.ranges.rotated
 
 
 def dropout_of(attention: Any) -> float:
@@ -121,6 +54,7 @@ def dropout_of(attention: Any) -> float:
 
 
 def operands_for(
+    form: Form,
     attend: Callable[..., Any],
     name: str,
     query: Tensor,
@@ -129,16 +63,25 @@ def operands_for(
     mask: Tensor | None,
     cos: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query (in fp32), key, value and mask in the dtypes and the memory order that an implementation takes.
+    """Query (in fp32), key, value and mask in the dtypes, width and memory order that an implementation takes.
 
     attend: the implementation; name: what the user chose it by; cos: see `prepared_once`.
     """
     prepared = functools.partial(prepared_once, cos)
     if attend is eager_attention:
-        return query, key, value, None if mask is None else prepared(widen_mask, mask, key.shape[-2])
-    if name == "sdpa":
-        return sdpa_operands(query, key, value, mask, prepared)
-    return laid_out_by_token(query, value.dtype), key, value, mask
+        mask = None if mask is None else prepared(widen_mask, mask, key.shape[-2])
+        return as_wide_as_keys(query, form, None), key, value, mask
+    if name == "sdpa" or attend is sdpa_attention:
+        rounded = None if sdpa_takes_fp32(value) else value.dtype
+        return sdpa_operands(as_wide_as_keys(query, form, rounded), key, value, mask, prepared)
+    return laid_out_by_token(as_wide_as_keys(query, form, value.dtype), value.dtype), key, value, mask
+
+
+def as_wide_as_keys(query: Tensor, form: Form, rounded: torch.dtype | None) -> Tensor:
+    """A query (B, H, S, D) in fp32 with the channels that split keys ask for. rounded: see `widened_queries`."""
+    if form.split is None:
+        return query
+    return widened_queries(query, form.split.channels[:, : query.shape[1]], rounded)
 
 
 def prepared_once(cos: Tensor, prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_length: int) -> Tensor:
@@ -175,9 +118,19 @@ def eager_attention(
 
 
 def implementation_of(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The implementation of that name from 4.48 to 5.3, whose table lacks eager; ours takes the place of eager."""
-    found: Callable[..., tuple[Tensor, Tensor | None]] = eager_attention
-    return found if name == "eager" or is_stock_eager(name) else ALL_ATTENTION_FUNCTIONS[name]
+    """The implementation of that name from 4.48 to 5.3, whose table lacks eager; ours takes the place of stock's."""
+    ours: Callable[..., tuple[Tensor, Tensor | None]] | None = eager_attention if name == "eager" else ours_for(name)
+    return ALL_ATTENTION_FUNCTIONS[name] if ours is None else ours
+
+
+def ours_for(implementation: str | None) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Our attention in place of the implementation of that name, if that is transformers' own eager or sdpa; else None.
+
+    Raises what `is_stock_eager` raises.
+    """
+    if is_stock_eager(implementation):
+        return eager_attention
+    return sdpa_attention if scores_of(implementation) == "stock sdpa" else None
 
 
 def is_stock_eager(implementation: str | None) -> bool:
@@ -202,10 +155,15 @@ def is_stock_eager(implementation: str | None) -> bool:
 
 
 def scores_of(implementation: str | None) -> str:
-    """Whose scores an implementation computes: "stock", "wrapped" and "paged" keep them in float16; else "own"."""
+    """Whose scores an implementation computes: "stock", "wrapped" and "paged" keep them in float16.
+
+    "stock sdpa" is transformers' own call of torch's fused attention; anything else is "own".
+    """
     if implementation in ("paged|eager", "eager_paged"):
         return "paged"
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if function is not None and function is STOCK_SDPA:
+        return "stock sdpa"
     may_be = isinstance(function, (types.FunctionType, functools.partial)) or hasattr(function, "__wrapped__")
     return "own" if function is eager_attention or not may_be else _scores_of_function(function)
 
@@ -234,18 +192,24 @@ def _essence(function: Any) -> tuple[Any, ...] | None:
     return None if code is None else (code.co_code, code.co_consts, code.co_names)
 
 
-def project_output(attention: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
-    """o_proj of the heads' outputs (B, S, H·D), rounded to `dtype`, scaled by the exponent of the layer's plan.
+def project_output(attention: Any, output: Tensor, hidden_states: Tensor, dtype: torch.dtype, form: Form) -> Tensor:
+    """o_proj of the heads' outputs (B, S, H, D or wider), times 2^-form.values, rounded to `dtype`.
 
-    Returns (B, S, hidden).
+    hidden_states (B, S, hidden): the input of the attention. Returns its shape, no longer scaled.
     """
-    output, scale = output.to(dtype), attention.scale
-    if (scale is not None and scale.exponent == 0) or not (
-        runs_in_float16(output) or casts_to_float16(attention.o_proj, output)
-    ):
-        projected: Tensor = attention.o_proj(output)
+    if form.split is not None:
+        output = output[..., : attention.head_dim]
+    output = output.reshape(*hidden_states.shape[:-1], -1).to(dtype)
+    scale, exponent = attention.scale, form.values
+    if not (runs_in_float16(output) or casts_to_float16(attention.o_proj, output)):
+        projected: Tensor = attention.o_proj(output)  # exponent is 0
         return projected
     if scale is None:
         width = attention.config.num_attention_heads * attention.head_dim
-        return linear_by_token(attention.o_proj, output.float(), width)
-    return scaled_linear(attention.o_proj, output * 2.0**-scale.exponent, scale.factor)
+        return linear_by_token(attention.o_proj, output.float() * 2.0**exponent, width)
+    if exponent != scale.exponent:  # values of a cache from before this plan
+        output = output * 2.0 ** (exponent - scale.exponent)
+    if scale.exponent == 0:
+        stock: Tensor = attention.o_proj(output)
+        return stock
+    return scaled_linear(attention.o_proj, output, scale.factor)

@@ -8,46 +8,63 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention import REQUIRED_NAMES, dropout_of, eager_attention, project_output
-from .caches import claim_cache, note_keys, stored_keys
-from .key_centring import CentredKeys, shift_for
-from .numerics import rotate, sdpa_operands, widen_mask
-from .scaling import Scaled
+from .attention import REQUIRED_NAMES, as_wide_as_keys, dropout_of, eager_attention, project_output
+from .attention_form import Form, ScaledAttention
+from .cached_keys import is_sink, stored_keys
+from .caches import STOCK, claim_cache, note_keys
+from .key_centring import CentredKeys
+from .numerics import rotate, sdpa_operands, sdpa_takes_fp32, widen_mask
+from .sdpa import attend_with_one_query, repeated
 
 
-class AttendEagerly(CentredKeys, Scaled):
+class AttendEagerly(ScaledAttention):
     """The part of an eager attention after the cache: fp32 scores, then the output projection."""
 
     stock_names: ClassVar = REQUIRED_NAMES
     head_dim: int
     layer_idx: int
     attention_dropout: float
-    o_proj: nn.Module
     rotary_emb: nn.Module
 
+    @property
+    def score_scaling(self) -> float:
+        """What scores are multiplied by."""
+        return float(self.head_dim**-0.5 * 4.0**self.ranges.rotated)
+
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: float
+        self, form: Form, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Output (B, Q, H, D) and weights (B, H, Q, K). settings: the factor of the scores, the dropout."""
+        """Output (B, Q, H, D or wider) and weights (B, H, Q, K)."""
         mask = None if mask is None else widen_mask(mask, key.shape[-2])
-        return eager_attention(self, query, key, value, mask, *settings)
+        query = as_wide_as_keys(query, form, None)
+        return eager_attention(self, query, key, value, mask, self.score_scaling, dropout_of(self))
 
     def output(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, with_weights: bool
+        self,
+        form: Form,
+        hidden_states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        with_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output (B, Q, hidden), and the weights if they are wanted; only eager attention has them."""
         attend = AttendEagerly.attend if with_weights else type(self).attend
-        output, weights = attend(self, query, key, value, mask, self.head_dim**-0.5, dropout_of(self))
-        output = project_output(self, output.reshape(*output.shape[:2], -1), value.dtype)
+        output, weights = attend(self, form, query, key, value, mask)
+        output = project_output(self, output, hidden_states, value.dtype, form)
         return output, weights if with_weights else None
 
 
 class AttendThroughSdpa(AttendEagerly):
     """The same part through torch's fused kernel, which accumulates its scores in fp32 itself."""
 
-    def attend(self, *args: Any) -> tuple[Tensor, Tensor | None]:
-        """Output (B, Q, H, D); a fused kernel keeps no weights."""
-        return sdpa_attention(*args), None
+    def attend(
+        self, form: Form, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, Q, H, D or wider); a fused kernel keeps no weights."""
+        query = as_wide_as_keys(query, form, None if sdpa_takes_fp32(value) else value.dtype)
+        return sdpa_attention(query, key, value, mask, self.score_scaling, dropout_of(self)), None
 
 
 def sdpa_attention(
@@ -58,13 +75,14 @@ def sdpa_attention(
     No mask means causal, unless there is a single query; these releases pass no mask or an additive one.
     """
     query, key, value, mask = sdpa_operands(query, key, value, mask)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if query.shape[2] == 1:
+        return attend_with_one_query(query, key, value, mask, scaling, dropout)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeated(key, groups), repeated(value, groups)
     if mask is not None:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # pytorch issue 112577
-    causal = mask is None and query.shape[2] > 1
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )
     return output.transpose(1, 2)
 
@@ -104,6 +122,7 @@ class FlashAttention(CentredKeys):
     """
 
     projects_exactly = False
+    one_part = "FlashAttention2 before transformers 4.48 stores keys itself"
     layer_idx: int
 
     stock_parameters: ClassVar = ("hidden_states", "attention_mask", "position_ids", "past_key_value")
@@ -119,10 +138,11 @@ class FlashAttention(CentredKeys):
         **kwargs: Any,
     ) -> Any:
         """As the stock class."""
-        shift = claim_cache(self, past_key_value, shift_for(self, past_key_value), marks_last=False)
-        key_shift = None if shift is None else self.key_shift
+        own = STOCK if self.centre is None or is_sink(past_key_value) else (self.centre.version, 0)
+        mark = claim_cache(self, past_key_value, own, marks_last=False)
+        key_shift = None if mark == STOCK else self.key_shift
         forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]
         output = forward(self, hidden_states, attention_mask, position_ids, past_key_value, *args, **kwargs)
         if past_key_value is not None and (keys := stored_keys(past_key_value, self.layer_idx)) is not None:
-            note_keys(keys, shift)
+            note_keys(keys, mark)
         return output

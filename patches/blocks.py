@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from .layer_plan import Plan, drop_plan, expect_plan, forget_plan, watch_for_backward
+from .linears import project_exactly
 from .numerics import (
     is_full_precision,
     may_reuse_memory,
     promote_residual,
     rms_norm,
     runs_in_float16,
+    scaled_down,
     scaled_product,
 )
 from .overflow import OverflowWatch
 from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
-from .scaling import Scaled, casts_to_float16, linear_by_token, scaled_linear
+from .scaling import Scaled, casts_to_float16, holds_float16, linear_by_token, scaled_linear
 from .symbolic import as_one_node, is_symbolic
 
 
@@ -40,9 +42,12 @@ class RMSNorm(nn.Module):
     weight: Tensor
     variance_epsilon: float
     watch: OverflowWatch | None = None  # of the final norm alone, which returns the last hidden state
+    is_wide = False  # whether its output may pass float16's range: then it is fp32, and attention or MLP scale it
 
     def forward(self, hidden_states: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's, as the next matmul needs.
+
+        A wide norm returns fp32 by default, unscaled.
 
         vLLM takes a forward with one parameter for a norm and replaces it by its own, which would pass the fp32
         residual on unrounded. The second parameter prevents that: tests/patches/test_engine_rules.py, `broken_by_norm`.
@@ -55,7 +60,8 @@ class RMSNorm(nn.Module):
             stock: Tensor = super().forward(hidden_states)
             normed = stock if out_dtype is None else stock.to(out_dtype)
         else:
-            normed = rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or weight.dtype)
+            narrow = torch.float32 if self.is_wide else torch.float16
+            normed = rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or narrow)
         if self.watch is not None and runs_in_float16(normed):
             self.watch.note(normed)
         return normed
@@ -63,6 +69,7 @@ class RMSNorm(nn.Module):
     def on_unfixed(self) -> None:
         """Ends the watch."""
         self.__dict__.pop("watch", None)
+        self.__dict__.pop("is_wide", None)
 
 
 class DecoderLayer(nn.Module):
@@ -135,7 +142,10 @@ class DecoderLayer(nn.Module):
 
 
 class MLP(Scaled):
-    """SwiGLU whose product is scaled by the layer's exponent, or by each token's own if there is no plan."""
+    """SwiGLU whose product is scaled by the layer's exponent, or by each token's own if there is no plan.
+
+    Where gate or up could pass float16's range, they are computed of a scaled input and scaled back in fp32.
+    """
 
     stock_parameters: ClassVar = ()
     stock_names: ClassVar = {"gate_proj", "up_proj", "down_proj", "act_fn", "intermediate_size"}
@@ -144,6 +154,17 @@ class MLP(Scaled):
     up_proj: nn.Module
     down_proj: nn.Module
     act_fn: nn.Module
+    input_exponent = 0  # 2^-input_exponent scales the input; a plan sets it, and it stays when that ends
+
+    def keep_input_exponent(self, exponent: int) -> None:
+        """Keeps the exponent of the input; 0 for stock's arithmetic."""
+        self.__dict__["input_exponent"] = exponent
+
+    def runs_in_float16(self, hidden_states: Tensor) -> bool:
+        """Whether float16 matmuls follow on this input. It is fp32 behind a wide norm, too."""
+        if runs_in_float16(hidden_states) or casts_to_float16(self.down_proj, hidden_states):
+            return True
+        return self.input_exponent > 0 and is_full_precision(hidden_states) and holds_float16(self.gate_proj)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, hidden) to the same shape: in stock's dtype if the exponent is 0, else in fp32, as the residual.
@@ -151,9 +172,11 @@ class MLP(Scaled):
         vLLM fuses `act_fn(gate_proj(x)) * up_proj(x)` in one expression into a kernel whose product is float16. So the
         product is not written in one: tests/patches/test_engine_rules.py, `broken_by_mlp`.
         """
-        if not runs_in_float16(hidden_states) and not casts_to_float16(self.down_proj, hidden_states):
+        if not self.runs_in_float16(hidden_states):
             stock: Tensor = super().forward(hidden_states)
             return stock
+        if self.input_exponent > 0:
+            return self.forward_scaled(hidden_states, self.input_exponent)
         gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
         scale = self.scale
         if scale is None:
@@ -163,6 +186,22 @@ class MLP(Scaled):
             plain: Tensor = self.down_proj(torch.mul(gate, up, out=memory))
             return plain
         product = scaled_product(scale.zero, gate, up, scale.exponent, memory)
+        return scaled_linear(self.down_proj, product, scale.factor)
+
+    def forward_scaled(self, hidden_states: Tensor, exponent: int) -> Tensor:
+        """`forward` with gate and up in fp32, of 2^-exponent times the input (B, S, hidden); see `keep_input_exponent`.
+
+        The activation and the product are fp32, which holds numbers up to 2^48 · 65504², and are rounded once.
+        """
+        scaled = scaled_down(hidden_states, exponent)
+        gate, up = (project_exactly(each, hidden_states, exponent, scaled) for each in (self.gate_proj, self.up_proj))
+        gate, scale = self.act_fn(gate.float()), self.scale
+        if scale is None:
+            return linear_by_token(self.down_proj, gate * up, self.intermediate_size)
+        product = scaled_product(scale.zero, gate, up, scale.exponent).to(torch.float16)
+        if scale.exponent == 0:
+            plain: Tensor = self.down_proj(product)
+            return plain
         return scaled_linear(self.down_proj, product, scale.factor)
 
 

@@ -10,10 +10,14 @@ rotary embedding for a child of the layer, and its `__setattr__` is slower.
 - `plan`: the plan, or None.
 - `plan_due`: whether the next forward makes one.
 - `traced`: whether a compiler has traced the layer.
+- `is_wide`, of a norm; the exponents that attention and MLP keep of their inputs, values and rotated keys
+  (`keep_ranges`): a plan sets them, and they stay when it ends, so that a cache and other threads never see two of them
+  mixed.
 - `rotary`, `watch`: the model's rotary embedding, and the OverflowWatch of its last hidden state.
 """
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +27,14 @@ from torch import Tensor, nn
 from .architecture import QWEN2
 from .errors import StalePlanWarning
 from .overflow import OverflowWatch
-from .range_plan import Exponents
-from .scaling import Scaled
+from .range_bounds import Exponents
+from .scaling import Ranges, Scaled
 from .swap import module_at
 
 OWNERS = QWEN2.owners()  # the parts of a layer that hold its linears
 SCALED_OWNERS = QWEN2.scaled_owners()
 LAST_LINEAR = QWEN2.linears[-1].name
+ATTENTION, MLP = QWEN2.path("attention"), QWEN2.path("mlp")
 
 
 @dataclass(eq=False)
@@ -56,9 +61,39 @@ def expect_plan(layer: Any) -> None:
     layer.__dict__["plan_due"] = True
 
 
+def finish_planning(layer: Any) -> None:
+    """Notes that no plan is due any more. It comes last: another thread runs the layer from here on."""
+    layer.__dict__["plan_due"] = False
+
+
+def can_scale_input(layer: Any, owner: str) -> bool:
+    """Whether a part scales its own input: not flash attention before 4.48, which is stock's."""
+    return hasattr(getattr(layer, owner), "keep_ranges" if owner == ATTENTION else "keep_input_exponent")
+
+
+def keep_ranges(layer: Any, exponents: Exponents) -> None:
+    """Gives attention and MLP the exponents that stay when a plan ends."""
+    device = module_at(layer, LAST_LINEAR).weight.device
+    if can_scale_input(layer, ATTENTION):
+        ranges = Ranges(exponents.input_norm, exponents.o_proj, exponents.rotated)
+        getattr(layer, ATTENTION).keep_ranges(ranges, device)
+    if can_scale_input(layer, MLP):
+        getattr(layer, MLP).keep_input_exponent(exponents.post_norm)
+
+
+def widen_norms(layer: Any, wide: Collection[str]) -> None:
+    """Lets those norms of the layer return fp32, by the sites of their outputs, and no others."""
+    for path in QWEN2.norms():
+        site = next(site.name for site in QWEN2.sites if site.at == f"{path}:output")
+        readers = {linear.owner for linear in QWEN2.fed_by(site)}
+        can_read = all(can_scale_input(layer, owner) for owner in readers)
+        module_at(layer, path).__dict__["is_wide"] = site in wide and can_read
+
+
 def keep_plan(layer: Any, exponents: Exponents) -> None:
     """Gives the layer its exponents, for its weights as they are."""
     device = module_at(layer, LAST_LINEAR).weight.device
+    keep_ranges(layer, exponents)
     for exponent, owner in SCALED_OWNERS.items():
         part = getattr(layer, owner)
         if isinstance(part, Scaled):  # before 4.48, flash attention is stock's, and its o_proj is not scaled
@@ -67,7 +102,10 @@ def keep_plan(layer: Any, exponents: Exponents) -> None:
 
 
 def drop_plan(layer: Any, due: bool = False) -> None:
-    """Ends the plan: the layer scales by token. due: only until its next forward, which makes a new plan."""
+    """Ends the plan: the layer scales by token. due: only until its next forward, which makes a new plan.
+
+    What `keep_ranges` and `widen_norms` have set stays.
+    """
     for owner in OWNERS:
         part = getattr(layer, owner)
         if hasattr(part, "set_exponent"):  # also inside a wrapper, which isinstance does not see through
@@ -83,7 +121,10 @@ def note_trace(layer: Any) -> None:
 def forget_plan(layer: Any) -> None:
     """Removes the whole state, and the exponents of the parts: the layer becomes stock."""
     for owner in OWNERS:
-        getattr(layer, owner).__dict__.pop("scale", None)
+        for name in ("scale", "ranges", "input_exponent"):
+            getattr(layer, owner).__dict__.pop(name, None)
+    for path in QWEN2.norms():
+        module_at(layer, path).__dict__.pop("is_wide", None)
     for name in ("plan", "plan_due", "traced", "rotary", "watch"):
         layer.__dict__.pop(name, None)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .numerics import scaled_down
 from .swap import base_models, layers_of
 
 #: PEFT's adapters that add to a product or work on the input, by the names of their folders. road, ia3 and glora are
@@ -109,16 +110,32 @@ def load_problem(layer: Any) -> str | None:
     return f"{missing[0]} was not in the checkpoint, so it is random" if missing else None
 
 
-def project_exactly(projection: nn.Module, hidden_states: Tensor) -> Tensor:
-    """projection(hidden_states), in fp32 with an unrounded bias if the projection can be split."""
+def project_exactly(
+    projection: nn.Module, hidden_states: Tensor, exponent: int = 0, scaled: Tensor | None = None
+) -> Tensor:
+    """projection(hidden_states), in fp32 with an unrounded bias if the projection can be split.
+
+    hidden_states (B, S, columns) in fp32 or the dtype of the matmul. exponent: the product is computed of 2^-exponent
+    times the input and scaled back in fp32, where it may pass float16's range. Hooks get what stock's would; so does a
+    module that cannot be split, whose output is then rounded to float16 with its bias.
+    scaled: `scaled_down(hidden_states, exponent)`, for a caller that has it.
+    """
     bias = loaded_bias(projection)
-    if bias is not None and is_separable(projection):
-        product = product_of(projection, hidden_states)
-        return product + bias.to(product.device).float()
-    if bias is not None and is_only_hooked(projection):
-        return with_hooks(projection, hidden_states, bias)
-    whole: Tensor = projection(hidden_states)
+    if (bias is not None or exponent) and is_separable(projection):
+        if exponent and scaled is None:
+            scaled = scaled_down(hidden_states, exponent)
+        return unscaled(product_of(projection, hidden_states if scaled is None else scaled), bias, exponent)
+    shown = hidden_states.to(torch.float16) if exponent else hidden_states  # as stock's norm returns it
+    if (bias is not None or exponent) and is_only_hooked(projection):
+        return with_hooks(projection, shown, bias, hidden_states, exponent)
+    whole: Tensor = projection(shown)
     return whole
+
+
+def unscaled(product: Tensor, bias: Tensor | None, exponent: int) -> Tensor:
+    """2^exponent · product + bias, in fp32."""
+    exact = product.float() * 2.0**exponent if exponent else product
+    return exact if bias is None else exact + bias.to(product.device).float()
 
 
 def is_only_hooked(projection: nn.Module) -> bool:
@@ -130,10 +147,11 @@ def is_only_hooked(projection: nn.Module) -> bool:
     return not beyond and not any(getattr(everywhere, f"_global_{name}") for name in WATCHERS)
 
 
-def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor) -> Tensor:
+def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor | None, whole_input: Tensor, exponent: int) -> Tensor:
     """linear(hidden_states) with its hooks; exact wherever the hooks have not changed its output.
 
     So a hook that only reads changes no number. Gradients go through the output that the hooks got.
+    whole_input: hidden_states before they were rounded for the hooks; exponent: see `project_exactly`.
     """
     shown: list[Tensor] = []
 
@@ -146,14 +164,20 @@ def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor) -> Tensor:
     for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # they get the linear itself, not its stand-in
         own[hooks] = {key: functools.partial(call_hook, hook, linear) for key, hook in own[hooks].items()}
     whole: Tensor = with_attributes(nn.Module, own)(hidden_states)
-    hidden_states, kept = shown
+    read, kept = shown
     is_simple = type(whole) is Tensor and type(linear.weight) in (nn.Parameter, Tensor)
     if not is_simple or (whole.shape, whole.dtype) != (kept.shape, kept.dtype):
         return whole  # an output that a hook has made, or a shard's
-    with torch.no_grad():
-        exact = nn.functional.linear(hidden_states, linear.weight) + bias.to(hidden_states.device).float()
-        exact = torch.where(whole == kept, exact, whole.float())
-    return exact + (whole.float() - whole.detach().float()) if whole.requires_grad else exact
+    given = whole_input if read is hidden_states else read
+    with torch.set_grad_enabled(exponent > 0 and torch.is_grad_enabled()):
+        product = nn.functional.linear(scaled_down(given, exponent) if exponent else given, linear.weight)
+        unchanged = (whole == kept) | (whole.isnan() & kept.isnan())
+        exact = torch.where(unchanged, unscaled(product, bias, exponent), whole.float())
+    if not whole.requires_grad:
+        return exact
+    through_hooks = exact.detach() + (whole.float() - whole.detach().float())
+    # The hooks got an infinity where only the scaled product is finite: nothing comes back through that.
+    return torch.where(whole.isfinite(), through_hooks, exact) if exponent else through_hooks
 
 
 def call_hook(hook: Any, module: nn.Module, view: nn.Module, *args: Any, **kwargs: Any) -> Any:

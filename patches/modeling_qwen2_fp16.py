@@ -18,10 +18,13 @@ from torch import nn
 # Every sibling is imported here. Remote code depends on it: of a local folder, transformers before 5.10 copies only the
 # files that the entry imports. tests/hub/test_export.py, test_the_entry_file_imports_every_sibling.
 from .architecture import Architecture  # noqa: F401
-from .attention import claim_keys  # noqa: F401
+from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
+from .attention_form import claim_keys  # noqa: F401
 from .autograd import backward_through  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
+from .cache_origin import Witness  # noqa: F401
+from .cached_keys import stored_keys  # noqa: F401
 from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
 from .errors import UntestedTransformersWarning
@@ -32,11 +35,16 @@ from .lock import check_when_asked, is_switched_off
 from .numerics import is_full_precision  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
-from .range_plan import LayerShape  # noqa: F401
+from .projections import rotated_projections  # noqa: F401
+from .range_bounds import LayerShape  # noqa: F401
+from .range_plan import plan_layer  # noqa: F401
+from .range_sums import linear_sums  # noqa: F401
 from .scaling import Scaled  # noqa: F401
+from .sdpa import sdpa_attention  # noqa: F401
 from .structure import check_structure
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .symbolic import is_symbolic  # noqa: F401
+from .two_part_keys import Split  # noqa: F401
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48

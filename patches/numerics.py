@@ -153,6 +153,16 @@ def prepare_anew(prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_len
     return prepare(mask, key_length)
 
 
+def sdpa_takes_fp32(value: Tensor) -> bool:
+    """Whether torch's fused attention gets fp32: on a CPU, where its kernel takes several times as long in float16."""
+    return runs_on_cpu(value) and not autocast_is_on("cpu")
+
+
+def flex_pads(heads: Tensor) -> bool:
+    """Whether flex_attention pads head_dim to a power of two, so that a few more channels double its work: on a GPU."""
+    return not runs_on_cpu(heads)
+
+
 def sdpa_operands(
     query: Tensor,
     key: Tensor,
@@ -163,9 +173,9 @@ def sdpa_operands(
     """The operands of torch's fused attention, from a query in fp32, key, value and any mask (see `widen_mask`).
 
     prepared: calls one of the two functions above, or returns what it has kept from another layer.
-    They are fp32 on a CPU, where torch's kernel takes several times as long in float16; elsewhere the dtype of `value`.
+    They are fp32 where `sdpa_takes_fp32`, elsewhere of the dtype of `value`.
     """
-    if not runs_on_cpu(value) or autocast_is_on("cpu"):
+    if not sdpa_takes_fp32(value):
         mask = None if mask is None else prepared(mask_to_minus_inf, mask, key.shape[-2])
         return laid_out_by_token(query, value.dtype), key, value, mask
     if mask is not None and mask.dtype != torch.bool:
@@ -234,6 +244,14 @@ def scaled_product(zero: Tensor, gate: Tensor, up: Tensor, exponent: int, memory
     if device_of(gate) not in ONE_KERNEL:
         return (gate.float() * up.float() * 2.0**-exponent).to(zero.dtype)
     return torch.addcmul(zero, gate, up, value=2.0**-exponent, out=memory)
+
+
+def scaled_down(activation: Tensor, exponent: int) -> Tensor:
+    """2^-exponent · activation in float16, rounded once: nothing but what falls below float16's smallest normal number.
+
+    activation: float16, in one kernel, or fp32.
+    """
+    return (activation * 2.0**-exponent).to(torch.float16)
 
 
 def token_exponent(activation: Tensor, bits: int = 0) -> Tensor:

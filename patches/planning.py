@@ -1,12 +1,12 @@
 """Makes the plan of each layer, and decides when: at `fix`, before a forward, and around moves and casts.
 
-A plan is one exponent for the MLP and one for the output projection of a layer, from the bounds in `range_plan.py`. It
-holds for the weights it was made from. `layer_plan.py` has what ends it. A layer without a plan scales by token; it
-gets none if its weights cannot be bounded.
-A plan that has ended is made anew at the next forward after `eval()`, a load or `fix`, unless a weight still holds a
-gradient that an optimiser could apply.
+A plan is the exponents of a layer, from the bounds of its weights (`range_plan.py`). It holds for the weights it was
+made from. `layer_plan.py` has what ends it. A layer without a plan scales by token; it gets none if its weights cannot
+be bounded, or if the exponents do not prove it in range. A plan that has ended is made anew at the next forward after
+`eval()`, a load or `fix`, unless a weight still holds a gradient that an optimiser could apply.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,26 +17,33 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .architecture import QWEN2
-from .caches import Witness, witness
+from .cache_origin import Witness, witness
 from .errors import NotFixedWarning, PatchConflictError
 from .key_centring import centre_factors
 from .layer_plan import (
     are_transformed,
     drop_plan,
     drop_stale_plan,
+    finish_planning,
     holds_gradients,
     keep_plan,
+    keep_ranges,
     note_trace,
     prepare_layer,
     weights_of,
+    widen_norms,
 )
 from .overflow import OverflowWatch
-from .range_plan import SCALED, Exponents, LayerShape, bound_layer, layer_shapes, plan_layer, unproven_sites
+from .range_bounds import UNSCALED, LayerShape, layer_shapes
+from .range_plan import FLOAT16_MAX, PlannedLayer, plan_layer, unproven_sites
 from .swap import layers_of, module_at
 
 ATTENTION, MLP, FINAL_NORM = QWEN2.path("attention"), QWEN2.path("mlp"), QWEN2.final_norm()
 #: The method that tells a fixed part from a stock one, by the part.
 METHODS = {ATTENTION: "centre_keys", MLP: "set_exponent"}
+#: Held while a plan is made, so that threads whose first forwards meet wait for one plan. Every copy of a layer shares
+#: it.
+PLANNING = threading.RLock()
 
 
 def plan_layers(base: Any) -> None:
@@ -73,13 +80,18 @@ def make_plan(layer: Any) -> None:
     While a weight holds a gradient, an optimiser may still write to it. The layer then scales by token.
     """
     # A first forward may run in inference mode. Tensors made here must serve later forwards outside of it.
-    with torch.inference_mode(False), torch.no_grad():
+    with PLANNING, torch.inference_mode(False), torch.no_grad():
         centre_keys(layer)
         layer.watch.reset()
-        drop_plan(layer, due=holds_gradients(layer))
-        exponents = None if layer.plan_due else exponents_for(layer)
-        if exponents is not None:
-            keep_plan(layer, exponents)
+        drop_plan(layer, due=True)
+        if holds_gradients(layer):
+            return
+        planned = proven_plan(layer)
+        keep_ranges(layer, UNSCALED if planned is None else planned.exponents)
+        widen_norms(layer, () if planned is None else wide_norms(planned))
+        if planned is not None:
+            keep_plan(layer, planned.exponents)
+        finish_planning(layer)
 
 
 def centre_keys(layer: Any) -> None:
@@ -87,6 +99,8 @@ def centre_keys(layer: Any) -> None:
     shape, attention = layer_shape(layer, layer.rotary), getattr(layer, ATTENTION)
     frequencies = first_frequencies(layer.rotary)
     attention.centre_keys(frequencies, shape.positions, shape.rotation_scale)
+    if hasattr(attention, "keep_ranges"):
+        attention.keep_ranges(attention.ranges, None if attention.shift is None else attention.shift.device)
     if attention.key_shift is None:
         attention.witnesses.pop(attention.layer_idx, None)
     else:
@@ -105,15 +119,20 @@ def first_frequencies(rotary: Any) -> Tensor:
     return first if is_there else rotary.frequencies()  # type: ignore[return-value]
 
 
-def exponents_for(layer: Any) -> Exponents | None:
+def proven_plan(layer: Any) -> PlannedLayer | None:
     """The exponents that prove a layer in range. None if its weights cannot be bounded, or if no exponent proves it."""
     weights = boundable_weights(layer)
     if weights is None:
         return None
-    bounds = bound_layer(weights, layer_shape(layer, layer.rotary))
-    exponents = plan_layer(bounds)
+    planned = plan_layer(weights, layer_shape(layer, layer.rotary))
     # Without a proof an exponent has no use and only rounds small values away.
-    return None if SCALED.keys() & unproven_sites(bounds, exponents) else exponents
+    return None if unproven_sites(planned.bounds, planned.exponents) else planned
+
+
+def wide_norms(planned: PlannedLayer) -> list[str]:
+    """The sites of the norms whose output passes float16's range, and so must not be rounded before it is scaled."""
+    sites = [site.name for site in QWEN2.sites if site.module in QWEN2.norms() and not site.is_input]
+    return [site for site in sites if getattr(planned.bounds, str(QWEN2.site(site).bound)) > FLOAT16_MAX]
 
 
 def layer_shape(layer: Any, rotary: Any = None) -> LayerShape:
@@ -202,8 +221,10 @@ def make_due_plan(layer: Any) -> None:
     elif layer.rotary.frequencies().is_meta or is_replica(layer) or is_faked() or are_transformed(weights_of(layer)):
         return
     elif not holds_gradients(layer):
-        check_parts(layer)
-        make_plan(layer)
+        with PLANNING:
+            if layer.plan_due:  # another thread may have made it while this one waited
+                check_parts(layer)
+                make_plan(layer)
 
 
 def is_replica(layer: Any) -> bool:
@@ -265,8 +286,10 @@ def settle_for(layer: Any, training: bool) -> None:
 def check_plan(layer: Any) -> None:
     """As before a forward. Also drops a plan whose exponents differ from those of the weights' present values."""
     settle_plan(layer)
-    if layer.plan is not None and exponents_for(layer) != layer.plan.exponents:
-        drop_plan(layer)
+    if layer.plan is not None:
+        planned = proven_plan(layer)
+        if planned is None or planned.exponents != layer.plan.exponents:
+            drop_plan(layer)
 
 
 @contextmanager

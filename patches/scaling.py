@@ -21,6 +21,14 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED_BITS = 8
 
 
+class Ranges(NamedTuple):
+    """Exponents of an attention that a plan chooses and that stay when the plan ends; 0 is stock."""
+
+    input: int = 0  # q_proj, k_proj and v_proj read their input times 2^-input
+    values: int = 0  # values, and so the outputs of the heads, are stored times 2^-values
+    rotated: int = 0  # rotated queries and keys are stored times 2^-rotated each
+
+
 class Scale(NamedTuple):
     """An exponent and its constants on the device. It is replaced as a whole, since other threads may be reading."""
 
@@ -102,6 +110,11 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def is_quantised(linear: nn.Module) -> bool:
     """Whether the weight of a linear, or of the linear that an adapter wraps, needs scales to be read."""
     return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) not in FLOAT_DTYPES
+
+
+def holds_float16(linear: nn.Module) -> bool:
+    """Whether the weight of a linear, or of the linear that an adapter wraps, is float16."""
+    return getattr(getattr(inner_linear(linear), "weight", None), "dtype", None) == torch.float16
 
 
 def casts_to_float16(linear: nn.Module, activation: Tensor) -> bool:

@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention import claim_keys, rotated_projections
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
+from .attention_form import claim_keys
 from .blocks import COMMON_PARTS
 from .caches import note_keys
 from .numerics import is_full_precision
+from .projections import rotated_projections
 
 
 class EagerAttention(AttendEagerly):
@@ -35,8 +36,8 @@ class EagerAttention(AttendEagerly):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        runs_stock, shift = claim_keys(self, hidden_states, past_key_value, marks_last=False)
-        if runs_stock:
+        form = claim_keys(self, hidden_states, past_key_value, marks_last=False)
+        if form is None:
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states, attention_mask, position_ids, past_key_value, output_attentions, use_cache, **kwargs
             )
@@ -45,12 +46,12 @@ class EagerAttention(AttendEagerly):
         if past_key_value is not None:
             length += past_key_value.get_usable_length(length, self.layer_idx)
         cos, sin = self.rotary_emb(hidden_states, seq_len=length)
-        query, key, value = rotated_projections(self, hidden_states, cos[position_ids], sin[position_ids], shift)
+        query, key, value = rotated_projections(self, hidden_states, cos[position_ids], sin[position_ids], form)
         if past_key_value is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)
-            note_keys(key, shift)
-        output, weights = self.output(query, key, value, attention_mask, output_attentions)
+            note_keys(key, form.mark)
+        output, weights = self.output(form, hidden_states, query, key, value, attention_mask, output_attentions)
         return output, weights, past_key_value
 
 

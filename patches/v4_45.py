@@ -4,10 +4,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .attention import claim_keys, rotated_projections
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
+from .attention_form import claim_keys
 from .blocks import COMMON_PARTS
 from .caches import note_keys
+from .projections import rotated_projections
 
 
 class EagerAttention(AttendEagerly):
@@ -36,8 +37,8 @@ class EagerAttention(AttendEagerly):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """hidden_states (B, S, hidden) to the same shape, the weights (B, H, S, K) if asked for, and the cache."""
-        runs_stock, shift = claim_keys(self, hidden_states, past_key_value, marks_last=False)
-        if runs_stock:
+        form = claim_keys(self, hidden_states, past_key_value, marks_last=False)
+        if form is None:
             stock: tuple[Tensor, Tensor | None, Any] = super().forward(
                 hidden_states,
                 attention_mask,
@@ -52,12 +53,12 @@ class EagerAttention(AttendEagerly):
         if position_embeddings is None:  # a caller written for 4.44, which these releases still serve
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         cos, sin = position_embeddings
-        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, form)
         if past_key_value is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_value.update(key, value, self.layer_idx, rotation)
-            note_keys(key, shift)
-        output, weights = self.output(query, key, value, attention_mask, output_attentions)
+            note_keys(key, form.mark)
+        output, weights = self.output(form, hidden_states, query, key, value, attention_mask, output_attentions)
         return output, weights, past_key_value
 
 

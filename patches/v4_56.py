@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from .attention import (
     InterfaceAttention,
-    claim_keys,
     dropout_of,
     implementation_of,
     operands_for,
     project_output,
-    rotated_projections,
 )
+from .attention_form import claim_keys
 from .blocks import COMMON_PARTS
+from .projections import rotated_projections
 
 
 class Attention(InterfaceAttention):
@@ -38,14 +38,14 @@ class Attention(InterfaceAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
-        runs_stock, shift = claim_keys(self, hidden_states, past_key_values, marks_last=False)
-        if runs_stock:
+        form = claim_keys(self, hidden_states, past_key_values, marks_last=False)
+        if form is None:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, cache_position, **kwargs
             )
             return stock
         cos, sin = position_embeddings
-        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, form)
         if past_key_values is not None:
             rotation = {"sin": sin, "cos": cos, "cache_position": cache_position}
             key, value = past_key_values.update(key, value, self.layer_idx, rotation)
@@ -53,13 +53,13 @@ class Attention(InterfaceAttention):
         attend = implementation_of(chosen)
         output, weights = attend(
             self,
-            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            *operands_for(form, attend, chosen, query, key, value, attention_mask, cos),
             dropout=dropout_of(self),
-            scaling=self.scaling,
+            scaling=self.score_scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
+        return project_output(self, output, hidden_states, value.dtype, form), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

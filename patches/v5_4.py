@@ -5,17 +5,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .attention import (
-    ALL_ATTENTION_FUNCTIONS,
     InterfaceAttention,
-    claim_keys,
     dropout_of,
     eager_attention,
-    is_stock_eager,
     operands_for,
+    ours_for,
     project_output,
-    rotated_projections,
 )
+from .attention_form import ALL_ATTENTION_FUNCTIONS, claim_keys
 from .blocks import COMMON_PARTS
+from .projections import rotated_projections
 
 
 class Attention(InterfaceAttention):
@@ -33,32 +32,32 @@ class Attention(InterfaceAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
-        runs_stock, shift = claim_keys(self, hidden_states, past_key_values, marks_last=True)
-        if runs_stock:
+        form = claim_keys(self, hidden_states, past_key_values, marks_last=True)
+        if form is None:
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
             return stock
         cos, sin = position_embeddings
         chosen = self.config._attn_implementation
-        replaces_eager = is_stock_eager(chosen)
-        query, key, value = rotated_projections(self, hidden_states, cos, sin, shift)
+        ours = ours_for(chosen)
+        query, key, value = rotated_projections(self, hidden_states, cos, sin, form)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         # vLLM reads this forward as text. It wants the table by this name, the result in a local, and one call of that
         # local with scaling=self.… and **kwargs: tests/patches/test_engine_rules.py.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
-        if replaces_eager:
-            attend = eager_attention
+        if ours is not None:
+            attend = ours
         output, weights = attend(
             self,
-            *operands_for(attend, chosen, query, key, value, attention_mask, cos),
+            *operands_for(form, attend, chosen, query, key, value, attention_mask, cos),
             dropout=dropout_of(self),
-            scaling=self.scaling,
+            scaling=self.score_scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return project_output(self, output.reshape(*hidden_states.shape[:-1], -1), value.dtype), weights
+        return project_output(self, output, hidden_states, value.dtype, form), weights
 
 
 PARTS: dict[str, type[nn.Module]] = {**COMMON_PARTS, "Qwen2Attention": Attention}

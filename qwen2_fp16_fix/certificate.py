@@ -20,19 +20,15 @@ from .checkpoints.folder import FolderSource
 from .checkpoints.loaded_model import ModelSource
 from .checkpoints.weights import UnboundedWeightError, WeightSource, check_shape
 from .code_copies import code_of, sibling
+from .patches.range_bounds import LayerShape, bound_logits, bound_norm, layer_shapes
 from .patches.range_plan import (
     FLOAT16_MAX,
     LIMIT,
-    Exponents,
-    LayerBounds,
-    LayerShape,
+    PlannedLayer,
     bits_below,
-    bound_layer,
-    bound_logits,
-    bound_norm,
     headroom_bits,
-    layer_shapes,
     plan_layer,
+    stock_headroom_bits,
     unproven_sites,
 )
 from .patches.swap import layers_of
@@ -49,12 +45,13 @@ Cast = Callable[[str, Tensor], Tensor]  # a weight's name and values to its floa
 class LayerCertificate(Record):
     """The bounds of one layer, by site, in units of the values themselves. A bound that is infinite is None.
 
-    Stock's sites are those of the plan without exponents, and two that the fix keeps in fp32: `scores`, which eager
-    attention stores before they are scaled, and `residual`. A layer that cannot be bounded has none of either.
+    The fixed layer's q, k and v are bounded without their biases; `value` is v, `biased_q` and `biased_k` are q and k
+    with them. Stock's q, k and v have them. Stock has two sites more, which the fix keeps in fp32: `scores`, which
+    eager attention stores before they are scaled, and `residual`. A layer that cannot be bounded has none of either.
     """
 
     layer: int
-    exponents: dict[str, int]  # of the powers of two that keep the layer in range
+    exponents: dict[str, int]  # of the powers of two that keep the layer in range, by what they scale
     bounds: dict[str, float | None]
     headroom_bits: dict[str, float | None]  # how many times a bound could double
     proven: bool
@@ -84,7 +81,7 @@ class Certificate(Result):
 
     def __rich__(self) -> RenderableType:
         """The bounds of the layers, fixed beside stock; the losses of the cast to float16; and the verdict."""
-        table = Table("layer", "tightest site", "bound", "headroom, bits", "2^-e MLP", "2^-e o_proj", "stock, bits")
+        table = Table("layer", "tightest site", "bound", "headroom, bits", "exponents", "stock, bits")
         for layer in self.layers:
             table.add_row(str(layer.layer), *_row(layer))
         lines = []
@@ -98,11 +95,11 @@ class Certificate(Result):
 
 def _row(layer: LayerCertificate) -> list[str]:
     if not layer.bounds:
-        return ["; ".join(layer.reasons), "", "", "", "", ""]
+        return ["; ".join(layer.reasons), "", "", "", ""]
     (site, bits), (stock_site, stock_bits) = map(_tightest, (layer.headroom_bits, layer.stock_headroom_bits))
-    exponents = [str(layer.exponents[part]) for part in ("mlp", "o_proj")]
+    exponents = ", ".join(f"{name} {exponent}" for name, exponent in layer.exponents.items() if exponent)
     stock = f"{_number(stock_bits, '.1f')} ({stock_site})"
-    return [site, _number(layer.bounds[site]), _number(bits, ".1f"), *exponents, stock]
+    return [site, _number(layer.bounds[site]), _number(bits, ".1f"), exponents or "0", stock]
 
 
 def _tightest(headroom: dict[str, float | None]) -> tuple[str, float | None]:
@@ -177,13 +174,13 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
         for name in source.layer_names(number):
             full = f"{source.prefix}layers.{number}.{name}"
             weights[name] = check_shape(full, cast(full, source.read(full)), wanted[name])
-        bounds = bound_layer(weights, source.shape)
+        planned = plan_layer(weights, source.shape)
     except UnboundedWeightError as reason:
         return LayerCertificate(number, {}, {}, {}, False, {}, False, [str(reason)]), math.inf
-    exponents = plan_layer(bounds)
+    exponents, bounds = planned.exponents, planned.bounds
     unproven = unproven_sites(bounds, exponents)
     residual += bounds.o_proj + bounds.down_proj
-    stock = headroom_bits(bounds, Exponents(0, 0))
+    stock = stock_headroom_bits(planned.unscaled)
     stock["scores"] = bits_below(LIMIT, bound_scores(weights, source.shape))
     stock["residual"] = bits_below(FLOAT16_MAX, residual)
     found = LayerCertificate(
@@ -194,7 +191,7 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
         proven=not unproven,
         stock_headroom_bits=_finite(stock),
         stock_proven=all(bits >= 0 for bits in stock.values()),
-        reasons=[_reason(site, bounds, exponents) for site in unproven],
+        reasons=[_reason(site, planned) for site in unproven],
     )
     return found, residual
 
@@ -277,12 +274,12 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {site: value if math.isfinite(value) else None for site, value in values.items()}
 
 
-def _reason(site: str, bounds: LayerBounds, exponents: Exponents) -> str:
-    bound = asdict(bounds)[site]
+def _reason(site: str, planned: PlannedLayer) -> str:
+    bound = asdict(planned.bounds)[site]
     if not math.isfinite(bound):
         return f"{site} has no finite bound"
-    missing = -headroom_bits(bounds, exponents)[site]
-    return f"{site} is bounded by {bound:.3g} only, {missing:.1f} bits too large"
+    missing = -headroom_bits(planned.bounds, planned.exponents)[site]
+    return f"{site} is bounded by {bound:.3g} only, {missing:.1f} bits too large for the largest exponent"
 
 
 def casting_losses(stored: Tensor) -> dict[str, int]:

@@ -27,10 +27,10 @@ def code_of(model: Any) -> ModuleType:
     return sys.modules[ours[-1]] if ours else modeling_qwen2_fp16
 
 
-def sibling(code: ModuleType, name: str, before: str = "") -> ModuleType:
-    """The module `name` of the same copy as the entry file `code`. before: its name in exports of 0.1.1."""
+def sibling(code: ModuleType, *names: str) -> ModuleType:
+    """The module of the same copy as the entry file `code` that has the first of these names; later ones are older."""
     folder = code.__name__.removesuffix(ENTRY)
-    return sys.modules.get(f"{folder}{name}") or sys.modules[f"{folder}{before or name}"]
+    return next(sys.modules[folder + name] for name in names if folder + name in sys.modules)
 
 
 def stock_classes(code: Any) -> Any:

@@ -32,9 +32,10 @@ class LayerStatus(Record):
     """How a fixed layer keeps its numbers in range.
 
     An exponent is that of the layer's plan, "by token" without a plan, or "not scaled": o_proj under flash attention
-    before 4.48. Keys are "centred"; "centred, bias rounded before", if a query or key projection has a hook, a forward
-    of its own or an unknown class, or is called by stock's code; or "not centred", if the bias could not be read or an
-    adapter changes it.
+    before 4.48. Keys are "centred" or "centred, N pairs in two parts"; "…, N pairs not in two parts, since …" after a
+    forward whose attention or cache could not hold such keys; "…, bias rounded before", if a query or key projection
+    has a hook, a forward of its own or an unknown class, or is called by stock's code; or "not centred", if the bias
+    could not be read or an adapter changes it.
     """
 
     layer: int
@@ -242,7 +243,7 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
     from .patches.swap import known_class, layers_of
 
     code = code_of(model)
-    key_state, planning = sibling(code, "key_centring", "keys").key_state, sibling(code, "planning")
+    form, planning = sibling(code, "attention_form", "key_centring", "keys"), sibling(code, "planning")
     check_plan = getattr(planning, "check_plan", None) or planning.drop_stale_plan  # of a checkpoint exported by 0.1.0
     found = []
     for base in code.base_models(model, stock_classes(code)):
@@ -250,7 +251,7 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
             if known_class(layer, stock_of(code)):
                 check_plan(layer)
                 mlp, o_proj = layer.mlp.exponent, getattr(layer.self_attn, "exponent", "not scaled")
-                found.append(LayerStatus(index, _named(mlp), _named(o_proj), key_state(layer.self_attn)))
+                found.append(LayerStatus(index, _named(mlp), _named(o_proj), form.key_state(layer.self_attn)))
     return found
 
 

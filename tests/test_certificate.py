@@ -1,5 +1,6 @@
 """The certificate: what it proves, what it reads, and what it says of a checkpoint that cannot be read."""
 
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
@@ -17,7 +19,7 @@ from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.certificate import bound_scores, casting_losses
 from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
-from qwen2_fp16_fix.patches.range_plan import LayerShape
+from qwen2_fp16_fix.patches.range_bounds import LayerShape
 from tests.commands.in_process import run_command
 from tests.stress import KINDS, TINY, build
 
@@ -75,13 +77,45 @@ def test_a_base_model_and_tied_embeddings_are_read(tmp_path: Path) -> None:
     assert qwen2_fp16_fix.certify(tmp_path / "base").proven
 
 
+def plant(tensors: dict[str, torch.Tensor]) -> None:
+    """A row of 6e4 in gate and up, whose product no exponent brings into range."""
+    for name in ("gate", "up"):
+        tensors[f"model.layers.2.mlp.{name}_proj.weight"][5] = 6e4
+
+
 def test_a_planted_weight_flips_the_verdict(folder: Path) -> None:
-    """q has no exponent to take: a row too large for float16 is named, with its layer."""
-    edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
+    """What passes float16 by more bits than the largest exponent has is named, with its layer."""
+    edit(folder, plant)
     found = qwen2_fp16_fix.certify(folder)
     assert not found.proven
-    assert found.verdict.startswith("Not provable: layer 2: q is bounded by ")
+    assert found.verdict.startswith("Not provable: layer 2: product is bounded by ")
+    assert "too large for the largest exponent" in found.verdict
     assert not found.layers[2].stock_proven
+
+
+def test_a_row_too_large_for_float16_gets_an_exponent(folder: Path) -> None:
+    """Stock is not proven there, and the table names the exponents."""
+    edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
+    found = qwen2_fp16_fix.certify(folder)
+    assert found.proven
+    layer = found.layers[2]
+    assert not layer.stock_proven
+    assert layer.exponents["input_norm"] > 0
+    assert layer.exponents["rotated"] > 0
+    page = io.StringIO()
+    Console(file=page, width=200).print(found)
+    assert f"input_norm {layer.exponents['input_norm']}" in page.getvalue()
+
+
+def test_a_bias_of_a_query_is_bounded_where_it_is_stored(folder: Path) -> None:
+    """A fixed layer adds it in fp32, and scales only what it then rounds; stock stores q with it."""
+    edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.bias"].__setitem__(5, 5e4))
+    layer = qwen2_fp16_fix.certify(folder).layers[2]
+    assert layer.proven
+    assert layer.exponents["input_norm"] == 0
+    assert layer.bounds["q"] < 1e3 < 4.9e4 < layer.bounds["biased_q"]
+    assert layer.stock_headroom_bits["q"] < 0 < layer.headroom_bits["q"]
+    assert "value" not in layer.stock_headroom_bits
 
 
 def test_what_cannot_be_bounded_in_a_model_is_named() -> None:
@@ -313,7 +347,7 @@ def test_the_command_and_its_exit_codes(
     """The verdict in a process of its own; the other exit codes from `main` on."""
     done = python("-m", "qwen2_fp16_fix", "certify", str(folder))
     assert (done.returncode, "Proven: " in done.stdout) == (0, True), done.stderr
-    edit(folder, lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__(5, 6e4))
+    edit(folder, plant)
     code, said, _ = run_command(monkeypatch, capsys, "certify", str(folder), "--json")
     assert (code, json.loads(said)["proven"]) == (1, False)
     code, _, complaint = run_command(monkeypatch, capsys, "certify", str(folder / "elsewhere"))

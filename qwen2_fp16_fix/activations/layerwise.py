@@ -16,7 +16,7 @@ from transformers import Qwen2Config
 
 from ..checkpoints.loading import quiet
 from ..patches.architecture import QWEN2
-from ..patches.attention import ALL_ATTENTION_FUNCTIONS
+from ..patches.attention_form import ALL_ATTENTION_FUNCTIONS
 from ..patches.modeling_qwen2_fp16 import STOCK, stock_models
 from .weights_on_demand import WeightProvider
 

@@ -12,7 +12,7 @@ from packaging.version import Version
 from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
 from ..patches.errors import NotQwen2Error
-from ..patches.range_plan import LayerShape
+from ..patches.range_bounds import LayerShape
 
 MODEL_TYPES = QWEN2.model_types
 STRICT = MODEL_TYPES[1]  # of an export that loads with its own code only

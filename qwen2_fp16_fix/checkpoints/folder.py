@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
-from ..patches.range_plan import layer_shapes
+from ..patches.range_bounds import layer_shapes
 from .config import foreign_code, generates, reachable, read_config, read_json, read_shape, read_size
 from .weights import LINEARS, OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, compare_shapes, weight_names
 

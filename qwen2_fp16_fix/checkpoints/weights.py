@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
-from ..patches.range_plan import LayerShape
+from ..patches.range_bounds import LayerShape
 from ..patches.scaling import FLOAT_DTYPES
 
 #: The linears of a layer, by their names below it.

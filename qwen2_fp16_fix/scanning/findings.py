@@ -31,9 +31,9 @@ from .result import (
 
 LISTED = 32  # massive channels and spikes at most, the largest first
 SMALLEST = 2.0**-149  # stands for a magnitude of 0 in headroom
-#: A site to the bound that certify gives it, and to the exponent that a fixed layer stores it with.
-BOUNDS = {site.name: site.bound for site in QWEN2.watched_sites() if site.bound}
-EXPONENTS = {site.name: site.exponent for site in QWEN2.watched_sites() if site.exponent}
+#: A site to the bound that certify gives what is seen there, and to the exponent of a fixed layer if that scales it.
+BOUNDS = {site.name: site.seen_bound for site in QWEN2.watched_sites() if site.seen_bound}
+EXPONENTS = {site.name: site.exponent for site in QWEN2.watched_sites() if site.exponent and site.seen_scaled}
 
 
 class Findings(NamedTuple):

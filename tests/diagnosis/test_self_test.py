@@ -8,7 +8,9 @@ from torch import nn
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.diagnosis import remarks, self_test
-from qwen2_fp16_fix.patches import attention, blocks, key_centring, modeling_qwen2_fp16, planning, range_plan
+from qwen2_fp16_fix.patches import attention, blocks, key_centring, modeling_qwen2_fp16, planning
+from qwen2_fp16_fix.patches.range_bounds import UNSCALED
+from qwen2_fp16_fix.patches.range_plan import plan_layer
 
 
 def test_the_self_test_passes() -> None:
@@ -31,7 +33,7 @@ BREAKS: dict[str, list[tuple[Any, str, Any]]] = {
     "the residual stays float16": [(blocks, "promote_residual", lambda hidden_states: hidden_states)],
     "keys are not centred": [(key_centring.CentredKeys, "centre_keys", lambda *args: None)],
     "no exponents": [
-        (planning, "plan_layer", lambda bounds: range_plan.Exponents(0, 0)),
+        (planning, "plan_layer", lambda *layer: plan_layer(*layer)._replace(exponents=UNSCALED)),
         (planning, "unproven_sites", lambda bounds, exponents: []),
     ],
     "scores as stock has them": [(attention, "grouped_attention", half_scores)],

@@ -27,7 +27,7 @@ from qwen2_fp16_fix.patches.architecture import (
     roles_by_class,
     row_of,
 )
-from qwen2_fp16_fix.patches.range_plan import Exponents, LayerBounds, LayerShape, layer_shapes
+from qwen2_fp16_fix.patches.range_bounds import Exponents, LayerBounds, LayerShape, layer_shapes
 
 HEADS, KEY_HEADS, TOKENS = 4, 2, 5
 #: No two sizes are equal, so that none passes for another.
@@ -209,10 +209,11 @@ def test_sites_and_linears_agree(row: Architecture) -> None:
 
 
 def test_bounds_and_exponents_are_those_of_the_range_plan() -> None:
-    """A bound without a limit would be held against nothing."""
-    assert {site.bound for site in QWEN2.sites if site.bound} == {field.name for field in fields(LayerBounds)}
+    """A bound without a limit would be held against nothing; one without an exponent would refuse a checkpoint."""
+    bounds = {bound for site in QWEN2.sites for bound in (site.bound, site.stock_bound) if bound}
+    assert bounds == {field.name for field in fields(LayerBounds)}
     assert {site.exponent for site in QWEN2.sites if site.exponent} == {*Exponents._fields}
-    assert QWEN2.scaled_bounds() == {"o_proj": "o_proj", "product": "mlp", "down_proj": "mlp"}
+    assert QWEN2.scaled_bounds().keys() == {site.bound for site in QWEN2.sites if site.bound}
     assert QWEN2.scaled_owners() == {"o_proj": "self_attn", "mlp": "mlp"}
     assert (QWEN2.path("attention"), QWEN2.path("mlp")) == ("self_attn", "mlp")
 

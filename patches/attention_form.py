@@ -1,0 +1,174 @@
+"""In which form an attention computes and stores keys and values in one forward.
+
+A form follows from the layer (its centre, split pairs and exponents), from the keys that the cache holds already, and
+from what the attention implementation can take.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import modeling_utils
+
+from .cached_keys import is_sink, stored_width
+from .caches import MIXED, STOCK, Mark, claim_cache
+from .errors import ForeignCacheError
+from .key_centring import CentredKeys
+from .linears import inner_linear, is_separable
+from .numerics import autocast_device, flex_pads, is_full_precision
+from .scaling import Ranges, Scaled, casts_to_float16
+from .two_part_keys import Split
+
+#: transformers' table of attention implementations, by name. Releases before 4.48 have none.
+ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
+
+
+class Form(NamedTuple):
+    """How an attention computes and stores keys and values in one forward."""
+
+    shift: Tensor | None  # added to rotated queries and keys, see `CentredKeys.shift`
+    split: Split | None  # the pairs in two parts; None: keys have D channels
+    mark: Mark  # of the cache; its second number is the exponent of the values
+    input: int = 0  # the projections read their input times 2^-input
+    rotated: int = 0  # rotated queries and keys are stored times 2^-rotated each
+
+    @property
+    def values(self) -> int:
+        """Values are stored times 2^-values."""
+        return self.mark[1]
+
+
+class ScaledAttention(CentredKeys, Scaled):
+    """An attention that has exponents for its input, its values and its rotated queries and keys."""
+
+    ranges: Ranges = Ranges()
+    factor: Tensor | None = None  # 2^ranges.input, (1,) in fp32, on the device of the weights
+    o_proj: nn.Module
+
+    def keep_ranges(self, ranges: Ranges, device: torch.device | None = None) -> None:
+        """Keeps exponents from now on. A plan that ends leaves them, as it leaves the centre."""
+        factor = torch.full((1,), 2.0**ranges.input, dtype=torch.float32, device=device)
+        held = self.factor
+        if held is None or self.ranges != ranges or held.device != factor.device:  # a captured graph may hold the old
+            self.__dict__.update(ranges=ranges, factor=factor)
+
+    def on_unfixed(self) -> None:
+        """Forgets the centre and the exponents."""
+        super().on_unfixed()
+        for constant in ("ranges", "factor"):
+            self.__dict__.pop(constant, None)
+
+
+def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bool) -> Form | None:
+    """The form of new keys and values; None if stock's forward is to run. The cache is marked as holding such keys.
+
+    marks_last: see `claim_cache`, which raises ForeignCacheError.
+    """
+    if is_safe_in_stock(attention, hidden_states):
+        claim_cache(attention, cache, STOCK, marks_last)
+        return None
+    keep_constants_at(attention, hidden_states.device)
+    ranges, centre = attention.ranges, None if is_sink(cache) else attention.centre
+    if matmul_dtype(attention, hidden_states) != torch.float16:  # bfloat16 has the range
+        ranges = Ranges(rotated=ranges.rotated)
+    own = (0 if centre is None else centre.version, ranges.values)
+    mark = claim_cache(attention, cache, own, marks_last)
+    if mark == STOCK != own:
+        if ranges.rotated:  # stock's keys are not scaled
+            raise ForeignCacheError(MIXED.format(attention.layer_idx))
+        centre = None
+    split = None if centre is None else fitting_split(attention, cache, centre.split)
+    return Form(None if centre is None else centre.shift, split, mark, ranges.input, ranges.rotated)
+
+
+def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
+    """Whether stock's attention computes on this activation in fp32 or wider, its output projection included."""
+    if not is_full_precision(hidden_states) or casts_to_float16(attention.o_proj, hidden_states):
+        return False
+    # A norm whose output may pass float16's range hands it over in fp32.
+    return not attention.ranges.input or matmul_dtype(attention, hidden_states) != torch.float16
+
+
+def matmul_dtype(attention: Any, hidden_states: Tensor) -> torch.dtype:
+    """The dtype in which the projections of an attention compute."""
+    device = autocast_device(hidden_states.device.type)
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if hidden_states.dtype != torch.float32:
+        return hidden_states.dtype
+    weight = getattr(inner_linear(attention.k_proj), "weight", None)
+    return torch.float16 if getattr(weight, "dtype", None) == torch.float16 else torch.float32
+
+
+def keep_constants_at(attention: Any, device: torch.device) -> None:
+    """Moves the constants of an attention to where it runs: a tool may have moved weights one by one, past `_apply`."""
+    centre, factor = attention.centre, attention.factor
+    if device.type == "meta":
+        return
+    if centre is not None and centre.shift.device != device:
+        attention.keep_centre(centre, device)
+    if factor is not None and factor.device != device:
+        attention.keep_ranges(attention.ranges, device)
+
+
+def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | None:
+    """The pairs in two parts of the keys that go into a cache; None if they are to have D channels.
+
+    Keys that the cache holds decide. Without any, the kind of the cache does, and the implementation.
+    """
+    if split is None:
+        return None
+    width = attention.head_dim + split.extra
+    held = None if cache is None else stored_width(attention, cache)
+    if held == width:
+        reason = None
+    elif held == attention.head_dim:
+        reason = f"{type(cache).__name__} held or takes keys of {held} channels"
+    elif held is None:
+        reason = why_not_wider(attention.config._attn_implementation, width, flex_pads(attention.centre.shift))
+    else:
+        raise ForeignCacheError(MIXED.format(attention.layer_idx))
+    if not torch.compiler.is_compiling() and reason != attention.one_part:
+        attention.__dict__["one_part"] = reason  # for `key_state`
+    return split if reason is None else None
+
+
+def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | None:
+    """Why an attention implementation is not given heads of `width` channels instead of head_dim; None if it is.
+
+    pads: see `flex_pads`.
+    """
+    name, function = str(implementation), ALL_ATTENTION_FUNCTIONS.get(implementation)
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = "transformers." if function is None else getattr(function, "__module__", None) or ""
+    if not home.startswith(("transformers.", f"{__package__}.")):
+        return f"{name} is not transformers' own and may expect heads of head_dim"
+    if "paged" in name:
+        return f"{name} has a cache that is allocated by head_dim"
+    if "flex" in name and pads:
+        return f"{name} pads heads to a power of two"
+    if width > 256 and name not in ("eager", "sdpa"):
+        return f"{name} takes heads of at most 256 channels"
+    return None
+
+
+why_not_wider._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def key_state(attention: CentredKeys) -> str:
+    """What `status` says of a layer's keys."""
+    centre = attention.centre
+    if centre is None:
+        return "not centred"
+    found = "centred"
+    if centre.split is not None:
+        pairs = centre.split.channels.shape[-1] // 2
+        found += f", {pairs} pairs {'in two parts' if attention.one_part is None else 'not in two parts'}"
+        if centre.split.left:
+            found += f" ({centre.split.left} more ask for it)"
+        if attention.one_part is not None:
+            found += f", since {attention.one_part}"
+    exact = attention.projects_exactly and is_separable(attention.q_proj) and is_separable(attention.k_proj)
+    return found if exact else f"{found}, bias rounded before"
