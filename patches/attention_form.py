@@ -18,7 +18,7 @@ from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
 from .numerics import autocast_device, flex_pads, is_full_precision
 from .scaling import Ranges, Scaled, casts_to_float16
-from .two_part_keys import Split
+from .two_part_keys import MOST_PAIRS, Split
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
 ALL_ATTENTION_FUNCTIONS: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
@@ -157,18 +157,25 @@ def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | N
 why_not_wider._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def key_state(attention: CentredKeys) -> str:
+class KeyState(NamedTuple):
     """What `status` says of a layer's keys."""
+
+    keys: str
+    pairs_in_two_parts: int  # of each head
+    pairs_left: int  # that ask for it and are not
+    why_left: str | None
+
+
+def key_state(attention: CentredKeys) -> KeyState:
+    """How a layer stores its keys, and did in its last forward."""
     centre = attention.centre
     if centre is None:
-        return "not centred"
-    found = "centred"
-    if centre.split is not None:
-        pairs = centre.split.channels.shape[-1] // 2
-        found += f", {pairs} pairs {'in two parts' if attention.one_part is None else 'not in two parts'}"
-        if centre.split.left:
-            found += f" ({centre.split.left} more ask for it)"
-        if attention.one_part is not None:
-            found += f", since {attention.one_part}"
+        return KeyState("not centred", 0, 0, None)
     exact = attention.projects_exactly and is_separable(attention.q_proj) and is_separable(attention.k_proj)
-    return found if exact else f"{found}, bias rounded before"
+    keys = "centred" if exact else "centred, bias rounded before"
+    if centre.split is None:
+        return KeyState(keys, 0, 0, None)
+    pairs, left = centre.split.channels.shape[-1] // 2, centre.split.left
+    if attention.one_part is not None:
+        return KeyState(keys, 0, pairs + left, attention.one_part)
+    return KeyState(keys, pairs, left, f"a head stores at most {MOST_PAIRS} pairs in two parts" if left else None)

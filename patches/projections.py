@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention_form import Form, matmul_dtype
 from .linears import LINEAR_FORWARD, is_separable, project_exactly
-from .numerics import is_full_precision, may_reuse_memory, rotate
+from .numerics import may_reuse_memory, rotate, scaled_down
 from .two_part_keys import widened_keys
 
 
@@ -19,7 +19,7 @@ def rotated_projections(
     hidden_states (B, S, hidden). Query and key are rotated in fp32; keys get the shift and are rounded once, in split
     pairs to two numbers. Values are then padded with zeros to the width of the keys.
     """
-    scaled = scaled_input(hidden_states, form.input)
+    scaled = scaled_down(hidden_states, form.input) if form.input else hidden_states
     turned = rotate(queries_and_keys(attention, hidden_states, scaled, form.input), cos, sin, form.shift)
     if form.rotated:
         turned = turned * 2.0**-form.rotated
@@ -29,14 +29,6 @@ def rotated_projections(
         return query, key.to(value.dtype), value
     channels = form.split.channels[:, -value.shape[1] :]
     return query, widened_keys(key, channels, value.dtype), nn.functional.pad(value, (0, form.split.extra))
-
-
-def scaled_input(hidden_states: Tensor, exponent: int) -> Tensor:
-    """hidden_states · 2^-exponent in the dtype of the matmuls, or as autocast is to cast it."""
-    if not exponent:
-        return hidden_states
-    scaled = hidden_states * 2.0**-exponent
-    return scaled.to(torch.float16) if is_full_precision(scaled) else scaled
 
 
 def values(attention: Any, hidden_states: Tensor, scaled: Tensor, form: Form) -> Tensor:

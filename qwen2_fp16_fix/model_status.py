@@ -32,16 +32,25 @@ class LayerStatus(Record):
     """How a fixed layer keeps its numbers in range.
 
     An exponent is that of the layer's plan, "by token" without a plan, or "not scaled": o_proj under flash attention
-    before 4.48. Keys are "centred" or "centred, N pairs in two parts"; "…, N pairs not in two parts, since …" after a
-    forward whose attention or cache could not hold such keys; "…, bias rounded before", if a query or key projection
-    has a hook, a forward of its own or an unknown class, or is called by stock's code; or "not centred", if the bias
-    could not be read or an adapter changes it.
+    before 4.48. Keys are "centred"; "centred, bias rounded before", if a query or key projection has a hook, a forward
+    of its own or an unknown class, or is called by stock's code; or "not centred", if the bias could not be read or an
+    adapter changes it.
     """
 
     layer: int
     mlp: int | str  # the exponent of the MLP's product
     o_proj: int | str  # the exponent of what o_proj reads
     keys: str
+    pairs_in_two_parts: int = 0  # of each key head: rotary pairs that turn and are stored as two float16 numbers
+    pairs_left: int = 0  # of a key head: pairs that ask for it and are not, in the last forward
+    why_left: str | None = None
+
+    def summary(self) -> str:
+        """The layer in one line."""
+        found = f"mlp {self.mlp}, o_proj {self.o_proj}, keys {self.keys}"
+        if self.pairs_in_two_parts:
+            found += f", {self.pairs_in_two_parts} pairs in two parts"
+        return f"{found}, {self.pairs_left} pairs not in two parts: {self.why_left}" if self.pairs_left else found
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +84,7 @@ class ModelStatus(Result):
         shown = {name: value for name, value in self.to_dict().items() if name not in ("parts", "ranges")}
         shown |= {role: f"{count.fixed} of {count.total} fixed" for role, count in self.parts.items()}
         for row in self.ranges:
-            shown[f"layer {row.layer}"] = f"mlp {row.mlp}, o_proj {row.o_proj}, keys {row.keys}"
+            shown[f"layer {row.layer}"] = row.summary()
         return Text("\n".join(f"{name:>22}  {'' if value is None else value}" for name, value in shown.items()))
 
 
@@ -251,7 +260,9 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
             if known_class(layer, stock_of(code)):
                 check_plan(layer)
                 mlp, o_proj = layer.mlp.exponent, getattr(layer.self_attn, "exponent", "not scaled")
-                found.append(LayerStatus(index, _named(mlp), _named(o_proj), form.key_state(layer.self_attn)))
+                state = form.key_state(layer.self_attn)  # a string in exports up to 0.1.1
+                keys = (state,) if isinstance(state, str) else state
+                found.append(LayerStatus(index, _named(mlp), _named(o_proj), *keys))
     return found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches import caches
+from qwen2_fp16_fix.patches import cache_origin
 from tests.conformance.models import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, Version, fixed_half, kl, logits, stress
 
 FIRST = 16  # tokens of the prompt that go into the cache before it is rebuilt
@@ -17,7 +17,7 @@ FIRST = 16  # tokens of the prompt that go into the cache before it is rebuilt
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process of its own: compiled code leaves no marks, so they are missed less once there is some."""
-    monkeypatch.setattr(caches, "TRACED", [])
+    monkeypatch.setattr(cache_origin, "TRACED", [])
 
 
 def filled(model: Any) -> Any:
