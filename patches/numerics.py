@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .autograd import backward_through, is_recorded, is_transformed
+from .symbolic import is_symbolic, refuse
+
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
 #: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
 ONE_KERNEL = ("cpu", "cuda", "xpu")
@@ -22,10 +25,13 @@ def autocast_device(device_type: str) -> str:
     """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
 
     Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
-    autocast knows, unless the model has no weights.
+    autocast knows, unless the model has no weights. Every fixed part comes here first, so that a part that torch.fx
+    traces into is refused here.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type
+    if is_symbolic(device_type):
+        refuse()
     return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
 
 
@@ -63,7 +69,7 @@ def runs_on_cpu(tensor: Tensor) -> bool:
 def may_reuse_memory(*modules: nn.Module) -> bool:
     """Whether the caller may write over what these modules return: no autograd, compiler or hook keeps it."""
     everywhere = nn.modules.module
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.is_grad_enabled() or is_recorded() or is_transformed():
         return False
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return False
@@ -216,7 +222,8 @@ def grouped_attention(
     query (B, H, Q, D), key and value (B, G, K, D); mask as `widen_mask` returns it, or None to mask nothing.
     Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
     Product, scale, mask and softmax are fp32, with autocast too. The weights are rounded for the product with `value`.
-    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32.
+    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32. Everywhere a backward
+    through the output reaches the weights that are returned.
     """
     device = autocast_device(query.device.type)
     if torch.is_autocast_enabled(device):
@@ -240,6 +247,7 @@ def grouped_attention(
         exact = torch.nn.functional.dropout(exact, dropout)
     weights = exact.to(value.dtype)
     if runs_on_cpu(value):
+        exact = backward_through(weights, exact)
         output = exact.view(*grouped, keys) @ value.float().flatten(0, 1)
     else:
         output = weights.view(*grouped, keys) @ value.flatten(0, 1)
@@ -251,7 +259,8 @@ def softmax(scores: Tensor) -> Tensor:
 
     On devices that IN_PLACE does not name it takes new memory: no kernel there is known to write over its input.
     """
-    if scores.requires_grad or torch.compiler.is_compiling() or device_of(scores) not in IN_PLACE:
+    kept = scores.requires_grad or torch.compiler.is_compiling() or is_transformed()
+    if kept or device_of(scores) not in IN_PLACE:
         return torch.softmax(scores, dim=-1)
     return torch.softmax(scores, dim=-1, out=scores)
 
