@@ -292,7 +292,7 @@ def test_a_centre_that_is_not_finite_is_not_kept(broken: str) -> None:
         scale = math.nan if broken == "scale" else 1e300
     attention.centre_keys(frequencies, 4096, scale)
     assert attention.shift is None
-    assert attention.one is None
+    assert attention.centre is None
     assert key_centring.key_state(attention) == "not centred"
 
 
