@@ -104,8 +104,6 @@ def matmul_dtype(attention: Any, hidden_states: Tensor) -> torch.dtype:
 def keep_constants_at(attention: Any, device: torch.device) -> None:
     """Moves the constants of an attention to where it runs: a tool may have moved weights one by one, past `_apply`."""
     centre, factor = attention.centre, attention.factor
-    if device.type == "meta":
-        return
     if centre is not None and centre.shift.device != device:
         attention.keep_centre(centre, device)
     if factor is not None and factor.device != device:

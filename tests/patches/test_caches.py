@@ -371,7 +371,7 @@ def reset(cache: Any) -> None:
 @pytest.mark.parametrize("empty", [crop, reset])
 def test_an_emptied_cache_takes_either(empty: Callable[[Any], Any]) -> None:
     """Nothing in it can be mixed up with what comes."""
-    model, exact = fixed("scores"), qwen2_fp16_fix.fix(build(TINY, ("scores",)))
+    model, exact = fixed("keys"), qwen2_fp16_fix.fix(build(TINY, ("keys",)))
     first, oracle = PROMPT[:, :FIRST], logits(exact)[:, :FIRST]
     cache = filled(model)
     empty(cache)
@@ -387,7 +387,7 @@ def test_an_emptied_cache_takes_either(empty: Callable[[Any], Any]) -> None:
 
 def test_an_emptied_static_cache_takes_either() -> None:
     """It holds zeros then. Full, it is refused, as any other."""
-    model = fixed("scores")
+    model = fixed("keys")
     full, emptied = filled(model, static(model)), filled(model, static(model))
     emptied.reset()
     for layer in model.model.layers:
