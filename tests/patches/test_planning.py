@@ -17,6 +17,7 @@ from benchmarks.cost import cost_of
 from qwen2_fp16_fix.patches.attention import project_output
 from qwen2_fp16_fix.patches.attention_form import Form
 from qwen2_fp16_fix.patches.blocks import MLP
+from qwen2_fp16_fix.patches.caches import STOCK as STOCK_KEYS
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from qwen2_fp16_fix.patches.planning import plan_layers
 from qwen2_fp16_fix.patches.scaling import linear_by_token
@@ -225,7 +226,7 @@ def test_scaling_by_token_holds_products_that_float16_cannot() -> None:
 def project(attention: Any, heads: torch.Tensor, values: int = 0) -> torch.Tensor:
     """The output projection of heads (1, S, channels) whose values are stored times 2^-values."""
     hidden = torch.empty(*heads.shape[:2], TINY.hidden)
-    return project_output(attention, heads * 2.0**-values, hidden, torch.float16, Form(None, None, (0, values)))
+    return project_output(attention, heads * 2.0**-values, hidden, torch.float16, Form(None, None, STOCK_KEYS, values))
 
 
 def test_output_projections_scale_by_token_and_by_plan() -> None:
@@ -329,20 +330,9 @@ def test_from_pretrained_plans(tmp_path: Path) -> None:
 
 def test_unfix_leaves_nothing_of_the_plan() -> None:
     model = qwen2_fp16_fix.unfix(fixed("swiglu"))
+    of_plan, beyond_it = {"scale", "plan", "plan_due", "rotary", "watch"}, {"ranges", "factor", "input_exponent"}
     for module in model.modules():
-        left = {
-            "scale",
-            "plan",
-            "plan_due",
-            "rotary",
-            "watch",
-            "centre",
-            "ranges",
-            "factor",
-            "input_exponent",
-            "is_wide",
-        }
-        assert not left & set(module.__dict__)
+        assert not (of_plan | beyond_it | {"centre", "is_wide"}) & set(module.__dict__)
     assert type(model.model.layers[0].mlp) is STOCK.Qwen2MLP
 
 
