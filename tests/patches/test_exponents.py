@@ -302,9 +302,11 @@ def test_a_projection_that_cannot_be_split_runs_behind_a_wide_norm() -> None:
 def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second found a layer that was planned in part: a centre, no exponents, and no plan due."""
     stock = grow("v and o_proj")
-    model = fixed(stock)
     expected = fixed(stock)(PROMPT).logits.detach()
-    model.load_state_dict(model.state_dict())  # each layer makes its plan at its next forward
+    model = qwen2_fp16_fix.Qwen2ForCausalLM(stock.config).half().eval()
+    with torch.no_grad():  # each layer makes its plan at its first forward
+        for own, weight in zip(model.parameters(), stock.parameters(), strict=True):
+            own.copy_(weight)
     bounding, made = threading.Event(), []
 
     def slow(*layer: Any) -> Any:
