@@ -301,7 +301,7 @@ def test_a_projection_that_cannot_be_split_runs_behind_a_wide_norm() -> None:
 
 def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second found a layer that was planned in part: a centre, no exponents, and no plan due."""
-    stock = grow("v and o_proj")
+    stock = grow("wide input_norm")
     expected = fixed(stock)(PROMPT).logits.detach()
     model = qwen2_fp16_fix.Qwen2ForCausalLM(stock.config).half().eval()
     with torch.no_grad():  # each layer makes its plan at its first forward
