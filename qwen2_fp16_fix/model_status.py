@@ -267,18 +267,20 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
                 mlp, o_proj = layer.mlp.exponent, getattr(layer.self_attn, "exponent", "not scaled")
                 state = form.key_state(layer.self_attn)  # a string in exports up to 0.1.1
                 keys = (state,) if isinstance(state, str) else state
-                found.append(replace(LayerStatus(index, _named(mlp), _named(o_proj), *keys), **_kept(layer)))
+                row = LayerStatus(index, _named(mlp), _named(o_proj), *keys)
+                found.append(with_kept_exponents(row, layer))
     return found
 
 
-def _kept(layer: Any) -> dict[str, Any]:
-    """The exponents that stay when a plan ends. Exports up to 0.1.1 have none."""
+def with_kept_exponents(row: LayerStatus, layer: Any) -> LayerStatus:
+    """The row with the exponents that stay when a plan ends. Layers of exports up to 0.1.1 have none."""
     ranges = getattr(layer.self_attn, "ranges", None)
-    return {
-        "input_norm": getattr(ranges, "input", 0),
-        "post_norm": getattr(layer.mlp, "input_exponent", 0),
-        "rotated": getattr(ranges, "rotated", 0),
-    }
+    return replace(
+        row,
+        input_norm=getattr(ranges, "input", 0),
+        post_norm=getattr(layer.mlp, "input_exponent", 0),
+        rotated=getattr(ranges, "rotated", 0),
+    )
 
 
 def _named(exponent: int | str | None) -> int | str:
