@@ -14,7 +14,8 @@ from .cached_keys import is_emptied, stored_keys
 from .errors import ForeignCacheError
 from .swap import layers_of
 
-MARKS = "qwen2_fp16_marks"  # of a cache: layer to the mark of its keys. Up to 0.1.1 another name, and other marks
+MARKS = "qwen2_fp16_marks"  # of a cache: layer to the mark of its keys
+MARKS_BEFORE = "qwen2_fp16_centred"  # up to 0.1.1: layer to whether its keys are centred; values were not scaled
 TOLD = "told"  # beside them: whether the keys without a mark are this model's, once they were looked at
 
 #: What the keys of a layer are stored by: the version of their centre (0: none) and their own exponent, as one number.
@@ -105,6 +106,9 @@ def mark_of_keys(attention: Any, cache: Any, marks: dict[Any, Any], own: Mark, m
         return own
     if hasattr(keys, MARKS):
         return getattr(keys, MARKS)  # type: ignore[no-any-return]
+    before = getattr(cache, MARKS_BEFORE, {}).get(attention.layer_idx)
+    if before is not None:
+        return (own[0], 0) if before else STOCK
     differs = (own[1], attention.ranges.rotated, keys.shape[-1]) != (0, 0, attention.head_dim)
     is_ours = marks.get((TOLD, differs))
     if is_ours is None:

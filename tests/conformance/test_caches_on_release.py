@@ -11,6 +11,8 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import cache_origin
 from tests.conformance.models import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, Version, fixed_half, kl, logits, stress
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 FIRST = 16  # tokens of the prompt that go into the cache before it is rebuilt
 
 
@@ -90,8 +92,8 @@ if RELEASE < Version("4.48"):  # a tuple of tensors is a cache there, and a new 
         """Each step of a generation makes a cache anew: measured each time, it would wait for the GPU each time."""
         model = fixed_half(("keys",))
         filling = model if filler == "fixed" else stress(("keys",)).half()
-        expected, measure, calls = rest(model, rebuilt(filled(filling))), caches.measure, []
-        monkeypatch.setattr(caches, "measure", lambda *given: calls.append(1) or measure(*given))
+        expected, measure, calls = rest(model, rebuilt(filled(filling))), cache_origin.measure, []
+        monkeypatch.setattr(cache_origin, "measure", lambda *given: calls.append(1) or measure(*given))
         past, rows = tuple((key.clone(), value.clone()) for key, value in tensors(filled(filling))), []
         for tokens in (PROMPT[:, FIRST:20], PROMPT[:, 20:]):
             with torch.no_grad():

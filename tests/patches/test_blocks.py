@@ -252,3 +252,16 @@ def test_an_mlp_that_learns_overwrites_nothing() -> None:
     mlp = qwen2_fp16_fix.fix(build(TINY, ()).half()).model.layers[0].mlp
     mlp(torch.randn(1, 4, TINY.hidden).half()).float().sum().backward()
     assert mlp.gate_proj.weight.grad is not None
+
+
+def test_parts_that_are_built_by_themselves_run() -> None:
+    """Tools take the class of a part and build another, which belongs to no model that was fixed."""
+    model = qwen2_fp16_fix.fix(build(TINY, ()).half())
+    rotary = type(model.model.rotary_emb)(config=model.config).to("cpu")
+    tables = rotary(torch.zeros(1), POSITIONS)
+    assert all(torch.equal(found, exact) for found, exact in zip(tables, exact_tables(model), strict=True))
+    layer = type(model.model.layers[0])(model.config, 0).eval()
+    stock = build(TINY, ()).model.layers[0]
+    stock.load_state_dict(layer.state_dict())
+    states, inputs = torch.randn(1, 4, TINY.hidden), {"position_embeddings": tables, "attention_mask": None}
+    assert torch.equal(layer(states, **inputs), stock(states, **inputs))
