@@ -354,7 +354,9 @@ def test_which_implementations_take_wider_heads(name: str, width: int, pads: boo
     assert (attention_form.why_not_wider(name, width, pads) is None) == taken
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers sets it
+@pytest.mark.filterwarnings(
+    "ignore:_compile flag on create_block_mask", "ignore:.torch.jit.script_method. is deprecated"
+)
 def test_flex_attention_gets_wide_keys_on_a_cpu() -> None:
     model = fixed(*KINDS, attention="flex_attention")
     assert kl_to(oracle(), logits(model, PROMPT)) < FLOOR
@@ -446,6 +448,7 @@ def test_a_copied_model_has_its_pairs(way: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # torch reads every attribute
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("how", ["export", "trace"])
 def test_an_exported_model_has_its_pairs(how: str, attention: str) -> None:
