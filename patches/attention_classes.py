@@ -50,8 +50,10 @@ class AttendEagerly(ScaledAttention):
         with_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output (B, Q, hidden), and the weights if they are wanted; only eager attention has them."""
-        attend = AttendEagerly.attend if with_weights else type(self).attend
-        output, weights = attend(self, form, query, key, value, mask)
+        if with_weights:
+            output, weights = AttendEagerly.attend(self, form, query, key, value, mask)
+        else:
+            output, weights = self.attend(form, query, key, value, mask)
         output = project_output(self, output, hidden_states, value.dtype, form)
         return output, weights if with_weights else None
 
@@ -138,7 +140,7 @@ class FlashAttention(CentredKeys):
         **kwargs: Any,
     ) -> Any:
         """As the stock class."""
-        own = STOCK if self.centre is None or is_sink(past_key_value) else (self.centre.version, 0)
+        own = STOCK if self.centre is None or is_sink(type(past_key_value)) else (self.centre.version, 0)
         mark = claim_cache(self, past_key_value, own, marks_last=False)
         key_shift = None if mark == STOCK else self.key_shift
         forward = with_exact_rotation(super().forward.__func__, key_shift)  # type: ignore[attr-defined]

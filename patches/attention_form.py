@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from .cached_keys import is_sink, stored_width
-from .caches import MIXED, STOCK, Mark, claim_cache
+from .caches import MIXED, STOCK, Mark, claim_cache, own_mark
 from .errors import ForeignCacheError
 from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
@@ -29,14 +29,10 @@ class Form(NamedTuple):
 
     shift: Tensor | None  # added to rotated queries and keys, see `CentredKeys.shift`
     split: Split | None  # the pairs in two parts; None: keys have D channels
-    mark: Mark  # of the cache; its second number is the exponent of the values
+    mark: Mark  # of the cache
+    values: int  # values are stored times 2^-values; as in the mark
     input: int = 0  # the projections read their input times 2^-input
     rotated: int = 0  # rotated queries and keys are stored times 2^-rotated each
-
-    @property
-    def values(self) -> int:
-        """Values are stored times 2^-values."""
-        return self.mark[1]
 
 
 class ScaledAttention(CentredKeys, Scaled):
@@ -69,17 +65,17 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
         claim_cache(attention, cache, STOCK, marks_last)
         return None
     keep_constants_at(attention, hidden_states.device)
-    ranges, centre = attention.ranges, None if is_sink(cache) else attention.centre
+    ranges, centre = attention.ranges, None if is_sink(type(cache)) else attention.centre
     if matmul_dtype(attention, hidden_states) != torch.float16:  # bfloat16 has the range
         ranges = Ranges(rotated=ranges.rotated)
-    own = (0 if centre is None else centre.version, ranges.values)
+    own = own_mark(centre, ranges)
     mark = claim_cache(attention, cache, own, marks_last)
     if mark == STOCK != own:
         if ranges.rotated:  # stock's keys are not scaled
             raise ForeignCacheError(MIXED.format(attention.layer_idx))
         centre = None
     split = None if centre is None else fitting_split(attention, cache, centre.split)
-    return Form(None if centre is None else centre.shift, split, mark, ranges.input, ranges.rotated)
+    return Form(None if centre is None else centre.shift, split, mark, mark[1], ranges.input, ranges.rotated)
 
 
 def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
@@ -104,8 +100,6 @@ def matmul_dtype(attention: Any, hidden_states: Tensor) -> torch.dtype:
 def keep_constants_at(attention: Any, device: torch.device) -> None:
     """Moves the constants of an attention to where it runs: a tool may have moved weights one by one, past `_apply`."""
     centre, factor = attention.centre, attention.factor
-    if device.type == "meta":
-        return
     if centre is not None and centre.shift.device != device:
         attention.keep_centre(centre, device)
     if factor is not None and factor.device != device:

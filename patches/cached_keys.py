@@ -12,7 +12,7 @@ def tensor_of(cache: Any, layer: int) -> Any:
     if layers is None:  # up to 4.53
         layers = getattr(cache, "key_cache", [])
     found: Any = layers[layer] if layer < len(layers) else None
-    keys = getattr(found, "keys", None)
+    keys = found if isinstance(found, Tensor) else getattr(found, "keys", None)
     return keys if isinstance(keys, Tensor) and keys.dim() == 4 else found
 
 
@@ -65,6 +65,9 @@ def has_plain_tensors(kind: type) -> bool:
 has_plain_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_sink(cache: Any) -> bool:
-    """Whether a cache rotates its keys again later, and a centre with them: SinkCache does, up to 4.52."""
-    return any(kind.__name__ == "SinkCache" for kind in type(cache).__mro__)
+def is_sink(kind: type) -> bool:
+    """Whether a cache of this class rotates its keys again later, and a centre with them: SinkCache does, up to 4.52."""
+    return any(base.__name__ == "SinkCache" for base in kind.__mro__)
+
+
+is_sink._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's compiler before 2.6 knows no names

@@ -76,6 +76,8 @@ def loaded_bias(projection: nn.Module) -> Tensor | None:
     if bias.is_meta:
         waiting = getattr(getattr(linear, "_hf_hook", None), "weights_map", None)  # accelerate's
         return None if waiting is None else waiting["bias"]
+    if type(bias) in (Tensor, nn.Parameter):  # torch's compiler before 2.6 cannot ask a tensor for a method
+        return bias
     return bias.to_local() if hasattr(bias, "to_local") else bias
 
 

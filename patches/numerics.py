@@ -3,6 +3,7 @@
 Notation in shapes: B batch, H query heads, G key heads (H is a multiple of G), Q queries, K keys, D head_dim.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -92,10 +93,40 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     hidden_states (..., hidden) and weight (hidden,), any float dtype; returns (..., hidden) in `out_dtype`.
     """
     hidden_states = hidden_states.float()
-    if not runs_on_cpu(hidden_states):  # one kernel there, if torch has it for the device
+    if has_fused_norm(device_of(hidden_states)):
         return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight.float(), eps).to(out_dtype)
     length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-    return (hidden_states * torch.rsqrt(length.square() / weight.numel() + eps) * weight).to(out_dtype)
+    keeps_nothing = type(hidden_states) is Tensor and may_reuse_memory()
+    epsilon = constant(eps, hidden_states.device) if keeps_nothing else length.new_full((), eps)
+    mean_square = torch.addcmul(epsilon, length, length, value=1 / weight.numel())
+    if not keeps_nothing:
+        return (hidden_states * mean_square.rsqrt() * weight).to(out_dtype)
+    normed = hidden_states * mean_square.rsqrt_()
+    if runs_on_cpu(normed) or device_of(normed) not in ONE_KERNEL:
+        return normed.mul_(weight).to(out_dtype)
+    return torch.mul(normed, weight, out=torch.empty_like(normed, dtype=out_dtype))
+
+
+def has_fused_norm(device_type: str) -> bool:
+    """Whether torch has one kernel for F.rms_norm on such devices: for CUDA from 2.9 on. Elsewhere that runs in parts.
+
+    2.8 has the operator, and for no device a kernel of it. Compilers get the parts, which they fuse themselves.
+    """
+    return not torch.compiler.is_compiling() and _has_kernel("aten::_fused_rms_norm", device_type.upper())
+
+
+@functools.lru_cache
+def _has_kernel(operator: str, key: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    except RuntimeError:  # this torch has no such operator, or no such devices
+        return False
+
+
+@functools.lru_cache
+def constant(value: float, device: torch.device) -> Tensor:
+    """A number in fp32 on a device, without dimensions; made once, since making it is a kernel."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:

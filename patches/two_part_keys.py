@@ -34,12 +34,8 @@ class Split(NamedTuple):
     """The split pairs of an attention layer: as many in each head."""
 
     channels: Tensor  # (1, H + G, 1, 2n), integers: of each query head, then of each key head
+    extra: int  # channels behind the D of a head, 4n; a field, since torch's compiler before 2.8 takes no property
     left: int  # pairs of one head, at most, that ask to be split and are not
-
-    @property
-    def extra(self) -> int:
-        """Channels behind the D of a head."""
-        return 2 * self.channels.shape[-1]
 
 
 def choose_pairs(key_bias: Tensor, query_bias: Tensor, rest: Tensor) -> Split | None:
@@ -60,7 +56,7 @@ def choose_pairs(key_bias: Tensor, query_bias: Tensor, rest: Tensor) -> Split | 
     pairs = weight.topk(count).indices.sort().values
     channels = torch.cat((pairs, pairs + weight.shape[-1]), -1)
     by_head = torch.cat((channels.repeat_interleave(len(query_bias) // groups, 0), channels))
-    return Split(by_head.view(1, len(by_head), 1, -1), max(0, asked - count))
+    return Split(by_head.view(1, len(by_head), 1, -1), 4 * count, max(0, asked - count))
 
 
 def pick(heads: Tensor, channels: Tensor) -> Tensor:
@@ -74,7 +70,7 @@ def upper(exact: Tensor, dtype: torch.dtype) -> Tensor:
     A compiler takes `exact.to(dtype).float()` for `exact` and would lose every lower part. So compiled code rounds the
     bits, to the nearest and from the middle to even, as `to` does. Gradients pass as if nothing were rounded.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or dtype not in DROPPED_BITS:
         return exact.to(dtype).float()
     dropped = DROPPED_BITS[dtype]
     bits = exact.detach().view(torch.int32)

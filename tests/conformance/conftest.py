@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
+from qwen2_fp16_fix.patches import numerics
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +19,14 @@ def as_in_any_order() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     qwen2_fp16_fix.unregister()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which a fixed model rounds: a CPU's and a GPU's, whose kernels take operands in 16 bit.
+
+    The second is computed here on a CPU. What it cannot show is what a GPU's own kernels do.
+    """
+    monkeypatch.setattr(numerics, "runs_on_cpu", lambda tensor: request.param == "cpu")
+    chosen: str = request.param
+    return chosen

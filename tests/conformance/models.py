@@ -16,6 +16,7 @@ from tests.helpers import kl_to
 from tests.stress import KINDS, TINY, build, random_prompt
 
 RELEASE = Version(Version(transformers.__version__).base_version)
+TORCH = Version(Version(torch.__version__).base_version)
 CACHE = "cache" if RELEASE >= Version("5.24") else "past_key_values"  # what a model calls its cache
 DTYPE = "dtype" if RELEASE >= Version("4.56") else "torch_dtype"  # what from_pretrained calls it
 #: Every published magnitude at once, but for the two that cost accuracy instead of range.
@@ -51,6 +52,15 @@ def kl(oracle: torch.Tensor, found: torch.Tensor) -> float:
     """Mean over tokens of KL(oracle || found) in nats; both are logits (…, vocabulary) and must be finite."""
     assert torch.isfinite(found).all()
     return kl_to(oracle, found)
+
+
+def static_cache(model: Any, batch: int = 2, length: int = 64) -> Any:
+    """An empty StaticCache for `model`. Releases up to 4.55 fix its shape here."""
+    sizes: dict[str, Any] = {"config": model.config, "max_cache_len": length}
+    if RELEASE < Version("4.56"):
+        name = "batch_size" if RELEASE < Version("4.46") else "max_batch_size"
+        sizes |= {name: batch, "device": "cpu", "dtype": model.dtype}
+    return transformers.StaticCache(**sizes)
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from tests.conformance.models import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
 from tests.stress import TINY
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 STRESS = ("scores", "residual")
 CACHES: tuple[dict[str, Any], ...] = ({},) if RELEASE < Version("4.45") else ({}, {"cache_implementation": "static"})
 

@@ -11,6 +11,8 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import cache_origin
 from tests.conformance.models import ATTENTIONS, CACHE, CLOSE, PROMPT, RELEASE, Version, fixed_half, kl, logits, stress
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 FIRST = 16  # tokens of the prompt that go into the cache before it is rebuilt
 
 

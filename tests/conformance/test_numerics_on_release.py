@@ -23,6 +23,8 @@ from tests.conformance.models import (
 )
 from tests.stress import KINDS, ROPE_THETA, TINY, random_prompt
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kinds", [(), *STRESSES], ids="+".join)
