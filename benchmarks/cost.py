@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from qwen2_fp16_fix.patches import numerics
 
@@ -32,6 +32,7 @@ from .counting_rules import (
 aten = torch.ops.aten
 #: Operators whose last two arguments are the factors of a product in their dtype.
 MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+CONSTANT = numerics.constant
 #: Calls that read a result on the host. On the CPU no operator shows it.
 HOST_READS = {"tolist", "numpy", "cpu", "__array__"}
 
@@ -93,14 +94,18 @@ def difference(left: Counter[Any], right: Counter[Any]) -> Counter[Any]:
     return Counter({key: left[key] - right[key] for key in {*left, *right} if left[key] != right[key]})
 
 
-def cost_of(run: Callable[[], Any], compute: bool = True) -> Cost:
+def cost_of(run: Callable[[], Any], compute: bool = True, fused_norm: bool = True) -> Cost:
     """What `run` asks of a GPU, without autograd, and run on one or not.
 
-    Without `compute`, matmuls give zeros at once, which makes 7B quick.
+    Without `compute`, matmuls give zeros at once, which makes 7B quick. fused_norm: whether torch has one kernel for an
+    RMSNorm there, as it has for CUDA from 2.9 on.
     """
     launches = Launches(compute)
     calls = Calls(launches)
-    with mock.patch.object(numerics, "runs_on_cpu", never), torch.no_grad(), calls, launches:
+    gpu = mock.patch.multiple(
+        numerics, runs_on_cpu=never, has_fused_norm=lambda device_type: fused_norm, constant=uncounted
+    )
+    with gpu, torch.no_grad(), calls, launches:
         run()
     return Cost(launches.launches, launches.syncs + calls.syncs, launches.held.peak)
 
@@ -108,6 +113,12 @@ def cost_of(run: Callable[[], Any], compute: bool = True) -> Cost:
 def never(tensor: Tensor) -> bool:
     """Stands for `runs_on_cpu`. (A Mock would keep every tensor it is asked about, and they count.)"""
     return False
+
+
+def uncounted(value: float, device: torch.device) -> Tensor:
+    """Stands for `constant`, which makes a number the first time only: it is no part of what each run costs."""
+    with _disable_current_modes():
+        return CONSTANT(value, device)
 
 
 class Calls(TorchFunctionMode):

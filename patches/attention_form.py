@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from .cached_keys import is_sink, stored_width
-from .caches import MIXED, STOCK, Mark, claim_cache
+from .caches import MIXED, STOCK, Mark, claim_cache, own_mark
 from .errors import ForeignCacheError
 from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
@@ -68,7 +68,7 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
     ranges, centre = attention.ranges, None if is_sink(type(cache)) else attention.centre
     if matmul_dtype(attention, hidden_states) != torch.float16:  # bfloat16 has the range
         ranges = Ranges(rotated=ranges.rotated)
-    own = (0 if centre is None else centre.version, ranges.values)
+    own = own_mark(centre, ranges)
     mark = claim_cache(attention, cache, own, marks_last)
     if mark == STOCK != own:
         if ranges.rotated:  # stock's keys are not scaled
@@ -100,8 +100,6 @@ def matmul_dtype(attention: Any, hidden_states: Tensor) -> torch.dtype:
 def keep_constants_at(attention: Any, device: torch.device) -> None:
     """Moves the constants of an attention to where it runs: a tool may have moved weights one by one, past `_apply`."""
     centre, factor = attention.centre, attention.factor
-    if device.type == "meta":
-        return
     if centre is not None and centre.shift.device != device:
         attention.keep_centre(centre, device)
     if factor is not None and factor.device != device:

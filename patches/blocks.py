@@ -30,6 +30,7 @@ from .numerics import (
 from .overflow import OverflowWatch
 from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
 from .scaling import Scaled, casts_to_float16, holds_float16, linear_by_token, scaled_linear
+from .symbolic import as_one_node, is_symbolic
 
 
 class RMSNorm(nn.Module):
@@ -51,6 +52,9 @@ class RMSNorm(nn.Module):
         vLLM takes a forward with one parameter for a norm and replaces it by its own, which would pass the fp32
         residual on unrounded. The second parameter prevents that: tests/patches/test_engine_rules.py, `broken_by_norm`.
         """
+        if is_symbolic(hidden_states):
+            node: Tensor = as_one_node(self, hidden_states, out_dtype)
+            return node
         weight = self.weight
         if weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
             stock: Tensor = super().forward(hidden_states)
@@ -76,7 +80,7 @@ class DecoderLayer(nn.Module):
     plan: Plan | None = None
     plan_due = False  # whether the next forward makes a plan
     traced = False  # whether a compiler has traced this layer
-    rotary: Any  # the model's rotary embedding; kept in __dict__, so it is no submodule of the layer
+    rotary: Any = None  # the model's rotary embedding; kept in __dict__, so it is no submodule of the layer
     watch: OverflowWatch  # over the model's last hidden state; no submodule either
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +88,8 @@ class DecoderLayer(nn.Module):
 
         vLLM refuses a layer that does not pass **kwargs on: tests/patches/test_engine_rules.py, `broken_by_layer`.
         """
+        if is_symbolic(hidden_states):
+            return as_one_node(self, hidden_states, *args, **kwargs)
         settle_plan(self)
         output = super().forward(promote_residual(hidden_states), *args, **kwargs)
         watch_for_backward(self, output)
@@ -217,6 +223,9 @@ class RotaryEmbedding(nn.Module):
 
         Stock computes angles by a matmul, at least up to 5.17. TF32 rounds its operands: position 16,001 to 16,000.
         """
+        if is_symbolic(x):
+            node: tuple[Tensor, Tensor] = as_one_node(self, x, position_ids)
+            return node
         if is_full_precision(x):
             stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)
             return stock
@@ -232,15 +241,16 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
         """Follows `.to(device)` but not a cast: `.half()` would round the frequencies and turn far positions wrong."""
+        rounded: dict[str, Tensor] = self.__dict__.setdefault("rounded", {})
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, exact in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != exact.dtype:
-                self.rounded[name] = after
+                rounded[name] = after
                 self._buffers[name] = exact.to(after.device)
-            elif name in self.rounded:
-                self.rounded[name] = fn(self.rounded[name])
+            elif name in rounded:
+                rounded[name] = fn(rounded[name])
         return self
 
     def on_fixed(self, stock: type[nn.Module]) -> None:

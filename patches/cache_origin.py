@@ -59,15 +59,16 @@ def note_tracing() -> bool:
 note_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while Dynamo traces, not in the graph
 
 
-def look_ours(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool, scaled: bool) -> bool:
+def look_ours(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool, differs: bool) -> bool:
     """Whether the keys in a cache without marks look like this model's, and not like a stock model's.
 
-    scaled: whether this model would scale its values. If not, and its centre is too short to matter, both are alike.
+    differs: whether this model stores more than the centre in another way than stock: exponents, pairs in two parts. If
+    not, and its centre is too short to matter, both are alike.
     """
     along, centre, size = measure(cache, witnesses)
-    if size == 0 and (not scaled or is_blank(cache)):
+    if size == 0 and (not differs or is_blank(cache)):
         return True
-    if centre <= size * SHORT**2 and not scaled:
+    if centre <= size * SHORT**2 and not differs:
         return False
     is_told = size > 0 and centre >= size * LONG
     if is_told and abs(along - centre) <= NEAR * centre:

@@ -14,11 +14,13 @@ from .cached_keys import is_emptied, stored_keys
 from .errors import ForeignCacheError
 from .swap import layers_of
 
-MARKS = "qwen2_fp16_keys"  # of a cache: layer to the mark of its keys
+MARKS = "qwen2_fp16_marks"  # of a cache: layer to the mark of its keys
+MARKS_BEFORE = "qwen2_fp16_centred"  # up to 0.1.1: layer to whether its keys are centred; values were not scaled
 TOLD = "told"  # beside them: whether the keys without a mark are this model's, once they were looked at
 
-#: The version of the centre that the keys of a layer have (0: none), and the exponent of its values, which are stored
-#: times 2^-exponent. A plain tuple, so that a pickled cache needs no class of this file.
+#: What the keys of a layer are stored by: the version of their centre (0: none) and their own exponent, as one number.
+#: And the exponent of its values, which are stored times 2^-exponent. A plain tuple, so that a pickled cache needs no
+#: class of this file.
 Mark = tuple[int, int]
 STOCK: Mark = (0, 0)
 
@@ -104,12 +106,15 @@ def mark_of_keys(attention: Any, cache: Any, marks: dict[Any, Any], own: Mark, m
         return own
     if hasattr(keys, MARKS):
         return getattr(keys, MARKS)  # type: ignore[no-any-return]
-    scaled = own[1] != 0
-    is_ours = marks.get((TOLD, scaled))
+    before = getattr(cache, MARKS_BEFORE, {}).get(attention.layer_idx)
+    if before is not None:
+        return (own[0], 0) if before else STOCK
+    differs = (own[1], attention.ranges.rotated, keys.shape[-1]) != (0, 0, attention.head_dim)
+    is_ours = marks.get((TOLD, differs))
     if is_ours is None:
         witnesses = tuple(attention.witnesses.values())
-        is_ours = not is_learned_prefix() and look_ours(cache, witnesses, marks_last, scaled)
-        marks[TOLD, scaled] = is_ours
+        is_ours = not is_learned_prefix() and look_ours(cache, witnesses, marks_last, differs)
+        marks[TOLD, differs] = is_ours
     return own if is_ours else STOCK
 
 
@@ -127,9 +132,9 @@ def mark_cache(base: Any, cache: Any, centred: bool) -> None:
         )
     marks = cache.__dict__.setdefault(MARKS, {})
     for attention in attentions:
-        marks[attention.layer_idx] = own_mark(attention) if centred else STOCK
+        marks[attention.layer_idx] = own_mark(attention.centre, attention.ranges) if centred else STOCK
 
 
-def own_mark(attention: Any) -> Mark:
-    """What an attention marks an empty cache with when it runs in float16."""
-    return (0 if attention.centre is None else attention.centre.version, attention.ranges.values)
+def own_mark(centre: Any, ranges: Any) -> Mark:
+    """What an attention with this centre, or None, and these exponents marks an empty cache with."""
+    return ((0 if centre is None else centre.version) ^ 2 * ranges.rotated, ranges.values)  # versions are odd

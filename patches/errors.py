@@ -11,6 +11,7 @@ With the exit code of the command line, 1 for a finding, 2 for wrong usage, 3 fo
     ├── ForeignCacheError            3
     ├── ShardedRangeError            3
     ├── RegistrationError            3
+    ├── SymbolicTraceError           3
     └── LockError                    1
         └── LockFileError            2
 
@@ -66,6 +67,10 @@ class ShardedRangeError(Qwen2FP16FixError):
 
 class RegistrationError(Qwen2FP16FixError):
     """transformers did not take the fixed class: a look-up after registering still returns another one."""
+
+
+class SymbolicTraceError(Qwen2FP16FixError):
+    """torch.fx traces a fixed part, and no node can run it."""
 
 
 class LockError(Qwen2FP16FixError):

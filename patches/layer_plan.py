@@ -73,9 +73,9 @@ def can_scale_input(layer: Any, owner: str) -> bool:
 
 def keep_ranges(layer: Any, exponents: Exponents) -> None:
     """Gives attention and MLP the exponents that stay when a plan ends."""
-    device = module_at(layer, LAST_LINEAR).weight.device
     if can_scale_input(layer, ATTENTION):
         ranges = Ranges(exponents.input_norm, exponents.o_proj, exponents.rotated)
+        device = module_at(layer, next(iter(QWEN2.norms()))).weight.device  # some quantised linears have no weight
         getattr(layer, ATTENTION).keep_ranges(ranges, device)
     if can_scale_input(layer, MLP):
         getattr(layer, MLP).keep_input_exponent(exponents.post_norm)

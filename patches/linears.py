@@ -8,6 +8,7 @@ called as it is: then the bias is rounded with the product, as in stock.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,42 +119,69 @@ def project_exactly(
     """projection(hidden_states), in fp32 with an unrounded bias if the projection can be split.
 
     hidden_states (B, S, columns) in fp32 or the dtype of the matmul. exponent: the product is computed of 2^-exponent
-    times the input and scaled back in fp32, where it may pass float16's range. Hooks get what stock's would; so does a
-    module that cannot be split, whose output is then rounded to float16 with its bias.
+    times the input and scaled back in fp32, where it may pass float16's range; hooks then get it in fp32. A module that
+    cannot be split is called as it is: its output, with its bias, is then rounded as stock's.
     scaled: `scaled_down(hidden_states, exponent)`, for a caller that has it.
     """
     bias = loaded_bias(projection)
-    if (bias is not None or exponent) and is_separable(projection):
-        if exponent and scaled is None:
-            scaled = scaled_down(hidden_states, exponent)
-        return unscaled(product_of(projection, hidden_states if scaled is None else scaled), bias, exponent)
-    shown = hidden_states.to(torch.float16) if exponent else hidden_states  # as stock's norm returns it
-    if (bias is not None or exponent) and is_only_hooked(projection):
-        return with_hooks(projection, shown, bias, hidden_states, exponent)
-    whole: Tensor = projection(shown)
+    if exponent:
+        return project_scaled(projection, hidden_states, bias, exponent, scaled)
+    if bias is not None and is_separable(projection):
+        product = product_of(projection, hidden_states)
+        return product + bias.to(product.device).float()
+    if bias is not None and is_only_hooked(projection) and not torch.is_inference_mode_enabled():
+        return with_hooks(projection, hidden_states, bias)
+    whole: Tensor = projection(hidden_states)
     return whole
 
 
-def unscaled(product: Tensor, bias: Tensor | None, exponent: int) -> Tensor:
+def project_scaled(
+    projection: nn.Module, hidden_states: Tensor, bias: Tensor | None, exponent: int, scaled: Tensor | None
+) -> Tensor:
+    """`project_exactly` with an exponent."""
+    if is_separable(projection):
+        known = scaled_down(hidden_states, exponent) if scaled is None else scaled
+        return scaled_back(product_of(projection, known), bias, exponent)
+    if is_only_hooked(projection):
+
+        def forward(read: Tensor) -> Tensor:
+            known = scaled if scaled is not None and read is hidden_states else scaled_down(read, exponent)
+            return scaled_back(product_of(projection, known), bias, exponent)
+
+        hooked: Tensor = stand_in(projection, forward)(hidden_states)
+        return hooked
+    whole: Tensor = projection(hidden_states.to(torch.float16))  # a wide norm's output is fp32
+    return whole
+
+
+def scaled_back(product: Tensor, bias: Tensor | None, exponent: int) -> Tensor:
     """2^exponent · product + bias, in fp32."""
-    exact = product.float() * 2.0**exponent if exponent else product
+    exact = product.float() * 2.0**exponent
     return exact if bias is None else exact + bias.to(product.device).float()
 
 
 def is_only_hooked(projection: nn.Module) -> bool:
-    """Whether a plain linear has hooks on its own forward and no others, so that `with_hooks` can serve them."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not is_plain(projection):
+    """Whether a plain linear has hooks on its own forward and no others, so that a stand-in can serve them."""
+    if torch.compiler.is_compiling() or not is_plain(projection):
         return False
     everywhere = nn.modules.module
     beyond = projection._backward_hooks or projection._backward_pre_hooks
     return not beyond and not any(getattr(everywhere, f"_global_{name}") for name in WATCHERS)
 
 
-def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor | None, whole_input: Tensor, exponent: int) -> Tensor:
+def stand_in(linear: Any, forward: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A module with the hooks of a linear and another forward. The hooks get the linear itself."""
+    own: dict[str, Any] = {**linear.__dict__, "forward": forward}
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        own[hooks] = {key: functools.partial(call_hook, hook, linear) for key, hook in own[hooks].items()}
+    made: nn.Module = with_attributes(nn.Module, own)
+    return made
+
+
+def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor) -> Tensor:
     """linear(hidden_states) with its hooks; exact wherever the hooks have not changed its output.
 
     So a hook that only reads changes no number. Gradients go through the output that the hooks got.
-    whole_input: hidden_states before they were rounded for the hooks; exponent: see `project_exactly`.
     """
     shown: list[Tensor] = []
 
@@ -162,24 +190,15 @@ def with_hooks(linear: Any, hidden_states: Tensor, bias: Tensor | None, whole_in
         shown.extend((hidden_states, output.detach().clone()))
         return output
 
-    own: dict[str, Any] = {**linear.__dict__, "forward": forward}
-    for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # they get the linear itself, not its stand-in
-        own[hooks] = {key: functools.partial(call_hook, hook, linear) for key, hook in own[hooks].items()}
-    whole: Tensor = with_attributes(nn.Module, own)(hidden_states)
-    read, kept = shown
+    whole: Tensor = stand_in(linear, forward)(hidden_states)
+    hidden_states, kept = shown
     is_simple = type(whole) is Tensor and type(linear.weight) in (nn.Parameter, Tensor)
     if not is_simple or (whole.shape, whole.dtype) != (kept.shape, kept.dtype):
         return whole  # an output that a hook has made, or a shard's
-    given = whole_input if read is hidden_states else read
-    with torch.set_grad_enabled(exponent > 0 and torch.is_grad_enabled()):
-        product = nn.functional.linear(scaled_down(given, exponent) if exponent else given, linear.weight)
-        unchanged = (whole == kept) | (whole.isnan() & kept.isnan())
-        exact = torch.where(unchanged, unscaled(product, bias, exponent), whole.float())
-    if not whole.requires_grad:
-        return exact
-    through_hooks = exact.detach() + (whole.float() - whole.detach().float())
-    # The hooks got an infinity where only the scaled product is finite: nothing comes back through that.
-    return torch.where(whole.isfinite(), through_hooks, exact) if exponent else through_hooks
+    with torch.no_grad():
+        exact = nn.functional.linear(hidden_states, linear.weight) + bias.to(hidden_states.device).float()
+        exact = torch.where(whole == kept, exact, whole.float())
+    return exact + (whole.float() - whole.detach().float()) if whole.requires_grad else exact
 
 
 def call_hook(hook: Any, module: nn.Module, view: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from .architecture import Architecture  # noqa: F401
 from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .attention_form import claim_keys  # noqa: F401
+from .autograd import backward_through  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .cache_origin import Witness  # noqa: F401
 from .cached_keys import stored_keys  # noqa: F401
@@ -42,6 +43,7 @@ from .scaling import Scaled  # noqa: F401
 from .sdpa import sdpa_attention  # noqa: F401
 from .structure import check_structure
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
+from .symbolic import is_symbolic  # noqa: F401
 from .two_part_keys import Split  # noqa: F401
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45

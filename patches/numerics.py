@@ -3,10 +3,14 @@
 Notation in shapes: B batch, H query heads, G key heads (H is a multiple of G), Q queries, K keys, D head_dim.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .autograd import backward_through, is_recorded, is_transformed
+from .symbolic import is_symbolic, refuse
 
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
 #: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
@@ -21,10 +25,13 @@ def autocast_device(device_type: str) -> str:
     """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
 
     Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
-    autocast knows, unless the model has no weights.
+    autocast knows, unless the model has no weights. Every fixed part comes here first, so that a part that torch.fx
+    traces into is refused here.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type
+    if is_symbolic(device_type):
+        refuse()
     return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
 
 
@@ -62,7 +69,7 @@ def runs_on_cpu(tensor: Tensor) -> bool:
 def may_reuse_memory(*modules: nn.Module) -> bool:
     """Whether the caller may write over what these modules return: no autograd, compiler or hook keeps it."""
     everywhere = nn.modules.module
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.is_grad_enabled() or is_recorded() or is_transformed():
         return False
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return False
@@ -86,10 +93,40 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
     hidden_states (..., hidden) and weight (hidden,), any float dtype; returns (..., hidden) in `out_dtype`.
     """
     hidden_states = hidden_states.float()
-    if not runs_on_cpu(hidden_states):  # one kernel there, if torch has it for the device
+    if has_fused_norm(device_of(hidden_states)):
         return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight.float(), eps).to(out_dtype)
     length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-    return (hidden_states * torch.rsqrt(length.square() / weight.numel() + eps) * weight).to(out_dtype)
+    keeps_nothing = type(hidden_states) is Tensor and may_reuse_memory()
+    epsilon = constant(eps, hidden_states.device) if keeps_nothing else length.new_full((), eps)
+    mean_square = torch.addcmul(epsilon, length, length, value=1 / weight.numel())
+    if not keeps_nothing:
+        return (hidden_states * mean_square.rsqrt() * weight).to(out_dtype)
+    normed = hidden_states * mean_square.rsqrt_()
+    if runs_on_cpu(normed) or device_of(normed) not in ONE_KERNEL:
+        return normed.mul_(weight).to(out_dtype)
+    return torch.mul(normed, weight, out=torch.empty_like(normed, dtype=out_dtype))
+
+
+def has_fused_norm(device_type: str) -> bool:
+    """Whether torch has one kernel for F.rms_norm on such devices: for CUDA from 2.9 on. Elsewhere that runs in parts.
+
+    2.8 has the operator, and for no device a kernel of it. Compilers get the parts, which they fuse themselves.
+    """
+    return not torch.compiler.is_compiling() and _has_kernel("aten::_fused_rms_norm", device_type.upper())
+
+
+@functools.lru_cache
+def _has_kernel(operator: str, key: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    except RuntimeError:  # this torch has no such operator, or no such devices
+        return False
+
+
+@functools.lru_cache
+def constant(value: float, device: torch.device) -> Tensor:
+    """A number in fp32 on a device, without dimensions; made once, since making it is a kernel."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -185,7 +222,8 @@ def grouped_attention(
     query (B, H, Q, D), key and value (B, G, K, D); mask as `widen_mask` returns it, or None to mask nothing.
     Returns the output (B, H, Q, D), not yet rounded on a CPU, and the weights (B, H, Q, K) in the dtype of `value`.
     Product, scale, mask and softmax are fp32, with autocast too. The weights are rounded for the product with `value`.
-    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32.
+    On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32. Everywhere a backward
+    through the output reaches the weights that are returned.
     """
     device = autocast_device(query.device.type)
     if torch.is_autocast_enabled(device):
@@ -209,6 +247,7 @@ def grouped_attention(
         exact = torch.nn.functional.dropout(exact, dropout)
     weights = exact.to(value.dtype)
     if runs_on_cpu(value):
+        exact = backward_through(weights, exact)
         output = exact.view(*grouped, keys) @ value.float().flatten(0, 1)
     else:
         output = weights.view(*grouped, keys) @ value.flatten(0, 1)
@@ -220,7 +259,8 @@ def softmax(scores: Tensor) -> Tensor:
 
     On devices that IN_PLACE does not name it takes new memory: no kernel there is known to write over its input.
     """
-    if scores.requires_grad or torch.compiler.is_compiling() or device_of(scores) not in IN_PLACE:
+    kept = scores.requires_grad or torch.compiler.is_compiling() or is_transformed()
+    if kept or device_of(scores) not in IN_PLACE:
         return torch.softmax(scores, dim=-1)
     return torch.softmax(scores, dim=-1, out=scores)
 

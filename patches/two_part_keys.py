@@ -70,7 +70,7 @@ def upper(exact: Tensor, dtype: torch.dtype) -> Tensor:
     A compiler takes `exact.to(dtype).float()` for `exact` and would lose every lower part. So compiled code rounds the
     bits, to the nearest and from the middle to even, as `to` does. Gradients pass as if nothing were rounded.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or dtype not in DROPPED_BITS:
         return exact.to(dtype).float()
     dropped = DROPPED_BITS[dtype]
     bits = exact.detach().view(torch.int32)

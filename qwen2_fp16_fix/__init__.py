@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         RegistrationError,
         ShardedRangeError,
         StalePlanWarning,
+        SymbolicTraceError,
         UnsupportedTransformersError,
         UntestedTransformersWarning,
     )
@@ -80,6 +81,7 @@ __all__ = [
     "HalfPrecisionScoresError",
     "RegistrationError",
     "ShardedRangeError",
+    "SymbolicTraceError",
     "CheckpointError",
     "VerificationError",
     "ExportError",

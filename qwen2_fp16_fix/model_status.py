@@ -1,7 +1,7 @@
 """The status: installed versions, registered Auto classes, and the parts of a model that are fixed."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,9 @@ class LayerStatus(Record):
     """How a fixed layer keeps its numbers in range.
 
     An exponent is that of the layer's plan, "by token" without a plan, or "not scaled": o_proj under flash attention
-    before 4.48. Keys are "centred"; "centred, bias rounded before", if a query or key projection has a hook, a forward
-    of its own or an unknown class, or is called by stock's code; or "not centred", if the bias could not be read or an
-    adapter changes it.
+    before 4.48. Those of the inputs and of rotated queries and keys stay when a plan ends. Keys are "centred";
+    "centred, bias rounded before", if a query or key projection has a hook, a forward of its own or an unknown class,
+    or is called by stock's code; or "not centred", if the bias could not be read or an adapter changes it.
     """
 
     layer: int
@@ -44,10 +44,15 @@ class LayerStatus(Record):
     pairs_in_two_parts: int = 0  # of each key head: rotary pairs that turn and are stored as two float16 numbers
     pairs_left: int = 0  # of a key head: pairs that ask for it and are not, in the last forward
     why_left: str | None = None
+    input_norm: int = 0  # the exponent of what q_proj, k_proj and v_proj read
+    post_norm: int = 0  # the exponent of what gate_proj and up_proj read
+    rotated: int = 0  # the exponent of rotated queries and keys
 
     def summary(self) -> str:
         """The layer in one line."""
-        found = f"mlp {self.mlp}, o_proj {self.o_proj}, keys {self.keys}"
+        others = {name: getattr(self, name) for name in ("input_norm", "post_norm", "rotated")}
+        exponents = "".join(f", {name} {exponent}" for name, exponent in others.items() if exponent)
+        found = f"mlp {self.mlp}, o_proj {self.o_proj}{exponents}, keys {self.keys}"
         if self.pairs_in_two_parts:
             found += f", {self.pairs_in_two_parts} pairs in two parts"
         return f"{found}, {self.pairs_left} pairs not in two parts: {self.why_left}" if self.pairs_left else found
@@ -262,8 +267,20 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
                 mlp, o_proj = layer.mlp.exponent, getattr(layer.self_attn, "exponent", "not scaled")
                 state = form.key_state(layer.self_attn)  # a string in exports up to 0.1.1
                 keys = (state,) if isinstance(state, str) else state
-                found.append(LayerStatus(index, _named(mlp), _named(o_proj), *keys))
+                row = LayerStatus(index, _named(mlp), _named(o_proj), *keys)
+                found.append(with_kept_exponents(row, layer))
     return found
+
+
+def with_kept_exponents(row: LayerStatus, layer: Any) -> LayerStatus:
+    """The row with the exponents that stay when a plan ends. Layers of exports up to 0.1.1 have none."""
+    ranges = getattr(layer.self_attn, "ranges", None)
+    return replace(
+        row,
+        input_norm=getattr(ranges, "input", 0),
+        post_norm=getattr(layer.mlp, "input_exponent", 0),
+        rotated=getattr(ranges, "rotated", 0),
+    )
 
 
 def _named(exponent: int | str | None) -> int | str:

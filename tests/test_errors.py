@@ -25,6 +25,7 @@ EXIT_CODES = {
     "RegistrationError": 3,
     "ScanError": 2,
     "ShardedRangeError": 3,
+    "SymbolicTraceError": 3,
     "UnsupportedTransformersError": 3,
     "VerificationError": 2,
 }

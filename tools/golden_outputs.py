@@ -21,12 +21,12 @@ RECORD = ROOT / "tests" / "numerics.json"
 
 sys.path.insert(0, str(ROOT))
 from qwen2_fp16_fix.patches import linears as projections  # noqa: E402
-from qwen2_fp16_fix.patches import numerics, range_bounds, range_plan, scaling  # noqa: E402
+from qwen2_fp16_fix.patches import numerics, range_bounds, range_plan, scaling, two_part_keys  # noqa: E402
 from qwen2_fp16_fix.patches.version_map import NUMERICS  # noqa: E402
 
 HALF = torch.float16
 WHAT_TO_DO = (
-    "If the arithmetic has changed, raise NUMERICS in patches/version_map.py and the major version, and say so in "
+    "If the arithmetic has changed, raise NUMERICS in patches/version_map.py and the major version (before 1.0 the minor one), and say so in "
     "CHANGELOG.md; if it has not, or once you have, record it with `python tools/golden_outputs.py`."
 )
 
@@ -47,7 +47,7 @@ def outputs(backwards: bool = False) -> dict[str, Tensor]:
     """What the arithmetic gives, by name. backwards: with the terms of every sum in the opposite order."""
     return {
         name: output
-        for case in (norm, rotation, masks, attention, product, linears, plan)
+        for case in (norm, rotation, two_parts, masks, attention, product, linears, plan)
         for name, output in case(backwards)
     }
 
@@ -70,6 +70,18 @@ def rotation(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     yield "rotate", numerics.rotate(states, cos, sin)
     yield "rotate and shift", numerics.rotate(states, cos, sin, shift)
     yield "rotate and shift, rounded", numerics.rotate(states, cos, sin, shift).to(HALF)
+
+
+def two_parts(backwards: bool) -> Iterator[tuple[str, Tensor]]:
+    """Keys and queries of 20 bits, whose rounding to 11 bits is never a tie; and which pairs are split."""
+    exact = steps(1, 4, 5, 8, stride=37007, modulus=1000003, dtype=torch.float32) / 4 + 2.0**-5
+    bias, rest = steps(4, 8, stride=5, modulus=23).double(), torch.tensor([0.0, 0.01, 0.5, 2.0], dtype=torch.float64)
+    split = two_part_keys.choose_pairs(bias[:2], bias, rest)
+    assert split is not None
+    yield "choose_pairs", split.channels
+    yield "widened_keys", two_part_keys.widened_keys(exact[:, :2], split.channels[:, 4:], HALF)
+    for name, dtype in (("rounded", HALF), ("not rounded", None)):
+        yield f"widened_queries, {name}", two_part_keys.widened_queries(exact, split.channels[:, :4], dtype)
 
 
 def masks(backwards: bool) -> Iterator[tuple[str, Tensor]]:

@@ -164,4 +164,6 @@ class Watch(TorchFunctionMode):
         if self.on_attention is not None:
             key = key[:, :: key.shape[1] // attention.config.num_key_value_heads]  # stock repeats each key head
             with torch._C.DisableTorchFunction():
+                if rotated := getattr(getattr(attention, "ranges", None), "rotated", 0):  # a fixed layer scales both
+                    query, key = (each.float() * 2.0**rotated for each in (query, key))
                 self.on_attention(Attended(number, query.detach(), key.detach(), float(attention.head_dim) ** -0.5))

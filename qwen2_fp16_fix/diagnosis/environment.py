@@ -1,6 +1,7 @@
 """The environment of a model: other tools that change Qwen2, and settings of torch that change its numbers."""
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -102,6 +103,9 @@ def examine_tools(language: str) -> tuple[list[ToolFacts], list[Remark], list[Re
 
 matmul: Any = torch.backends.cuda.matmul
 cuda: Any = torch.backends.cuda
+backends: Any = torch.backends
+#: What reads it if old and new names for the precision of float32 products have been mixed in a program.
+MIXED = "old and new names mixed"
 
 
 class Setting(NamedTuple):
@@ -111,16 +115,14 @@ class Setting(NamedTuple):
     value: Any  # None if this torch has no such setting
     matters: str  # which promise of a fixed model it touches: "finiteness", "closeness", "stock only" or "no"
     risky: bool = False  # with this value a fixed model could overflow
+    text: str = ""  # the code of its sentence, if that is not the end of its name
 
 
 def settings() -> list[Setting]:
     """Every setting that matters, and some that are often suspected and do not matter."""
-    halved = _value(lambda: cuda.fp16_bf16_reduction_math_sdp_allowed())
-    fallback = _value(lambda: cuda.math_sdp_enabled())
     prefix = "torch.backends.cuda"
     return [
-        Setting(f"{prefix}.allow_fp16_bf16_reduction_math_sdp", halved, "finiteness", risky=bool(halved and fallback)),
-        Setting(f"{prefix}.enable_math_sdp", fallback, "no"),
+        *math_kernel(),
         Setting(
             f"{prefix}.matmul.allow_fp16_accumulation", _value(lambda: matmul.allow_fp16_accumulation), "closeness"
         ),
@@ -134,10 +136,52 @@ def settings() -> list[Setting]:
             _value(lambda: matmul.allow_bf16_reduced_precision_reduction),
             "closeness",
         ),
-        Setting("torch.set_float32_matmul_precision", _value(torch.get_float32_matmul_precision), "closeness"),
-        Setting(f"{prefix}.matmul.allow_tf32", _value(lambda: matmul.allow_tf32), "closeness"),
+        *float32_products(),
         Setting("torch.autocast", autocast_here(), "stock only"),
     ]
+
+
+def math_kernel() -> list[Setting]:
+    """Whether sdpa may take its math kernel, and whether that keeps float16 scores: before torch 2.5 it always does."""
+    reduced, allowed = "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp", "torch.backends.cuda.enable_math_sdp"
+    halved, fallback = (
+        _value(lambda: cuda.fp16_bf16_reduction_math_sdp_allowed()),
+        _value(lambda: cuda.math_sdp_enabled()),
+    )
+    if halved is None:
+        return [Setting(allowed, fallback, "finiteness", risky=bool(fallback), text="setting.math_sdp_before_2_5")]
+    return [
+        Setting(reduced, halved, "finiteness", risky=bool(halved and fallback)),
+        Setting(allowed, fallback, "no"),
+    ]
+
+
+def float32_products() -> list[Setting]:
+    """How float32 products may be rounded: in TF32, which a fixed model does not notice, or in bfloat16, which it does.
+
+    From torch 2.9 on each backend has a name of its own; what is set for all of them is read there, too.
+    """
+    on_cpus = _value(lambda: backends.mkldnn.matmul.fp32_precision)
+    asked = _value(torch.get_float32_matmul_precision)
+    in_bfloat16 = "closeness" if on_cpus == "bf16" or asked == "medium" else "no"
+    return [
+        Setting("torch.set_float32_matmul_precision", MIXED if asked is None else asked, in_bfloat16),
+        Setting("torch.backends.mkldnn.matmul.fp32_precision", on_cpus, in_bfloat16),
+        Setting("torch.backends.cuda.matmul.allow_tf32", _tf32_allowed(), "no"),
+        Setting(
+            "torch.backends.cuda.matmul.fp32_precision",
+            _value(lambda: matmul.fp32_precision),
+            "no",
+            text="setting.cuda_fp32_precision",
+        ),
+        Setting("NVIDIA_TF32_OVERRIDE", os.environ.get("NVIDIA_TF32_OVERRIDE", "unset"), "no"),
+    ]
+
+
+def _tf32_allowed() -> Any:
+    """As torch says, and MIXED where it refuses to."""
+    found = _value(lambda: matmul.allow_tf32)
+    return MIXED if found is None else found
 
 
 def _value(read: Callable[[], Any]) -> Any:
@@ -175,9 +219,10 @@ def examine_settings(
     has_cuda = any(device.kind in ("cuda", "rocm") for device in hardware)
     facts, warnings = [], []
     for item in settings():
-        effect = remark(f"setting.{item.name.rpartition('.')[2]}")
+        effect = remark(item.text or f"setting.{item.name.rpartition('.')[2]}")
         if item.risky:
             warnings.append(effect)
-        applies = has_cuda or ".cuda.matmul." not in item.name
-        facts.append(SettingFacts(*item, applies=applies, text=in_words(effect, language)))
+        applies = has_cuda or not (".cuda.matmul." in item.name or item.name.startswith("NVIDIA_"))
+        said = in_words(effect, language)
+        facts.append(SettingFacts(item.name, item.value, item.matters, item.risky, applies=applies, text=said))
     return facts, [], warnings

@@ -1,5 +1,7 @@
 """The doctor notices other tools and settings that change the numbers."""
 
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -94,3 +96,78 @@ def test_settings_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before
     monkeypatch.setattr(environment, "matmul", object())  # an older torch
     assert value("matmul.allow_fp16_accumulation") is None
+
+
+def setting(name: str) -> environment.Setting:
+    return next(item for item in environment.settings() if item.name == name)
+
+
+CUDA, CPUS = "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"
+
+
+@pytest.fixture
+def precisions() -> Iterator[None]:
+    """Whatever a test sets, by old names or new ones, is as before."""
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("precisions")
+def test_tf32_matters_to_no_fixed_model() -> None:
+    """`doctor` called it a loss. tests/patches/test_float32_products.py has the measure."""
+    torch.set_float32_matmul_precision("high")
+    asked = [setting(name) for name in ("torch.set_float32_matmul_precision", f"{CUDA}.allow_tf32")]
+    assert [(item.value, item.matters) for item in asked] == [("high", "no"), (True, "no")]
+
+
+@pytest.mark.usefixtures("precisions")
+def test_bfloat16_products_on_a_cpu_matter() -> None:
+    torch.set_float32_matmul_precision("medium")
+    asked = [setting(name) for name in ("torch.set_float32_matmul_precision", f"{CPUS}.fp32_precision")]
+    assert [(item.value, item.matters) for item in asked] == [("medium", "closeness"), ("bf16", "closeness")]
+
+
+@pytest.mark.usefixtures("precisions")
+def test_the_newer_names_are_read() -> None:
+    """torch then refuses to answer by the older ones, which `doctor` took for a torch without the setting."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert setting(f"{CUDA}.fp32_precision")[1:3] == ("tf32", "no")
+    assert setting(f"{CPUS}.fp32_precision")[1:3] == ("bf16", "closeness")
+    assert setting(f"{CUDA}.allow_tf32").value == environment.MIXED
+    assert setting("torch.set_float32_matmul_precision")[1:3] == (environment.MIXED, "closeness")
+
+
+@pytest.mark.usefixtures("precisions")
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_precision_for_all_backends_is_read_of_each(language: str, healthy: None) -> None:
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    found = {item.name: item for item in qwen2_fp16_fix.doctor(language=language).settings}
+    for name in (f"{CUDA}.fp32_precision", f"{CPUS}.fp32_precision"):
+        assert (found[name].value, found[name].matters) == ("tf32", "no")
+    assert not found[f"{CUDA}.fp32_precision"].applies  # there is no such card here
+    assert found[f"{CPUS}.fp32_precision"].applies
+
+
+def test_nvidias_own_switch_is_named(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    (found,) = (item for item in qwen2_fp16_fix.doctor().settings if item.name == "NVIDIA_TF32_OVERRIDE")
+    assert (found.value, found.matters, found.applies) == ("1", "no", False)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    assert setting("NVIDIA_TF32_OVERRIDE").value == "unset"
+
+
+def test_a_torch_whose_math_kernel_keeps_float16_scores_is_a_warning(
+    healthy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch 2.5 it always does, and has no setting for it."""
+    older = types.SimpleNamespace(math_sdp_enabled=lambda: True)
+    monkeypatch.setattr(environment, "cuda", older)
+    found = qwen2_fp16_fix.doctor()
+    assert codes(found.warnings) == ["setting.math_sdp_before_2_5"]
+    assert "2.5" in found.warnings[0].text
+    older.math_sdp_enabled = lambda: False
+    assert codes(qwen2_fp16_fix.doctor().warnings) == []

@@ -27,11 +27,13 @@ def test_every_sentence_exists_and_every_text_is_said() -> None:
     """A misspelt code raises when its finding comes up, on the one machine that has it."""
     files = (ROOT / "qwen2_fp16_fix" / "diagnosis").glob("*.py")
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    literal = set(re.findall(r'"((?:also|checkpoint|device|fix|lock|reason|self_test|tool|verdict)\.\w+)"', source))
+    literal = set(
+        re.findall(r'"((?:also|checkpoint|device|fix|lock|reason|self_test|setting|tool|verdict)\.\w+)"', source)
+    )
     assert literal <= set(DOCTOR_TEXTS["en"])
     built = {f"way.{way}" for way in advice.WAYS} | {f"tool.{name}" for name in environment.KNOWN}
     built |= {f"quantised.{name}" for name in (*checkpoint.QUANTISATIONS, "other")} | {"lock.none", "lock.kept"}
-    built |= {f"setting.{item.name.rpartition('.')[2]}" for item in environment.settings()}
+    built |= {item.text or f"setting.{item.name.rpartition('.')[2]}" for item in environment.settings()}
     built |= {f"matters.{item.matters}" for item in environment.settings()}
     pages = {f"page.{code}" for code in re.findall(r"(?:say|heading|findings)\([\"'](\w+)", source)}
     pages |= {f"page.{code}" for code in ("native", "emulated", "unknown", "failed")}

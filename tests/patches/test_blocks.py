@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import attention, attention_classes, linears, numerics, v4_37
+from qwen2_fp16_fix.patches.key_centring import Centre
 from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=1, length=16)
@@ -147,7 +148,7 @@ def test_flash_attention_of_old_releases_rotates_in_fp32(whole_tables: bool) -> 
     arguments = (cos, sin, positions) if whole_tables else turned
     attention = Fixed()
     attention.num_key_value_groups, attention.layer_idx = 1, 0
-    attention.keep_constants(shift)  # two heads of queries, two of keys
+    attention.keep_centre(Centre(shift, None, 1))  # two heads of queries, two of keys
     got, key = attention(query, *arguments)
     assert torch.equal(got, numerics.rotate(query, *turned).half())
     assert torch.equal(key, numerics.rotate(query, *turned, shift[:, 2:]).half())  # in one step, which rounds once less
@@ -162,11 +163,11 @@ def test_flash_attention_of_old_releases_keeps_no_shift() -> None:
     query, cos, sin = torch.randn(1, 2, 4, 8).half(), torch.rand(1, 4, 8), torch.rand(1, 4, 8)
     attention = Fixed()
     attention.num_key_value_groups, attention.layer_idx = 1, 0
-    attention.keep_constants(torch.full((1, 4, 1, 8), 9.0))
+    attention.keep_centre(Centre(torch.full((1, 4, 1, 8), 9.0), None, 1))
     _, centred = attention(query, cos, sin)
     with pytest.raises(AttributeError):
         attention(None, cos, sin)
-    attention.keep_constants(None)
+    attention.keep_centre(None)
     _, uncentred = attention(query, cos, sin)
     assert torch.equal(uncentred, numerics.rotate(query, cos, sin).half())
     assert not torch.equal(centred, uncentred)
@@ -251,3 +252,16 @@ def test_an_mlp_that_learns_overwrites_nothing() -> None:
     mlp = qwen2_fp16_fix.fix(build(TINY, ()).half()).model.layers[0].mlp
     mlp(torch.randn(1, 4, TINY.hidden).half()).float().sum().backward()
     assert mlp.gate_proj.weight.grad is not None
+
+
+def test_parts_that_are_built_by_themselves_run() -> None:
+    """Tools take the class of a part and build another, which belongs to no model that was fixed."""
+    model = qwen2_fp16_fix.fix(build(TINY, ()).half())
+    rotary = type(model.model.rotary_emb)(config=model.config).to("cpu")
+    tables = rotary(torch.zeros(1), POSITIONS)
+    assert all(torch.equal(found, exact) for found, exact in zip(tables, exact_tables(model), strict=True))
+    layer = type(model.model.layers[0])(model.config, 0).eval()
+    stock = build(TINY, ()).model.layers[0]
+    stock.load_state_dict(layer.state_dict())
+    states, inputs = torch.randn(1, 4, TINY.hidden), {"position_embeddings": tables, "attention_mask": None}
+    assert torch.equal(layer(states, **inputs), stock(states, **inputs))

@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from transformers.integrations import executorch
 
 import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
-from qwen2_fp16_fix.patches import caches
+from qwen2_fp16_fix.patches import cache_origin, caches
 from tests.helpers import kl_to
 from tests.stress import KINDS, TINY, build, random_prompt
 
@@ -29,7 +28,7 @@ CLOSE = 2e-5  # KL to fp32 in nats: float16's own 1e-6, and room
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process of its own."""
-    monkeypatch.setattr(caches, "TRACED", [])
+    monkeypatch.setattr(cache_origin, "TRACED", [])
 
 
 def fixed(*kinds: str, dtype: torch.dtype = torch.float16, **settings: Any) -> Any:
@@ -59,68 +58,19 @@ def unmarked(cache: Any) -> Any:
     return cache
 
 
+def marks(cache: Any) -> set[Any]:
+    """The marks of its layers, and nothing that is kept beside them."""
+    return {mark for layer, mark in cache.__dict__[caches.MARKS].items() if isinstance(layer, int)}
+
+
+def own_marks(model: Any) -> set[Any]:
+    """What the model marks an empty cache with."""
+    return {caches.own_mark(layer.self_attn.centre, layer.self_attn.ranges) for layer in model.model.layers}
+
+
 def measured(model: Any, cache: Any) -> float:
-    along, centre, _ = caches.measure(cache, tuple(model.model.layers[0].self_attn.witnesses.values()))
+    along, centre, _ = cache_origin.measure(cache, tuple(model.model.layers[0].self_attn.witnesses.values()))
     return along / centre
-
-
-# --- which keys may go into it ---
-
-FULL, EMPTY = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)
-
-
-def claimed_before(attention: Any, cache: Any, shift: Tensor | None, marks_last: bool) -> Tensor | None:
-    """`claim_cache` of an eager model as 0.1.1 has it: the oracle for the table."""
-    layer, marks = attention.layer_idx, cache.__dict__.setdefault(caches.MARKS, {})
-    wanted, centred = shift is not None, marks.get(layer)
-    if centred is None:
-        centred = wanted and caches.holds_centred(attention, cache, marks, marks_last)
-    elif centred != wanted and caches.is_emptied(cache, layer, look=centred):
-        centred = wanted
-    if centred and shift is None:
-        raise qwen2_fp16_fix.ForeignCacheError
-    marks[layer] = centred
-    return shift if centred else None
-
-
-@pytest.mark.parametrize("marks_last", [True, False])
-@pytest.mark.parametrize("shift", [None, FULL], ids=["no shift", "shift"])
-@pytest.mark.parametrize("held", [None, EMPTY, FULL], ids=["no keys", "zeros", "keys"])
-@pytest.mark.parametrize("old", [True, False, None], ids=["look centred", "look uncentred", "do not tell"])
-@pytest.mark.parametrize("mark", [None, True, False], ids=["no mark", "centred", "uncentred"])
-def test_every_state_of_a_cache_is_claimed_as_ever(
-    mark: bool | None,
-    old: bool | None,
-    held: Tensor | None,
-    shift: Tensor | None,
-    marks_last: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The shift or the error, the marks left behind, and what was looked at on the way, which waits for the GPU."""
-    looked: list[Any] = []
-
-    def holds_centred(*asked: Any) -> bool:
-        looked.append(asked[2:])
-        if old is None:
-            raise qwen2_fp16_fix.ForeignCacheError
-        return old
-
-    def is_emptied(cache: Any, layer: int, look: bool) -> bool:
-        looked.append((layer, look))
-        return held is None or (look and not bool(held.any()))
-
-    monkeypatch.setattr(caches, "holds_centred", holds_centred)
-    monkeypatch.setattr(caches, "is_emptied", is_emptied)
-    attention, found = SimpleNamespace(layer_idx=3), []
-    for claim in (claimed_before, caches.claim_cache):
-        cache = SimpleNamespace(**{caches.MARKS: {2: True} if mark is None else {2: True, 3: mark}})
-        looked.clear()
-        try:
-            got = claim(attention, cache, shift, marks_last)
-        except qwen2_fp16_fix.ForeignCacheError:
-            got = "refused"
-        found.append((got, vars(cache), copy.deepcopy(looked)))
-    assert found[0] == found[1]
 
 
 # --- what is measured ---
@@ -137,8 +87,8 @@ def test_keys_show_whether_they_are_centred(kinds: tuple[str, ...], length: int,
     tokens = random_prompt(TINY, batch=1, length=length)
     stock = build(TINY, kinds, attn_implementation="sdpa", rope_theta=base).bfloat16()
     model = qwen2_fp16_fix.fix(copy.deepcopy(stock))
-    assert abs(measured(model, filled(stock, tokens=tokens)) - 1) < caches.NEAR
-    assert abs(measured(model, filled(model, tokens=tokens))) < caches.NEAR
+    assert abs(measured(model, filled(stock, tokens=tokens)) - 1) < cache_origin.NEAR
+    assert abs(measured(model, filled(model, tokens=tokens))) < cache_origin.NEAR
 
 
 @pytest.mark.parametrize("std", [0.02, 0.1, 0.5])
@@ -155,9 +105,9 @@ def test_a_short_centre_is_not_taken_for_a_stock_models_cache(std: float, marks_
     cache = filled(model, tokens=PROMPT)
     if marks_last:
         with pytest.raises(qwen2_fp16_fix.ForeignCacheError):
-            caches.look_centred(cache, witnesses, marks_last)
+            cache_origin.look_ours(cache, witnesses, marks_last, differs=False)
     else:  # where transformers itself rebuilds caches
-        assert caches.look_centred(cache, witnesses, marks_last)
+        assert cache_origin.look_ours(cache, witnesses, marks_last, differs=False)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
@@ -206,7 +156,7 @@ def test_pads_have_keys_too() -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for filler, expected in ((stock, 1), (model, 0)):
         cache = filled(filler, attention_mask=mask, position_ids=positions)
-        assert abs(measured(model, cache) - expected) < caches.NEAR
+        assert abs(measured(model, cache) - expected) < cache_origin.NEAR
 
 
 def test_the_longest_centres_decide_for_all_layers() -> None:
@@ -271,7 +221,9 @@ def by_cropping(cache: Any) -> Any:
 @pytest.mark.parametrize("way", [copy.deepcopy, by_pickle, by_reordering, by_growing_the_batch, by_cropping])
 def test_a_cache_that_kept_its_mark_is_not(way: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is anything measured, which would wait for the GPU."""
-    monkeypatch.setattr(caches, "measure", lambda *_: pytest.fail("measured a cache that says whose keys it holds"))
+    monkeypatch.setattr(
+        cache_origin, "measure", lambda *_: pytest.fail("measured a cache that says whose keys it holds")
+    )
     model = fixed("keys")
     cache = way(filled(model))
     found = logits(model, PROMPT[:, cache.get_seq_length() :], **{CACHE: cache})
@@ -289,31 +241,31 @@ def reset(cache: Any) -> None:
 @pytest.mark.parametrize("empty", [crop, reset])
 def test_an_emptied_cache_takes_either(empty: Callable[[Any], Any]) -> None:
     """Nothing in it can be mixed up with what comes."""
-    model, exact = fixed("scores"), qwen2_fp16_fix.fix(build(TINY, ("scores",)))
+    model, exact = fixed("keys"), qwen2_fp16_fix.fix(build(TINY, ("keys",)))
     first, oracle = PROMPT[:, :FIRST], logits(exact)[:, :FIRST]
     cache = filled(model)
     empty(cache)
     assert kl_to(oracle, logits(exact, first, **{CACHE: cache})) < CLOSE  # fp32 is stock's
     cache = qwen2_fp16_fix.adopt_cache(DynamicCache(), model, centred=False)
     filled(model, cache)
-    assert set(cache.__dict__[caches.MARKS].values()) == {True}  # it was empty from the start
+    assert marks(cache) == own_marks(model)  # it was empty from the start
     qwen2_fp16_fix.adopt_cache(cache, model, centred=False)
     empty(cache)
     assert kl_to(oracle, logits(model, first, **{CACHE: cache})) < CLOSE
-    assert set(cache.__dict__[caches.MARKS].values()) == {True}
+    assert marks(cache) == own_marks(model)
 
 
 def test_an_emptied_static_cache_takes_either() -> None:
     """It holds zeros then. Full, it is refused, as any other."""
-    model = fixed("scores")
+    model = fixed("keys")
     full, emptied = filled(model, static(model)), filled(model, static(model))
     emptied.reset()
     for layer in model.model.layers:
-        layer.self_attn.keep_constants(None)
+        layer.self_attn.keep_centre(None)
     with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="another state of the fix"):
         rest(model, full)
     assert torch.isfinite(filled(model, emptied).layers[0].keys).all()
-    assert set(emptied.__dict__[caches.MARKS].values()) == {False}
+    assert marks(emptied) == {caches.STOCK}
 
 
 # --- sorts of caches ---
@@ -343,7 +295,7 @@ def test_every_sort_of_cache_is_measured(filler: str, sort: str) -> None:
             rest(model, cache)
     else:
         found = rest(model, cache)
-        assert set(cache.__dict__[caches.MARKS].values()) == {False}
+        assert marks(cache) == {caches.STOCK}
         assert torch.isfinite(found).all()
 
 
@@ -362,7 +314,7 @@ def test_a_fresh_static_cache_is_not_taken_for_a_full_one() -> None:
     cache = static(model)
     cache.early_initialization(2, TINY.kv_heads, TINY.head_dim, torch.float16, torch.device("cpu"))
     filled(model, cache)
-    assert set(cache.__dict__[caches.MARKS].values()) == {True}
+    assert marks(cache) == own_marks(model)
 
 
 def test_a_model_without_centres_to_speak_of_goes_on() -> None:
@@ -394,8 +346,8 @@ def test_keys_with_half_of_a_centre_are_refused() -> None:
 
 def test_a_cache_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One wait for the GPU for each cache that came without marks, not one for each layer or token."""
-    stock, model, calls, measure = build(TINY, ("keys",)).half(), fixed("keys"), [], caches.measure
-    monkeypatch.setattr(caches, "measure", lambda *arguments: calls.append(1) or measure(*arguments))
+    stock, model, calls, measure = build(TINY, ("keys",)).half(), fixed("keys"), [], cache_origin.measure
+    monkeypatch.setattr(cache_origin, "measure", lambda *arguments: calls.append(1) or measure(*arguments))
     cache = filled(stock)
     for token in range(FIRST, FIRST + 4):
         logits(model, PROMPT[:, token : token + 1], **{CACHE: cache})
@@ -437,7 +389,7 @@ def test_adopting_marks_every_layer_as_the_model_would() -> None:
     assert qwen2_fp16_fix.adopt_cache(cache, model) is cache
     assert cache.__dict__[caches.MARKS] == filled(model).__dict__[caches.MARKS]
     qwen2_fp16_fix.adopt_cache(cache, model, centred=False)
-    assert set(cache.__dict__[caches.MARKS].values()) == {False}
+    assert marks(cache) == {caches.STOCK}
 
 
 def test_what_cannot_be_marked_is_an_error() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
-from qwen2_fp16_fix.patches import key_centring
+from qwen2_fp16_fix.patches.attention_form import claim_keys
+from qwen2_fp16_fix.patches.caches import MARKS, STOCK
 from tests.helpers import kl_to
 from tests.patches.models import PROMPT, fixed, logits
 from tests.stress import TINY, build, random_prompt
@@ -107,9 +108,14 @@ def test_a_cache_that_turns_its_keys_gets_them_uncentred() -> None:
     class SinkCache:
         pass
 
-    attention = fixed("keys").model.layers[0].self_attn
-    assert key_centring.shift_for(attention, None) is not None
-    assert key_centring.shift_for(attention, SinkCache()) is None
+    attention = fixed("keys", "keys_fast").model.layers[0].self_attn
+    hidden, cache = torch.randn(1, 3, TINY.hidden).half(), SinkCache()
+    form = claim_keys(attention, hidden, None, marks_last=False)
+    assert form.shift is attention.shift
+    assert form.split is attention.centre.split is not None
+    form = claim_keys(attention, hidden, cache, marks_last=False)
+    assert (form.shift, form.split, form.mark) == (None, None, STOCK)
+    assert vars(cache)[MARKS] == {0: STOCK}
 
 
 def test_an_attention_takes_the_older_name_of_its_cache() -> None:

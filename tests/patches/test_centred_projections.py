@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches import attention as attention_steps
+from qwen2_fp16_fix.patches.attention_form import claim_keys
+from qwen2_fp16_fix.patches.projections import rotated_projections
 from tests.helpers import kl_to
 from tests.patches.models import fixed, logits, states, tables
 from tests.stress import TINY, build
@@ -19,9 +20,10 @@ def test_projections_are_the_same_to_the_bit_with_autograd() -> None:
     attention = fixed("keys").model.layers[0].self_attn
     hidden = torch.randn(2, 5, TINY.hidden).half()
     cos, sin = (table.float() for table in tables(7, 8, 9, 10, 11))
+    form = claim_keys(attention, hidden, None, marks_last=True)
     with torch.no_grad():
-        expected = attention_steps.rotated_projections(attention, hidden, cos, sin, attention.shift)
-    found = attention_steps.rotated_projections(attention, hidden, cos, sin, attention.shift)
+        expected = rotated_projections(attention, hidden, cos, sin, form)
+    found = rotated_projections(attention, hidden, cos, sin, form)
     for one, other in zip(expected, found, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -39,7 +41,8 @@ def test_a_hook_is_called(where: str) -> None:
         register = attention.q_proj.register_forward_hook
     handle = register(lambda module, *_: called.append(module))
     with torch.no_grad():
-        attention_steps.rotated_projections(attention, torch.randn(1, 2, TINY.hidden).half(), cos, sin, attention.shift)
+        hidden = torch.randn(1, 2, TINY.hidden).half()
+        rotated_projections(attention, hidden, cos, sin, claim_keys(attention, hidden, None, marks_last=True))
     handle.remove()
     assert attention.q_proj in called
 
@@ -110,8 +113,7 @@ def test_no_projection_changes_and_unfix_forgets_the_centre() -> None:
     assert type(attention.k_proj) is type(attention.q_proj) is nn.Linear
     assert list(model.state_dict()) == names
     qwen2_fp16_fix.unfix(model)
-    assert "shift" not in vars(attention)
-    assert "one" not in vars(attention)
+    assert not {"centre", "ranges", "factor", "witnesses"} & vars(attention).keys()
 
 
 def test_the_centre_follows_a_move_and_not_a_cast() -> None:

@@ -177,8 +177,8 @@ BREAKS = [
     ("Qwen2Attention", INTERFACE, "eager_attention", "one call"),
     ("Qwen2Attention", "output, weights = attend(", "attend(self)\n        output, weights = attend(", "one call"),
     ("Qwen2Attention", f"attend = {INTERFACE}", f"self.attend = {INTERFACE}", "one call"),
-    ("Qwen2Attention", "scaling=self.scaling", "scaling=self.head_dim**-0.5", "scaling"),
-    ("Qwen2Attention", "scaling=self.scaling,", "", "scaling"),
+    ("Qwen2Attention", "scaling=self.score_scaling", "scaling=self.head_dim**-0.5", "scaling"),
+    ("Qwen2Attention", "scaling=self.score_scaling,", "", "scaling"),
     ("Qwen2Attention", "sliding_window=self.sliding_window,\n            **kwargs,", "", "kwargs"),
     ("Qwen2RMSNorm", ", out_dtype: torch.dtype | None = None", "", "second parameter"),
     (

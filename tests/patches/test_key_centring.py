@@ -13,6 +13,7 @@ from torch import Tensor
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import key_centring, linears, numerics, range_plan
+from qwen2_fp16_fix.patches.attention_form import key_state
 from qwen2_fp16_fix.patches.key_centring import centre_factors
 from qwen2_fp16_fix.patches.numerics import grouped_attention, rotate
 from tests.helpers import kl_to
@@ -292,8 +293,8 @@ def test_a_centre_that_is_not_finite_is_not_kept(broken: str) -> None:
         scale = math.nan if broken == "scale" else 1e300
     attention.centre_keys(frequencies, 4096, scale)
     assert attention.shift is None
-    assert attention.one is None
-    assert key_centring.key_state(attention) == "not centred"
+    assert attention.centre is None
+    assert key_state(attention).keys == "not centred"
 
 
 def test_a_rotation_of_a_part_of_the_head_is_left_to_stock() -> None:

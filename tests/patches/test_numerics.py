@@ -1,11 +1,13 @@
 """The arithmetic of patches/numerics.py against fp64, one upcast at a time."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cost import cost_of
 from qwen2_fp16_fix.patches import numerics
 
 HALF = torch.float16
@@ -29,23 +31,82 @@ def test_promote_residual_widens_float16_alone() -> None:
     assert numerics.promote_residual(random(2, dtype=torch.float32)).dtype == torch.float32
 
 
-@pytest.mark.usefixtures("device_kind")
-def test_rms_norm_rounds_once() -> None:
+@pytest.fixture(params=["cpu", "in parts", "fused", "autograd"])
+def norm_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each form of the norm: on a CPU, on a GPU without and with torch's kernel, and with all results kept."""
+    monkeypatch.setattr(numerics, "runs_on_cpu", lambda tensor: request.param == "cpu")
+    monkeypatch.setattr(numerics, "has_fused_norm", lambda device_type: request.param == "fused")
+    with torch.set_grad_enabled(request.param == "autograd"):
+        yield str(request.param)
+
+
+@pytest.mark.usefixtures("norm_kind")
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_rms_norm_rounds_once(dtype: torch.dtype) -> None:
     """Stock rounds after normalising and again after the gain: one float16 in four then differs from the nearest."""
-    hidden, gain = random(64, 256), random(256, seed=1)
+    hidden, gain = random(64, 256, dtype=dtype), random(256, seed=1)
+    before = hidden.clone()
     exact = gain.double() * hidden.double() * torch.rsqrt(hidden.double().pow(2).mean(-1, keepdim=True) + 1e-6)
     got = numerics.rms_norm(hidden, gain, 1e-6, HALF)
     wrong = (got != exact.to(HALF)).double().mean()
     assert (
         wrong < 1e-3
     )  # fp32 arithmetic lands on the other side of a tie about once in 2^13; rounding twice, once in 4
+    assert got.dtype == HALF
+    assert torch.equal(hidden, before)  # the residual stream, which the layer goes on with
 
 
-@pytest.mark.usefixtures("device_kind")
-def test_rms_norm_takes_what_float16_cannot_square() -> None:
-    """The mean square of 300 is 90,000, past float16: a norm without its upcast returns zeros."""
-    got = numerics.rms_norm(torch.full((1, 8), 300.0, dtype=HALF), torch.ones(8, dtype=HALF), 1e-6, HALF)
+@pytest.mark.usefixtures("norm_kind")
+def test_rms_norm_takes_what_float16_cannot_hold() -> None:
+    """The length of eight times 30,000 is 84,853: a norm without its upcast returns zeros."""
+    got = numerics.rms_norm(torch.full((1, 8), 30000.0, dtype=HALF), torch.ones(8, dtype=HALF), 1e-6, HALF)
     assert torch.equal(got, torch.ones(1, 8, dtype=HALF))
+
+
+@pytest.mark.usefixtures("norm_kind")
+def test_rms_norm_adds_its_epsilon() -> None:
+    """Of a token of zeros, or nearly so, it is what counts; each epsilon is another constant."""
+    hidden, gain = torch.full((1, 8), 1e-3), torch.ones(8, dtype=HALF)
+    for eps in (1e-6, 3e-6):
+        got = numerics.rms_norm(hidden, gain, eps, torch.float32)
+        torch.testing.assert_close(got, torch.full((1, 8), 1e-3 / math.sqrt(1e-6 + eps)))  # an fp32 step or two
+    assert not numerics.rms_norm(hidden * 0, gain, 1e-6, HALF).any()
+
+
+def test_rms_norm_in_parts_is_five_kernels() -> None:
+    """F.rms_norm in parts is six, eight with its casts. With a kernel of its own it is one, three with its casts."""
+    hidden, gain = random(4, 256, dtype=torch.float32), random(256, seed=1)
+
+    def norm() -> Tensor:
+        return numerics.rms_norm(hidden, gain, 1e-6, HALF)
+
+    parts = cost_of(norm, fused_norm=False)
+    assert [launch.name for launch in parts.launches] == ["linalg_vector_norm", "addcmul", "rsqrt_", "mul", "mul"]
+    assert parts.kernels == 5
+    assert cost_of(norm).kernels == 3
+
+
+def test_a_fused_norm_is_taken_where_the_dispatcher_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.8 has the operator and no kernel for it: F.rms_norm then runs in parts, more of them than ours."""
+    assert not numerics.has_fused_norm("cpu")  # true of all releases up to 2.13, all of which have F.rms_norm
+    assert not numerics.has_fused_norm("no such device")
+    assert not numerics._has_kernel("aten::no_such_operator", "CPU")
+    assert numerics._has_kernel("aten::mm", "CPU")
+    asked = []
+    monkeypatch.setattr(numerics, "_has_kernel", lambda *names: asked.append(names) or True)
+    assert numerics.has_fused_norm("cuda")
+    assert asked == [("aten::_fused_rms_norm", "CUDA")]
+
+
+def test_a_norm_in_fake_mode_keeps_no_fake_constant() -> None:
+    """A tool that plans memory runs the model on fake tensors; the constant kept of that would break the next run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        fake = numerics.rms_norm(torch.ones(2, 8), torch.ones(8, dtype=HALF), 5e-6, HALF)
+    assert fake.shape == (2, 8)
+    with torch.no_grad():
+        assert torch.isfinite(numerics.rms_norm(torch.ones(2, 8), torch.ones(8, dtype=HALF), 5e-6, HALF)).all()
 
 
 def test_rotate_rounds_once() -> None:

@@ -294,11 +294,11 @@ def test_constants_go_where_the_layer_computes(attention: str, planned: bool) ->
     for module in model.modules():
         for owned, wrap in ((module._parameters, nn.Parameter), (module._buffers, torch.Tensor.detach)):
             owned.update({name: wrap(tensor.to("meta")) for name, tensor in owned.items() if tensor is not None})
-    assert {layer.self_attn.one.device.type for layer in model.model.layers} == {"cpu"}
+    assert {layer.self_attn.factor.device.type for layer in model.model.layers} == {"cpu"}
     found = model(input_ids=PROMPT.to("meta"))
     assert found.logits.shape == (*PROMPT.shape, TINY.vocab)
     for layer in model.model.layers:
-        constants = (layer.self_attn.one, layer.self_attn.shift)
+        constants = (layer.self_attn.factor, layer.self_attn.shift)
         assert {constant.device.type for constant in constants if constant is not None} <= {"meta"}
 
 

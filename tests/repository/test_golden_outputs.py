@@ -91,8 +91,12 @@ def releases(changelog: str) -> list[tuple[Version, int]]:
 
 
 def unannounced(found: list[tuple[Version, int]]) -> list[str]:
-    """Releases that changed the numerics without being major ones."""
-    return [str(new) for (new, n), (old, m) in pairwise(found) if n != m and not (new.major > old.major and n > m)]
+    """Releases that changed the numerics without being major ones. Before 1.0 the second number counts as major."""
+
+    def major(version: Version) -> tuple[int, int]:
+        return version.major, 0 if version.major else version.minor
+
+    return [str(new) for (new, n), (old, m) in pairwise(found) if n != m and not (major(new) > major(old) and n > m)]
 
 
 def test_the_changelog_names_the_numerics_of_every_release() -> None:
@@ -105,5 +109,8 @@ def test_other_numerics_are_a_major_release() -> None:
     text = "## [{}] - 2027-01-01\n\nNumerics: {}\n\n## [1.2.0] - 2026-12-01\n\nNumerics: 3\n"
     for version, number, wrong in (("2.0.0", 4, False), ("1.3.0", 3, False), ("1.3.0", 4, True), ("2.0.0", 2, True)):
         assert bool(unannounced(releases(text.format(version, number)))) is wrong
+    early = "## [{}] - 2027-01-01\n\nNumerics: 2\n\n## [0.1.1] - 2026-12-01\n\nNumerics: 1\n"
+    assert not unannounced(releases(early.format("0.2.0")))
+    assert unannounced(releases(early.format("0.1.2")))
     with pytest.raises(AssertionError, match=r"1\.2\.0"):
         releases("## [1.2.0] - 2026-12-01\n\n### Added\n")

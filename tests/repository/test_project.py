@@ -27,8 +27,8 @@ PROMISED = {
     "Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
-    "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "CheckpointError",
-    "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
+    "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "SymbolicTraceError",
+    "CheckpointError", "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
     "UntestedTransformersWarning", "StalePlanWarning", "NotFixedWarning",
     "__version__",
 }  # fmt: skip
