@@ -28,6 +28,8 @@ SDPA_MASKS_RAISE = Version("2.5") > TORCH and Version("4.53") <= RELEASE
 #: Every published magnitude at once, but for the two that cost accuracy instead of range.
 ALL = tuple(kind for kind in KINDS if not kind.startswith("keys"))
 ATTENTIONS = ("eager", "sdpa")
+#: Those that can hide more than the future: a window, or what a prompt over a cache may not see.
+MASKED_ATTENTIONS = ("eager",) if SDPA_MASKS_RAISE else ATTENTIONS
 STRESSES = (("scores",), ("residual",), ("scores", "residual"), ("swiglu",), ALL)
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
