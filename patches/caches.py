@@ -23,6 +23,7 @@ TOLD = "told"  # beside them: whether the keys without a mark are this model's, 
 #: class of this file.
 Mark = tuple[int, int]
 STOCK: Mark = (0, 0)
+UNKNOWN = 1  # a version that no centre here has
 
 
 def claim_cache(attention: Any, cache: Any, own: Mark, marks_last: bool) -> Mark:
@@ -69,6 +70,8 @@ def joined(attention: Any, cache: Any, marks: dict[Any, Any], own: Mark, marks_l
     layer = attention.layer_idx
     mark = marks.get(layer)
     if mark is None:
+        mark = mark_before(attention, cache)
+    if mark is None:
         mark = own if own == STOCK else mark_of_keys(attention, cache, marks, own, marks_last)
     if mark == own:
         return own
@@ -96,6 +99,14 @@ def note_keys(keys: Tensor, mark: Mark) -> None:
         setattr(keys, MARKS, mark)
 
 
+def mark_before(attention: Any, cache: Any) -> Mark | None:
+    """What the mark that a release up to 0.1.1 has left in a cache says now; None without one."""
+    centred = getattr(cache, MARKS_BEFORE, {}).get(attention.layer_idx)
+    if not centred:
+        return None if centred is None else STOCK
+    return (UNKNOWN if attention.centre is None else attention.centre.version, 0)
+
+
 def mark_of_keys(attention: Any, cache: Any, marks: dict[Any, Any], own: Mark, marks_last: bool) -> Mark:
     """The mark of the old keys of a layer in a cache without one; `own` if there are none.
 
@@ -106,9 +117,6 @@ def mark_of_keys(attention: Any, cache: Any, marks: dict[Any, Any], own: Mark, m
         return own
     if hasattr(keys, MARKS):
         return getattr(keys, MARKS)  # type: ignore[no-any-return]
-    before = getattr(cache, MARKS_BEFORE, {}).get(attention.layer_idx)
-    if before is not None:
-        return (own[0], 0) if before else STOCK
     differs = (own[1], attention.ranges.rotated, keys.shape[-1]) != (0, 0, attention.head_dim)
     is_ours = marks.get((TOLD, differs))
     if is_ours is None:

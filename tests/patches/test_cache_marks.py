@@ -77,7 +77,7 @@ class Looks:
 
 
 def claimed(cache: Any, own: Any, marks_last: bool = True) -> Any:
-    attention = SimpleNamespace(layer_idx=3, witnesses={}, head_dim=2, ranges=Ranges(values=own[1]))
+    attention = SimpleNamespace(layer_idx=3, witnesses={}, head_dim=2, ranges=Ranges(values=own[1]), centre=None)
     try:
         return caches.claim_cache(attention, cache, own, marks_last)
     except qwen2_fp16_fix.ForeignCacheError:
@@ -280,17 +280,37 @@ def test_values_are_scaled_by_hand_where_a_hook_watches() -> None:
         watched = projections.rotated_projections(attention, hidden, cos, sin, form)
         handle.remove()
         expected = attention.v_proj(hidden)
-    torch.testing.assert_close(seen[0], expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(seen[0].float(), expected.float(), rtol=2e-3, atol=2e-3)
     for one, other in zip(plain, watched, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
 
 
-def test_a_mark_of_an_older_release_is_none() -> None:
-    """0.1.1 wrote true or false under another name; a cache of it that was pickled is judged by its keys."""
+@pytest.mark.parametrize("values", [0, 3])
+def test_a_mark_of_an_older_release_is_read(values: int) -> None:
+    """0.1.1 wrote true or false under another name, for the same centre and values without an exponent."""
     model = fixed("keys")
     cache = begun(model)
     del vars(cache)[caches.MARKS]
-    cache.qwen2_fp16_keys = dict.fromkeys(range(TINY.layers), True)
-    with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="adopt_cache"):
-        gone_on(model, copy.deepcopy(cache))
-    assert kl_to(exact(), gone_on(model, qwen2_fp16_fix.adopt_cache(cache, model))) < CLOSE
+    uncentred = copy.deepcopy(cache)
+    cache.qwen2_fp16_centred = dict.fromkeys(range(TINY.layers), True)
+    uncentred.qwen2_fp16_centred = dict.fromkeys(range(TINY.layers), False)
+    ranged(model, Ranges(values=values))
+    assert kl_to(exact(), gone_on(model, cache)) < CLOSE
+    gone_on(model, uncentred)
+    assert {mark for layer, mark in vars(uncentred)[caches.MARKS].items() if isinstance(layer, int)} == {caches.STOCK}
+
+
+@pytest.mark.parametrize("now", ["scaled", "without a centre", "fp32"])
+def test_a_mark_of_an_older_release_is_refused_by_another_state(now: str) -> None:
+    model = fixed()
+    cache = begun(model)
+    del vars(cache)[caches.MARKS]
+    cache.qwen2_fp16_centred = dict.fromkeys(range(TINY.layers), True)
+    if now == "scaled":
+        ranged(model, Ranges(rotated=1))
+    elif now == "fp32":
+        model.float()
+    else:
+        model = without_centre()
+    with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="another state"):
+        gone_on(model, cache)
