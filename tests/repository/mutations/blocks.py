@@ -53,4 +53,11 @@ MUTATIONS = (
         "(gate * up).float()",
         "tests/patches/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
     ),
+    Mutation(
+        "frequencies without numbers are kept",
+        FILE,
+        "del rounded[name]  # it holds",
+        "pass  # it holds",
+        "tests/patches/test_blocks.py::test_frequencies_without_numbers_are_not_kept",
+    ),
 )
