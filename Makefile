@@ -9,13 +9,14 @@ INSTALLED := $(VENV)/installed-torch-$(TORCH)
 UV := $(shell command -v uv)
 install = $(if $(UV),$(UV) pip install -q --python $(BIN)/python $(1) ||) $(BIN)/python -m pip install -q --no-compile $(1)
 
-.PHONY: help demo test lint chromium matrix matrix-ci bench docs dist clean
+.PHONY: help demo test lint chromium matrix matrix-ci matrix-torch bench docs dist clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
 	@echo "make test       lint, types and all tests, on the newest supported transformers"
 	@echo "make matrix     the conformance suite on every listed transformers release (about 15 minutes)"
 	@echo "make matrix-ci  the same on one release of each family"
+	@echo "make matrix-torch  the same on torch 2.4 to the newest, two or three releases each; downloads some 20 GB, needs g++"
 	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
 	@echo "make docs       the handbook, into build/handbook; open its index.html"
 	@echo "make dist       the wheel and the sdist of a release, the same bits wherever they are built"
@@ -44,6 +45,9 @@ matrix: $(INSTALLED)
 
 matrix-ci: $(INSTALLED)
 	$(BIN)/python tools/matrix.py --torch $(TORCH) --ci
+
+matrix-torch: $(INSTALLED)
+	$(BIN)/python tools/torch_matrix.py
 
 bench: $(INSTALLED)
 	$(call install,-e ".[bench]")

@@ -30,7 +30,7 @@ def is_one_kernel_on_gpus(name: str, inputs: list[Tensor]) -> bool:
     """A softmax widens its input as it reads it; an RMSNorm of one dtype is fused, where it is called at all.
 
     The CPU runs both in parts. The counts are for GPUs, where launches are what costs. A fixed model calls F.rms_norm
-    only where torch has the kernel: from 2.9 on.
+    only where torch has the kernel.
     """
     return name == "softmax" or (name == "rms_norm" and len({tensor.dtype for tensor in inputs}) == 1)
 

@@ -39,13 +39,13 @@ class Row:
     fixed_rest: Cost
 
 
-def cost_of_layer(model: Any, phase: str, tokens: int, batch: int) -> tuple[Cost, Cost]:
-    """Of the third layer of `model`, and of the forward besides its layers."""
+def cost_of_layer(model: Any, phase: str, tokens: int, batch: int, fused_norm: bool = True) -> tuple[Cost, Cost]:
+    """Of the third layer of `model`, and of the forward besides its layers. fused_norm: see `cost_of`."""
     ask = workloads.prefill if phase == "prefill" else workloads.decode
     found = []
     for count in (2, 3):
         with first_layers(model, count):
-            found.append(cost_of(ask(model, tokens, batch), compute=False))
+            found.append(cost_of(ask(model, tokens, batch), compute=False, fused_norm=fused_norm))
     layer = found[1] - found[0]
     return layer, found[0] - layer - layer
 

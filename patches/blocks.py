@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         residual on unrounded. The second parameter prevents that: tests/patches/test_engine_rules.py, `broken_by_norm`.
         """
         if is_symbolic(hidden_states):
-            node: Tensor = as_one_node(self, hidden_states, out_dtype)
+            node: Tensor = as_one_node(self, hidden_states, (out_dtype,))
             return node
         weight = self.weight
         if weight.dtype != torch.float16:  # bf16 and fp32 do not overflow here: stock, bit for bit
@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         vLLM refuses a layer that does not pass **kwargs on: tests/patches/test_engine_rules.py, `broken_by_layer`.
         """
         if is_symbolic(hidden_states):
-            return as_one_node(self, hidden_states, *args, **kwargs)
+            return as_one_node(self, hidden_states, args, kwargs)
         settle_plan(self)
         output = super().forward(promote_residual(hidden_states), *args, **kwargs)
         watch_for_backward(self, output)
@@ -224,7 +224,7 @@ class RotaryEmbedding(nn.Module):
         Stock computes angles by a matmul, at least up to 5.17. TF32 rounds its operands: position 16,001 to 16,000.
         """
         if is_symbolic(x):
-            node: tuple[Tensor, Tensor] = as_one_node(self, x, position_ids)
+            node: tuple[Tensor, Tensor] = as_one_node(self, x, (position_ids,))
             return node
         if is_full_precision(x):
             stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)

@@ -66,7 +66,7 @@ has_plain_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_sink(kind: type) -> bool:
-    """Whether a cache of this class rotates its keys again later, and a centre with them: SinkCache does, up to 4.52."""
+    """Whether a cache of this class rotates its keys again later, and a centre with them: SinkCache, up to 4.52."""
     return any(base.__name__ == "SinkCache" for base in kind.__mro__)
 
 

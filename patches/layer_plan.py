@@ -57,8 +57,11 @@ def prepare_layer(layer: Any, rotary: Any, watch: OverflowWatch) -> None:
 
 
 def expect_plan(layer: Any) -> None:
-    """Makes a plan due. The one that is there stays until then."""
-    layer.__dict__["plan_due"] = True
+    """Makes a plan due. The one that is there stays until then.
+
+    A layer that was built by itself, from the class of a fixed one, has no rotary embedding and waits for a `fix`.
+    """
+    layer.__dict__["plan_due"] = layer.rotary is not None
 
 
 def finish_planning(layer: Any) -> None:
@@ -110,7 +113,7 @@ def drop_plan(layer: Any, due: bool = False) -> None:
         part = getattr(layer, owner)
         if hasattr(part, "set_exponent"):  # also inside a wrapper, which isinstance does not see through
             part.set_exponent(None)
-    layer.__dict__.update(plan=None, plan_due=due)
+    layer.__dict__.update(plan=None, plan_due=due and layer.rotary is not None)
 
 
 def note_trace(layer: Any) -> None:

@@ -157,7 +157,7 @@ def project_scaled(
 def scaled_back(product: Tensor, bias: Tensor | None, exponent: int) -> Tensor:
     """2^exponent · product + bias, in fp32."""
     exact = product.float() * 2.0**exponent
-    return exact if bias is None else exact + bias.to(product.device).float()
+    return exact if bias is None else exact + bias.to(product.device)
 
 
 def is_only_hooked(projection: nn.Module) -> bool:

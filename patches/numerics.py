@@ -108,9 +108,9 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float, out_dtype: torch
 
 
 def has_fused_norm(device_type: str) -> bool:
-    """Whether torch has one kernel for F.rms_norm on such devices: for CUDA from 2.9 on. Elsewhere that runs in parts.
+    """Whether torch has one kernel for F.rms_norm on such devices. Where it has none, F.rms_norm runs in six parts.
 
-    2.8 has the operator, and for no device a kernel of it. Compilers get the parts, which they fuse themselves.
+    2.10 has it for CUDA; 2.8 has the operator without that kernel. Compilers get parts, which they fuse themselves.
     """
     return not torch.compiler.is_compiling() and _has_kernel("aten::_fused_rms_norm", device_type.upper())
 

@@ -216,8 +216,6 @@ def make_due_plan(layer: Any) -> None:
     """Makes a plan that is due. It stays due while weights are not loaded or an optimiser can still write to them."""
     if torch._C._get_tracing_state() is not None:
         warn_of_no_plan(layer)
-    elif layer.rotary is None:
-        return  # built by itself, from the class of a fixed layer: it waits for the `fix` of the model it is put into
     elif layer.rotary.frequencies().is_meta or is_replica(layer) or is_faked() or are_transformed(weights_of(layer)):
         return
     elif not holds_gradients(layer):

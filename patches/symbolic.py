@@ -23,8 +23,10 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, Proxy)
 
 
-def as_one_node(part: nn.Module, first: Any, *args: Any, **kwargs: Any) -> Any:
+def as_one_node(part: nn.Module, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """A node that calls `part` with these arguments when the graph runs. first: what `is_symbolic` was asked about.
+
+    The others come as they are, not spread: vLLM looks for `**kwargs` in the text of a layer.
 
     Raises SymbolicTraceError where no node can name `part`, since it is not inside of what is traced, or
     hold its arguments: a graph holds no cache.
@@ -38,7 +40,7 @@ def as_one_node(part: nn.Module, first: Any, *args: Any, **kwargs: Any) -> Any:
         refuse(f"the inside of a fixed {type(part).__name__}")
     try:
         # transformers' tracer would call the part with tensors of the meta device, to learn what it returns.
-        return Tracer.create_proxy(tracer, "call_module", path, (first, *args), kwargs)
+        return Tracer.create_proxy(tracer, "call_module", path, (first, *args), kwargs or {})
     except NotImplementedError as error:
         refuse(f"a fixed {type(part).__name__} that gets more than tensors ({error})")
 

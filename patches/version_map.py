@@ -53,8 +53,8 @@ DIFFERENCES: dict[str, Difference] = {
 #: The newest release the whole conformance suite has passed on. A newer one is used if its source has the known shape.
 NEWEST_TESTED = "5.24.0"
 
-#: The same number promises the same arithmetic. Another one comes with a major release, before 1.0 with a minor one, and
-#: an entry in the changelog.
+#: The same number promises the same arithmetic. Another one comes with a major release (before 1.0 a minor one) and an
+#: entry in the changelog.
 NUMERICS = 2
 
 #: The releases that errors and READMEs call supported.

@@ -26,8 +26,9 @@ from qwen2_fp16_fix.patches.version_map import NUMERICS  # noqa: E402
 
 HALF = torch.float16
 WHAT_TO_DO = (
-    "If the arithmetic has changed, raise NUMERICS in patches/version_map.py and the major version (before 1.0 the minor one), and say so in "
-    "CHANGELOG.md; if it has not, or once you have, record it with `python tools/golden_outputs.py`."
+    "If the arithmetic has changed, raise NUMERICS in patches/version_map.py and the major version (before 1.0 the "
+    "minor one), and say so in CHANGELOG.md; if it has not, or once you have, record it with "
+    "`python tools/golden_outputs.py`."
 )
 
 

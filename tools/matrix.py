@@ -78,17 +78,17 @@ def digest() -> str:
     return state.hexdigest()[:16]
 
 
-def run_suite(environments: Environments, version: str, threads: int) -> Outcome:
-    """Installs a release and runs the conformance suite on it."""
+def run_suite(environments: Environments, version: str, threads: int, **variables: str) -> Outcome:
+    """Installs a release and runs the conformance suite on it, with these environment variables."""
     started = time.monotonic()
     release, layer = environments.release(version)
-    report = environments.folder / "results" / f"{version}.xml"
+    report = environments.result(version).with_suffix(".xml")
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     path = os.pathsep.join(map(str, (release, layer)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "QWEN2_"))}
     environment |= {"PYTHONPATH": path, "QWEN2_FP16_FIX_MATRIX": version, "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1", **variables}
     command = [str(environments.python), "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider"]
     command += ["-o", "filterwarnings=default", f"--junitxml={report}"]  # old releases warn about much in a new torch
     try:
@@ -173,13 +173,13 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def write_tables(record: dict[str, Any]) -> None:
-    """Puts the support table between its marks in every README."""
+def write_tables(made: str, begin: str = BEGIN, end: str = END) -> None:
+    """Puts a table between its marks in every README."""
     for readme in READMES:
         if readme.exists():
-            before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-            after = rest.partition(END)[2]
-            readme.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{after}", encoding="utf-8")
+            before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+            after = rest.partition(end)[2]
+            readme.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -208,16 +208,23 @@ def chosen(options: argparse.Namespace, releases: Sequence[Release]) -> list[Rel
     return [release for release in asked if here in SpecifierSet(release.python)]
 
 
-def run_or_keep(environments: Environments, version: str, state: str, options: argparse.Namespace) -> Outcome:
-    """The outcome of a release: an earlier one on the same sources, or that of a run now."""
+def run_or_keep(
+    environments: Environments, version: str, state: str, options: argparse.Namespace, **variables: str
+) -> Outcome:
+    """The outcome of a release: an earlier one on the same sources, or that of a run now. See `run_suite`."""
     outcome = kept(environments, version, state)
     if outcome is None:
-        outcome = run_suite(environments, version, max(1, (os.cpu_count() or 1) // options.jobs))
+        outcome = run_suite(environments, version, max(1, (os.cpu_count() or 1) // options.jobs), **variables)
         found = {"state": state, "outcome": outcome._asdict()}
         environments.result(version).write_text(json.dumps(found, indent=2))
         if not options.keep:
             environments.discard(version)
     return outcome
+
+
+def recorded(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """Outcomes by release, as a record holds them."""
+    return {o.version: {"tests": o.tests, "problem": o.problem.partition("\n")[0]} for o in outcomes}
 
 
 def write_record(outcomes: Sequence[Outcome], sources: str, torch: str) -> None:
@@ -226,10 +233,10 @@ def write_record(outcomes: Sequence[Outcome], sources: str, torch: str) -> None:
         "digest": sources,
         "torch": torch,
         "python": platform.python_version(),
-        "releases": {o.version: {"tests": o.tests, "problem": o.problem.partition("\n")[0]} for o in outcomes},
+        "releases": recorded(outcomes),
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    write_tables(record)
+    write_tables(table(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,17 +15,18 @@ from packaging.requirements import Requirement
 class Environments:
     """The folder with the base environment, the layers, the releases and the results."""
 
-    def __init__(self, folder: Path, torch: str) -> None:
-        """folder: made if missing. torch: the version to install into the base environment."""
-        self.folder, self.torch = folder, torch
-        self.python = folder / "base" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    def __init__(self, folder: Path, torch: str, base: str = "base") -> None:
+        """folder: made if missing. torch: the version to install into the base environment, whose folder is `base`."""
+        self.folder, self.torch, self.place = folder, torch, folder / base
+        self.results = folder / "results" if base == "base" else folder / "results" / base
+        self.python = self.place / ("Scripts" if os.name == "nt" else "bin") / "python"
         self.lock = threading.Lock()
 
     def base(self) -> None:
         """An environment with torch and pytest and nothing else that transformers could pick up."""
-        mark = self.folder / "base" / f"torch-{self.torch}"
+        mark = self.place / f"torch-{self.torch}"
         if not mark.exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder / "base")], check=True)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.place)], check=True)
             self._pip(f"torch=={self.torch}")
             self._pip("pytest>=8", "packaging")
             mark.touch()
@@ -45,9 +46,13 @@ class Environments:
         """Deletes the folder of a release."""
         shutil.rmtree(self.folder / "releases" / version, ignore_errors=True)
 
+    def discard_base(self) -> None:
+        """Deletes the base environment."""
+        shutil.rmtree(self.place, ignore_errors=True)
+
     def result(self, version: str) -> Path:
         """Where the outcome of a release is kept."""
-        return self.folder / "results" / f"{version}.json"
+        return self.results / f"{version}.json"
 
     def _install(self, target: Path, *what: str) -> None:
         if not (target / ".complete").exists():

@@ -166,6 +166,16 @@ def test_a_layer_launches_no_more_kernels_than_stock(attention: str, phase: str,
     assert fixed.kernels <= stock.kernels
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("phase", CASES)
+def test_a_torch_without_a_kernel_for_the_norm_launches_four_more(attention: str, phase: str) -> None:
+    """Two for each norm, and still fewer than stock, whose norms are in parts in any torch."""
+    stock, fixed, _, _ = layer(attention, phase)
+    in_parts, rest = cost_of_layer(models(attention)[1], phase, CASES[phase], 1, fused_norm=False)
+    assert in_parts.kernels == fixed.kernels + 4 <= stock.kernels
+    assert rest.kernels == layer(attention, phase)[3].kernels + 2
+
+
 @pytest.fixture(scope="module")
 def workshop_7b() -> Workshop:
     """Three layers whose large weights nobody has written to: they take no memory, and no count depends on them."""

@@ -19,9 +19,17 @@ RELEASE = Version(Version(transformers.__version__).base_version)
 TORCH = Version(Version(torch.__version__).base_version)
 CACHE = "cache" if RELEASE >= Version("5.24") else "past_key_values"  # what a model calls its cache
 DTYPE = "dtype" if RELEASE >= Version("4.56") else "torch_dtype"  # what from_pretrained calls it
+#: Set by tools/torch_matrix.py: what takes long to compile is compiled once a torch version, not once a release.
+COMPILES_ALL = "QWEN2_FP16_FIX_COMPILE" in os.environ
+#: On a CPU. Before, torch's fused attention took its scores in float16 there.
+SDPA_SCORES_ARE_FP32 = Version("2.5") <= TORCH
+#: transformers' own masks for sdpa from 4.53 on write into an expanded tensor there, for windows and static caches.
+SDPA_MASKS_RAISE = Version("2.5") > TORCH and Version("4.53") <= RELEASE
 #: Every published magnitude at once, but for the two that cost accuracy instead of range.
 ALL = tuple(kind for kind in KINDS if not kind.startswith("keys"))
 ATTENTIONS = ("eager", "sdpa")
+#: Those that can hide more than the future: a window, or what a prompt over a cache may not see.
+MASKED_ATTENTIONS = ("eager",) if SDPA_MASKS_RAISE else ATTENTIONS
 STRESSES = (("scores",), ("residual",), ("scores", "residual"), ("swiglu",), ALL)
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
@@ -68,6 +76,23 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones_like(PROMPT)
     mask[0, :5] = 0
     return PROMPT * mask, mask
+
+
+def generate(model: Any, **how: Any) -> torch.Tensor:
+    """Continuations (2, 8) of the two padded prompts."""
+    tokens, mask = padded()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            pad_token_id=0,
+            min_new_tokens=8,
+            max_new_tokens=8,
+            **{"do_sample": False, **how},
+        )
+    found: torch.Tensor = out[:, tokens.shape[1] :]
+    return found
 
 
 def answer_of(command: Sequence[str], out: Path, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -8,30 +8,13 @@ from packaging.version import Version
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
-from tests.conformance.models import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, kl, logits, padded, stress
+from tests.conformance.models import ATTENTIONS, CLOSE, PROMPT, RELEASE, fixed_half, generate, kl, logits, stress
 from tests.stress import TINY
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
 STRESS = ("scores", "residual")
 CACHES: tuple[dict[str, Any], ...] = ({},) if RELEASE < Version("4.45") else ({}, {"cache_implementation": "static"})
-
-
-def generate(model: Any, **how: Any) -> torch.Tensor:
-    """Continuations (2, 8) of the two padded prompts."""
-    tokens, mask = padded()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            pad_token_id=0,
-            min_new_tokens=8,
-            max_new_tokens=8,
-            **{"do_sample": False, **how},
-        )
-    found: torch.Tensor = out[:, tokens.shape[1] :]
-    return found
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qwen2_fp16_fix
-from tests.conformance.models import ATTENTIONS, PROMPT
+from tests.conformance.models import ATTENTIONS, PROMPT, SDPA_SCORES_ARE_FP32
 from tests.stress import TINY, build
 
 #: An ordinary model, two with exponents, and one whose keys lose in stock what they say. Not "scores": its bias of keys
@@ -27,6 +27,9 @@ SCALE = 2.0**6
 #: Of a parameter's gradient, relative to its length. It makes the cosine at least 0.9999, and sees a wrong length too.
 #: Roundings to 11 bits through 4 layers come to 1e-3 here, 4e-3 for a bias of keys, most of which cancels.
 CLOSE = 1e-2
+
+#: With autocast on a CPU before torch 2.5, whose sdpa then takes its scores in float16: 1.3e-2 in a bias of keys.
+CLOSE_UNDER_AUTOCAST = CLOSE if SDPA_SCORES_ARE_FP32 else 2 * CLOSE
 
 #: What our error may be of stock's. With adapters on a massive channel one rounding decides for either: over 8 seeds it
 #: is between 0.4 and 2.2 times, without adapters 0.9 to 1.06.
@@ -96,12 +99,12 @@ def error(oracle: Gradients, found: Gradients) -> float:
     return float((sum(off for off, _ in squares) / sum(length for _, length in squares)) ** 0.5)
 
 
-def check(oracle: Gradients, found: Gradients, stock: Gradients | None = None) -> None:
+def check(oracle: Gradients, found: Gradients, stock: Gradients | None = None, close: float = CLOSE) -> None:
     """Each parameter's gradient is finite, as fp32's, and all together are no farther from it than stock's."""
     assert oracle.keys() == found.keys()
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     off = {name: error({name: oracle[name]}, found) for name in oracle}  # 1 for a gradient that is all zero
-    assert not {name: value for name, value in off.items() if not value < CLOSE}
+    assert not {name: value for name, value in off.items() if not value < close}
     if stock is not None and all(torch.isfinite(gradient).all() for gradient in stock.values()):
         assert error(oracle, found) < CHANCE * error(oracle, stock)
 
@@ -164,7 +167,7 @@ def test_training_under_autocast(kinds: tuple[str, ...], attention: str, adapter
         backward(stock, autocast=True)
         backward(model, scaler.scale, autocast=True)
         scaler.unscale_(optimizer)
-        check(oracle, gradients(model, scale=1.0), gradients(stock))
+        check(oracle, gradients(model, scale=1.0), gradients(stock), CLOSE_UNDER_AUTOCAST)
         assert (None in exponents(model)) == (adapters or step == 2)
         scaler.step(optimizer)
         scaler.update()

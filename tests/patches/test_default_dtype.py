@@ -47,7 +47,7 @@ def constants(model: Any) -> list[Any]:
     found: list[Any] = [model.model.rotary_emb.frequencies()]
     for layer in model.model.layers:
         for part in (layer.mlp, layer.self_attn):
-            found += [*(part.scale or [None]), *(vars(part).get(name) for name in ("shift", "one"))]
+            found += [*(part.scale or [None]), *(getattr(part, name, None) for name in ("shift", "factor"))]
     return found
 
 

@@ -105,7 +105,7 @@ class Float16Numbers(TorchDispatchMode):
 
 @LARGE
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_model_that_asks_for_an_exponent_is_proven_and_exact(grown: str, attention: str) -> None:
+def test_what_asks_for_an_exponent_is_proven_and_exact(grown: str, attention: str) -> None:
     """q, k, v, gate, up and the norms had a verdict and no exponent: such a model was not proven, and not finite."""
     stock = grow(grown, attn_implementation=attention)
     assert qwen2_fp16_fix.certify(stock).proven
@@ -291,12 +291,22 @@ def test_hooks_see_what_stocks_would_and_leave_the_model_as_exact(grown: str, mo
         torch.testing.assert_close(found, exact, rtol=4e-3, atol=4e-3 * float(exact.abs().max()))
 
 
+def test_a_projection_that_cannot_be_split_runs_behind_a_wide_norm() -> None:
+    """With a backward hook it is called as it is, in stock's dtype; the norm has returned fp32."""
+    model = fixed(grow("wide post_norm"))
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_full_backward_hook(lambda module, inputs, outputs: None)
+    assert model(PROMPT, use_cache=False).logits.dtype == torch.float16
+
+
 def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second found a layer that was planned in part: a centre, no exponents, and no plan due."""
-    stock = grow("v and o_proj")
-    model = fixed(stock)
+    stock = grow("wide input_norm")
     expected = fixed(stock)(PROMPT).logits.detach()
-    model.load_state_dict(model.state_dict())  # each layer makes its plan at its next forward
+    model = qwen2_fp16_fix.Qwen2ForCausalLM(stock.config).half().eval()
+    with torch.no_grad():  # each layer makes its plan at its first forward
+        for own, weight in zip(model.parameters(), stock.parameters(), strict=True):
+            own.copy_(weight)
     bounding, made = threading.Event(), []
 
     def slow(*layer: Any) -> Any:

@@ -15,7 +15,9 @@ from torch import nn
 import qwen2_fp16_fix
 from benchmarks.cost import cost_of
 from qwen2_fp16_fix.patches.attention import project_output
+from qwen2_fp16_fix.patches.attention_form import Form
 from qwen2_fp16_fix.patches.blocks import MLP
+from qwen2_fp16_fix.patches.caches import STOCK as STOCK_KEYS
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
 from qwen2_fp16_fix.patches.planning import plan_layers
 from qwen2_fp16_fix.patches.scaling import linear_by_token
@@ -221,17 +223,21 @@ def test_scaling_by_token_holds_products_that_float16_cannot() -> None:
     torch.testing.assert_close(mlp(hidden), torch.full(hidden.shape, expected), rtol=3e-3, atol=0)  # three roundings
 
 
+def project(attention: Any, heads: torch.Tensor, values: int = 0) -> torch.Tensor:
+    """The output projection of heads (1, S, channels) whose values are stored times 2^-values."""
+    hidden = torch.empty(*heads.shape[:2], TINY.hidden)
+    return project_output(attention, heads * 2.0**-values, hidden, torch.float16, Form(None, None, STOCK_KEYS, values))
+
+
 def test_output_projections_scale_by_token_and_by_plan() -> None:
     """Values of 6e4 times weights of 1 pass the range in o_proj whatever the heads say."""
     attention = fixed().model.layers[0].self_attn
     attention.o_proj.weight.data.fill_(1.0)
     heads = torch.full((1, 2, TINY.hidden), 6e4).half()
     expected = heads.float().sum(-1, keepdim=True).expand(1, 2, TINY.hidden)
-    for exponent in (None, 8):
+    for exponent, values in ((None, 0), (None, 8), (8, 8), (8, 0)):  # values of a cache may be older than a plan
         attention.set_exponent(exponent)
-        torch.testing.assert_close(
-            project_output(attention, heads, torch.float16), expected, rtol=1e-3, atol=0
-        )  # one rounding
+        torch.testing.assert_close(project(attention, heads, values), expected, rtol=1e-3, atol=0)  # one rounding
 
 
 def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +254,7 @@ def test_scaling_by_token_is_handed_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.mlp.set_exponent(None)
     layer.self_attn.set_exponent(None)
     hidden = torch.randn(1, 2, TINY.hidden).half()
-    project_output(layer.self_attn, hidden, torch.float16)
+    project(layer.self_attn, hidden)
     layer.mlp(hidden)
     assert handed == [torch.float32, torch.float32]
 
@@ -293,7 +299,7 @@ def test_a_shard_that_knows_no_others_is_an_error() -> None:
     attention.set_exponent(None)
     attention.o_proj = nn.Linear(TINY.hidden // 2, TINY.hidden, bias=False).half()
     with pytest.raises(qwen2_fp16_fix.ShardedRangeError, match="which ranks"):
-        project_output(attention, torch.randn(1, 2, TINY.hidden // 2).half(), torch.float16)
+        project(attention, torch.randn(1, 2, TINY.hidden // 2).half())
 
 
 def test_a_plain_shard_finds_the_others_by_its_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +309,7 @@ def test_a_plain_shard_finds_the_others_by_its_linear(monkeypatch: pytest.Monkey
     attention = fixed().model.layers[0].self_attn
     attention.o_proj = nn.Linear(TINY.hidden // 2, TINY.hidden, bias=False).half()
     attention.o_proj._hf_device_mesh = SimpleNamespace(get_group=lambda: "all ranks")
-    project_output(attention, torch.randn(1, 2, TINY.hidden // 2).half(), torch.float16)
+    project(attention, torch.randn(1, 2, TINY.hidden // 2).half())
     assert asked == [(torch.distributed.ReduceOp.MAX, "all ranks")]
 
 
@@ -324,8 +330,9 @@ def test_from_pretrained_plans(tmp_path: Path) -> None:
 
 def test_unfix_leaves_nothing_of_the_plan() -> None:
     model = qwen2_fp16_fix.unfix(fixed("swiglu"))
+    of_plan, beyond_it = {"scale", "plan", "plan_due", "rotary", "watch"}, {"ranges", "factor", "input_exponent"}
     for module in model.modules():
-        assert not {"scale", "plan", "plan_due", "rotary", "watch", "shift", "one"} & set(module.__dict__)
+        assert not (of_plan | beyond_it | {"centre", "is_wide"}) & set(module.__dict__)
     assert type(model.model.layers[0].mlp) is STOCK.Qwen2MLP
 
 

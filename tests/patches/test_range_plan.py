@@ -297,6 +297,31 @@ def test_one_bit_past_the_limit_asks_for_one_exponent(site: str, limit: float) -
     assert unproven_sites(beyond, needed_exponents(beyond)) == [site]
 
 
+def test_the_bounds_are_those_with_the_exponents() -> None:
+    """An exponent of 12 that queries ask for rounds what values are computed of to multiples of 2^-12."""
+    weights = layer_weights(3)
+    weights["self_attn.q_proj.weight"] = (weights["self_attn.q_proj.weight"].float() * 2.0**15).half()
+    weights["self_attn.o_proj.weight"] = (weights["self_attn.o_proj.weight"].float() * 2.0**12).half()
+    plan = plan_layer(weights, SHAPE)
+    assert min(plan.exponents.input_norm, plan.exponents.o_proj) > 0
+    assert plan.bounds == bound_layer(weights, SHAPE, plan.exponents)
+    assert plan.bounds.v > plan.unscaled.v == bound_layer(weights, SHAPE).v
+    assert needed_exponents(plan.bounds) <= plan.exponents
+
+
+def test_a_bias_is_bounded_where_it_is_stored() -> None:
+    """With v, whose matmul adds it; not with q and k, to which it is added in fp32. Stock stores all three with it."""
+    weights = layer_weights(3)
+    for name in "qkv":
+        weights[f"self_attn.{name}_proj.bias"][2] = 6e4
+    plan = plan_layer(weights, SHAPE)
+    assert plan.exponents == Exponents(o_proj=1, rotated=1)  # keys and their centre are 6e4 long each
+    bounds = plan.bounds
+    assert max(bounds.q, bounds.k, bounds.v) < 1e3 < 6e4 < min(bounds.biased_q, bounds.biased_k, bounds.value)
+    stock = range_plan.stock_headroom_bits(plan.unscaled)
+    assert max(stock["q"], stock["k"], stock["v"]) < 0
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_what_is_not_finite_is_not_proven(bad: float) -> None:
     for site in range_plan.LIMITS:

@@ -53,4 +53,25 @@ MUTATIONS = (
         "(gate * up).float()",
         "tests/patches/test_planning.py::test_scaling_by_token_holds_products_that_float16_cannot",
     ),
+    Mutation(
+        "a gate that was scaled is activated in float16",
+        FILE,
+        "self.act_fn(gate.float())",
+        "self.act_fn(gate.half())",
+        "tests/patches/test_exponents.py::test_an_adversary_finds_no_number_beyond_its_limit[wide post_norm]",
+    ),
+    Mutation(
+        "down_proj is handed a product in fp32",
+        FILE,
+        "gate, up, scale.exponent).to(torch.float16)",
+        "gate, up, scale.exponent)",
+        "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-gate]",
+    ),
+    Mutation(
+        "an MLP behind a wide norm is stock's",
+        FILE,
+        "return self.input_exponent > 0 and is_full_precision(hidden_states) and holds_float16(self.gate_proj)",
+        "return False",
+        "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
+    ),
 )

@@ -25,4 +25,18 @@ MUTATIONS = (
         "    if False:",
         "tests/patches/test_stale_plans.py::test_a_forward_that_overflowed_is_told_of_by_the_next[by_data]",
     ),
+    Mutation(
+        "a norm rounds what float16 cannot hold",
+        FILE,
+        "site in wide and can_read",
+        "False",
+        "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
+    ),
+    Mutation(
+        "a cache meets values of another exponent once a plan has ended",
+        FILE,
+        "    layer.__dict__.update(plan=None, plan_due=due)",
+        "    keep_ranges(layer, Exponents())\n    layer.__dict__.update(plan=None, plan_due=due)",
+        "tests/patches/test_exponents.py::test_a_plan_that_ends_leaves_the_exponents_of_what_is_stored[v]",
+    ),
 )

@@ -7,8 +7,8 @@ MUTATIONS = (
     Mutation(
         "a key's bias is rounded with what it says where autograd looks on, or the linear is not plain",
         FILE,
-        "bias.to(product.device).float()",
-        "bias.to(product.device)",
+        "return product + bias.to(product.device).float()",
+        "return product + bias.to(product.device)",
         "tests/patches/test_centred_projections.py::test_projections_are_the_same_to_the_bit_with_autograd",
     ),
     Mutation(
@@ -90,5 +90,29 @@ MUTATIONS = (
         " + (whole.float() - whole.detach().float()) if whole.requires_grad else exact",
         "",
         "tests/patches/test_linears.py::test_gradients_reach_what_a_hook_was_shown[q_proj]",
+    ),
+    Mutation(
+        "a scaled product is brought back in float16",
+        FILE,
+        "exact = product.float() * 2.0**exponent",
+        "exact = product * 2.0**exponent",
+        "tests/patches/test_exponents.py::test_an_adversary_finds_no_number_beyond_its_limit[wide post_norm]",
+    ),
+    Mutation(
+        "a hook takes a projection past its exponent",
+        FILE,
+        "    if is_only_hooked(projection):\n\n",
+        "    if False:\n\n",
+        (
+            "tests/patches/test_exponents.py::test_hooks_see_what_stocks_would_and_leave_the_model_as_exact"
+            "[no_grad-wide input_norm]"
+        ),
+    ),
+    Mutation(
+        "a projection that cannot be split is handed fp32",
+        FILE,
+        "projection(hidden_states.to(torch.float16))",
+        "projection(hidden_states)",
+        "tests/patches/test_exponents.py::test_a_projection_that_cannot_be_split_runs_behind_a_wide_norm",
     ),
 )

@@ -207,4 +207,11 @@ MUTATIONS = (
         "weights.view(*grouped, keys) @ value.flatten(0, 1)",
         "tests/patches/test_numerics.py::test_grouped_attention_is_attention[cpu-1-heads0]",
     ),
+    Mutation(
+        "what is scaled stays fp32",
+        FILE,
+        "(activation * 2.0**-exponent).to(torch.float16)",
+        "activation * 2.0**-exponent",
+        "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
+    ),
 )

@@ -21,8 +21,8 @@ MUTATIONS = (
     Mutation(
         "status believes a plan",
         FILE,
-        "    if layer.plan is not None and exponents_for",
-        "    if False and exponents_for",
+        "    if layer.plan is not None:\n        planned = proven_plan",
+        "    if False:\n        planned = proven_plan",
         "tests/patches/test_stale_plans.py::test_status_and_certify_believe_no_plan[by_data]",
     ),
     Mutation(
@@ -38,5 +38,19 @@ MUTATIONS = (
         "w.dtype not in (torch.float16, torch.float32)",
         "False",
         "tests/patches/test_planning.py::test_a_cast_to_float16_keeps_a_plan_and_one_to_bfloat16_ends_it",
+    ),
+    Mutation(
+        "another thread runs a layer that is planned in part",
+        FILE,
+        "layer.watch.reset()\n        drop_plan(layer, due=True)",
+        "layer.watch.reset()\n        drop_plan(layer)",
+        "tests/patches/test_exponents.py::test_threads_that_meet_in_their_first_forward_make_one_plan",
+    ),
+    Mutation(
+        "each thread makes the plan anew",
+        FILE,
+        "            if layer.plan_due:  # another thread",
+        "            if True:  # another thread",
+        "tests/patches/test_exponents.py::test_threads_that_meet_in_their_first_forward_make_one_plan",
     ),
 )

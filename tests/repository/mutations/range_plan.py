@@ -5,31 +5,17 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/range_plan.py"
 MUTATIONS = (
     Mutation(
-        "fp64 is asked of a device",
+        "the bounds are those without the exponents",
         FILE,
-        "return sums.cpu().double()",
-        "return sums.double().cpu()",
-        "tests/patches/test_devices.py::test_a_plan_is_made_on_a_device_without_fp64",
+        "while exponents._replace(mlp=0) != bounded:",
+        "while False:",
+        "tests/patches/test_range_plan.py::test_the_bounds_are_those_with_the_exponents",
     ),
     Mutation(
-        "a gain in fp32 is bounded by its rounding",
+        "values are scaled less than what they are computed of",
         FILE,
-        "torch.maximum(float16_values(gain).abs(), gain.detach().float().abs())",
-        "float16_values(gain).abs()",
-        "tests/checkpoints/test_weights_elsewhere.py::test_a_gain_in_fp32_is_not_bounded_by_its_rounding",
-    ),
-    Mutation(
-        "bounds summed in float16",
-        FILE,
-        "weight.detach().half().to(torch.float32, copy=copy)",
-        "weight.detach().half()",
-        "tests/patches/test_range_plan.py::test_fp32_sums_in_chunks_bound_the_exact_ones",
-    ),
-    Mutation(
-        "a norm's own output goes unbounded",
-        FILE,
-        'norm=max(bound_norm(weights[f"{norm}.weight"]) for norm in QWEN2.norms())',
-        "norm=0.0",
-        "tests/patches/test_range_plan.py::test_a_norm_that_overflows_by_itself_is_not_proven",
+        'max(needed["o_proj"], needed["input_norm"])',
+        'needed["o_proj"]',
+        "tests/patches/test_range_plan.py::test_one_bit_past_the_limit_asks_for_one_exponent",
     ),
 )
