@@ -245,16 +245,6 @@ def test_a_static_cache_that_is_filled_in_chunks_is_allocated_by_head_dim() -> N
     assert widths(found.past_key_values) == {TINY.head_dim}
 
 
-def test_continuous_batching_has_a_cache_of_head_dim() -> None:
-    """Its own error about another width would be swallowed, and the requests come back empty."""
-    model = fixed(*KINDS, attention="sdpa")
-    settings = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1)
-    settings.num_blocks, settings.max_batch_tokens = 16, 64
-    found = model.generate_batch(inputs=[PROMPT[0, :24].tolist()], generation_config=settings, progress_bar=False)
-    expected = generated(stock(*KINDS)).sequences[0, 24:32].tolist()
-    assert [each.generated_tokens for each in found.values()] == [expected]
-
-
 def cut(cache: Any) -> Any:
     """What a tool that knows head_dim makes of it."""
     pairs = [(layer.keys[..., : TINY.head_dim], layer.values[..., : TINY.head_dim]) for layer in cache.layers]

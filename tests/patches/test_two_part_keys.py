@@ -320,7 +320,7 @@ def test_compiled_code_has_lower_parts() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(compiled(key, channels, dtype), two_part_keys.widened_keys(key, channels, dtype))
         assert torch.equal(query(key, channels, dtype), two_part_keys.widened_queries(key, channels, dtype))
-        assert compiled(key, channels, dtype)[..., -4:].count_nonzero() > 1500
+        assert compiled(key, channels, dtype)[..., -4:].count_nonzero() > 500
 
 
 def test_a_dtype_that_drops_nothing_has_one_part() -> None:
