@@ -310,6 +310,28 @@ def test_both_parts_of_a_key_are_the_key(numbers: list[float]) -> None:
     assert (stored[6:].abs() <= exact.abs() * 2.0**-11 + 2.0**-25).all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_compiled_code_has_lower_parts() -> None:
+    """torch's own compiler takes `x.half().float()` for x: every lower part is 0 then. Other backends hide it."""
+    key, channels = torch.linspace(-300, 300, 512).view(1, 2, 64, 4), torch.arange(4).expand(1, 2, 1, 4)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(two_part_keys.widened_keys, fullgraph=True)
+    query: Any = torch.compile(two_part_keys.widened_queries, fullgraph=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(compiled(key, channels, dtype), two_part_keys.widened_keys(key, channels, dtype))
+        assert torch.equal(query(key, channels, dtype), two_part_keys.widened_queries(key, channels, dtype))
+        assert compiled(key, channels, dtype)[..., -4:].count_nonzero() > 500
+
+
+def test_a_dtype_that_drops_nothing_has_one_part() -> None:
+    """Values in fp32, as bitsandbytes' linears return them for an fp32 input."""
+    key, channels = torch.randn(1, 1, 3, 4), torch.arange(4).view(1, 1, 1, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = two_part_keys.widened_keys(key, channels, torch.float32)
+    assert torch.equal(found, torch.cat((key, key, key * 0), -1))
+
+
 def test_a_rounded_query_loses_nothing_in_split_pairs() -> None:
     """q·k in three products of rounded numbers, to 2^-20 of the lengths; the rounded query alone is 2^-12 off."""
     generator = torch.Generator().manual_seed(0)
