@@ -115,12 +115,12 @@ def with_spiked_queries(dtype: torch.dtype) -> Any:
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_queries_may_be_spiked_as_well(attention: str) -> None:
-    """8e-6, as in keys that are never rounded; 1.5e-4 with two channels a pair instead of four."""
+    """1.2e-6; 1.4e-5 on a GPU if the lower part of the query is missing, and 1.5e-2 with centred keys."""
     tokens = random_prompt(TINY, batch=1, length=160)
     oracle = logits(with_spiked_queries(torch.float32), tokens)
     model = qwen2_fp16_fix.fix(with_spiked_queries(torch.float16))
     model.set_attn_implementation(attention)
-    assert kl_to(oracle, logits(model, tokens)) < 2e-5
+    assert kl_to(oracle, logits(model, tokens)) < FLOOR
 
 
 @pytest.mark.parametrize(("kinds", "base"), [(("keys",), 1e4), (("keys_fast",), 1e6)], ids=["1e4", "1e6"])
