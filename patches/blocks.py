@@ -251,6 +251,8 @@ class RotaryEmbedding(nn.Module):
                 self._buffers[name] = exact.to(after.device)
             elif name in rounded:
                 rounded[name] = fn(rounded[name])
+        for name in [name for name, buffer in rounded.items() if buffer.is_meta]:
+            del rounded[name]  # it holds no numbers, and could not be moved once the others have some
         return self
 
     def on_fixed(self, stock: type[nn.Module]) -> None:

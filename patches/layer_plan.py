@@ -17,7 +17,6 @@ rotary embedding for a child of the layer, and its `__setattr__` is slower.
 """
 
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import QWEN2
-from .errors import StalePlanWarning
+from .errors import NotFixedWarning, StalePlanWarning
 from .overflow import OverflowWatch
-from .range_bounds import Exponents
+from .range_bounds import Exponents, LayerBounds
+from .range_plan import FLOAT16_MAX
 from .scaling import Ranges, Scaled
 from .swap import module_at
 
@@ -84,13 +84,13 @@ def keep_ranges(layer: Any, exponents: Exponents) -> None:
         getattr(layer, MLP).keep_input_exponent(exponents.post_norm)
 
 
-def widen_norms(layer: Any, wide: Collection[str]) -> None:
-    """Lets those norms of the layer return fp32, by the sites of their outputs, and no others."""
+def widen_norms(layer: Any, bounds: LayerBounds | None) -> None:
+    """Lets the norms return fp32 whose output passes float16's range, and no others. None: nothing is proven."""
     for path in QWEN2.norms():
-        site = next(site.name for site in QWEN2.sites if site.at == f"{path}:output")
-        readers = {linear.owner for linear in QWEN2.fed_by(site)}
-        can_read = all(can_scale_input(layer, owner) for owner in readers)
-        module_at(layer, path).__dict__["is_wide"] = site in wide and can_read
+        site = next(site for site in QWEN2.sites if site.at == f"{path}:output")
+        can_read = all(can_scale_input(layer, linear.owner) for linear in QWEN2.fed_by(site.name))
+        is_wide = bounds is not None and getattr(bounds, str(site.bound)) > FLOAT16_MAX
+        module_at(layer, path).__dict__["is_wide"] = is_wide and can_read
 
 
 def keep_plan(layer: Any, exponents: Exponents) -> None:
@@ -170,6 +170,18 @@ STALE = (
     "changed in a way that leaves no trace and the exponents were for the old ones. From here on every layer scales "
     "by token; call qwen2_fp16_fix.fix(model), or model.eval(), to plan anew."
 )
+
+
+UNPLANNED = (
+    "this model has not run since it was built or loaded, so what is exported or traced now stores its keys uncentred, "
+    "as stock does, and scales by token: run a forward, or call qwen2_fp16_fix.fix(model), before."
+)
+
+
+def warn_of_no_plan(layer: Any) -> None:
+    """Warns if a model is traced or exported before its keys were centred."""
+    if layer.plan_due and getattr(layer, ATTENTION).shift is None:
+        warnings.warn(UNPLANNED, NotFixedWarning, stacklevel=2)
 
 
 def children_of(layer: Any) -> list[nn.Module]:

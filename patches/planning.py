@@ -7,7 +7,6 @@ be bounded, or if the exponents do not prove it in range. A plan that has ended 
 """
 
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .architecture import QWEN2
 from .cache_origin import Witness, witness
-from .errors import NotFixedWarning, PatchConflictError
+from .errors import PatchConflictError
 from .key_centring import centre_factors
 from .layer_plan import (
     are_transformed,
@@ -30,12 +29,13 @@ from .layer_plan import (
     keep_ranges,
     note_trace,
     prepare_layer,
+    warn_of_no_plan,
     weights_of,
     widen_norms,
 )
 from .overflow import OverflowWatch
 from .range_bounds import UNSCALED, LayerShape, layer_shapes
-from .range_plan import FLOAT16_MAX, PlannedLayer, plan_layer, unproven_sites
+from .range_plan import PlannedLayer, plan_layer, unproven_sites
 from .swap import layers_of, module_at
 
 ATTENTION, MLP, FINAL_NORM = QWEN2.path("attention"), QWEN2.path("mlp"), QWEN2.final_norm()
@@ -88,7 +88,7 @@ def make_plan(layer: Any) -> None:
             return
         planned = proven_plan(layer)
         keep_ranges(layer, UNSCALED if planned is None else planned.exponents)
-        widen_norms(layer, () if planned is None else wide_norms(planned))
+        widen_norms(layer, None if planned is None else planned.bounds)
         if planned is not None:
             keep_plan(layer, planned.exponents)
         finish_planning(layer)
@@ -127,12 +127,6 @@ def proven_plan(layer: Any) -> PlannedLayer | None:
     planned = plan_layer(weights, layer_shape(layer, layer.rotary))
     # Without a proof an exponent has no use and only rounds small values away.
     return None if unproven_sites(planned.bounds, planned.exponents) else planned
-
-
-def wide_norms(planned: PlannedLayer) -> list[str]:
-    """The sites of the norms whose output passes float16's range, and so must not be rounded before it is scaled."""
-    sites = [site.name for site in QWEN2.sites if site.module in QWEN2.norms() and not site.is_input]
-    return [site for site in sites if getattr(planned.bounds, str(QWEN2.site(site).bound)) > FLOAT16_MAX]
 
 
 def layer_shape(layer: Any, rotary: Any = None) -> LayerShape:
@@ -189,12 +183,6 @@ def plain_linears(layer: Any) -> dict[str, nn.Module] | None:
     return found
 
 
-UNPLANNED = (
-    "this model has not run since it was built or loaded, so what is exported or traced now stores its keys uncentred, "
-    "as stock does, and scales by token: run a forward, or call qwen2_fp16_fix.fix(model), before."
-)
-
-
 def settle_plan(layer: Any) -> None:
     """Before a forward: drops a plan that may not hold, and makes one that is due.
 
@@ -245,12 +233,6 @@ def check_parts(layer: Any) -> None:
                 f"{name} is a {found.__module__}.{found.__qualname__}, put into a layer that was fixed before: build "
                 "the model inside `with qwen2_fp16_fix.stock_models():` and run it in bfloat16 or float32."
             )
-
-
-def warn_of_no_plan(layer: Any) -> None:
-    """Warns if a model is traced or exported before its keys were centred."""
-    if layer.plan_due and getattr(layer, ATTENTION).shift is None:
-        warnings.warn(UNPLANNED, NotFixedWarning, stacklevel=2)
 
 
 def settle_in_trace(layer: Any, in_grad_mode: bool) -> None:

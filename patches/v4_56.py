@@ -38,6 +38,7 @@ class Attention(InterfaceAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, S, hidden) to the same shape, and the weights (B, H, S, K) if eager computed them."""
+        past_key_values = kwargs.pop("past_key_value", past_key_values)  # the older name, which stock takes up to 4.57
         form = claim_keys(self, hidden_states, past_key_values, marks_last=False)
         if form is None:
             stock: tuple[Tensor, Tensor | None] = super().forward(

@@ -131,6 +131,7 @@ def linears(backwards: bool) -> Iterator[tuple[str, Tensor]]:
     spiked.bias = nn.Parameter(torch.tensor([300.25, -160.125, 0.0, 7.0, 1000.5, -3.0], dtype=HALF))
     with torch.no_grad():
         yield "exact bias", projections.project_exactly(spiked, hidden / 64)
+        yield "exact bias, scaled input", projections.project_exactly(spiked, hidden * 256.0, 6)
         yield "scaled_linear", scaling.scaled_linear(plain, hidden, torch.full((1,), 2.0**14))
         yield "linear_by_token", scaling.linear_by_token(plain, hidden.float() * 2.0**20, 8)
         yield "linear_by_token, bias", scaling.linear_by_token(small, hidden.float() * 2.0**4, 8)

@@ -127,6 +127,7 @@ def stored(model: Any, name: str) -> int | str:
     return int(cache.get_seq_length())
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values?. is deprecated")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_cache_is_filled_by_whichever_name_stock_takes(attention: str) -> None:
     """Stock takes older names of the argument through a decorator, which a forward of ours does not have."""

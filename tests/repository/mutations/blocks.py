@@ -74,4 +74,11 @@ MUTATIONS = (
         "return False",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
     ),
+    Mutation(
+        "frequencies without numbers are kept",
+        FILE,
+        "del rounded[name]  # it holds",
+        "pass  # it holds",
+        "tests/patches/test_blocks.py::test_frequencies_without_numbers_are_not_kept",
+    ),
 )

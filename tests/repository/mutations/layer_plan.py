@@ -28,8 +28,8 @@ MUTATIONS = (
     Mutation(
         "a norm rounds what float16 cannot hold",
         FILE,
-        "site in wide and can_read",
-        "False",
+        "= is_wide and can_read",
+        "= False",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
     ),
     Mutation(
