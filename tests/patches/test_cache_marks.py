@@ -184,12 +184,17 @@ def gone_on(model: Any, cache: Any) -> Tensor:
     return torch.cat([logits(model, each, **{CACHE: cache}) for each in parts], 1)
 
 
-ALL = Ranges(input=2, values=3, rotated=1)
+RANGES = {
+    "all": Ranges(input=2, values=3, rotated=1),
+    "values": Ranges(values=5),
+    "input": Ranges(input=4, values=4),
+    "rotated": Ranges(rotated=2),
+}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "by token"])
-@pytest.mark.parametrize("ranges", [ALL, Ranges(values=5), Ranges(input=4, values=4), Ranges(rotated=2)], ids=str)
+@pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
 def test_exponents_change_nothing_but_the_range(ranges: Ranges, planned: bool, attention: str) -> None:
     """Powers of two: as near to fp32, in one forward and over a cache; what is stored is as much smaller."""
     plain = begun(fixed("keys", "keys_fast", attention=attention))
@@ -301,7 +306,7 @@ def test_a_mark_of_an_older_release_is_read(values: int) -> None:
 
 
 @pytest.mark.parametrize("now", ["scaled", "without a centre", "fp32"])
-def test_a_mark_of_an_older_release_is_refused_by_another_state(now: str) -> None:
+def test_a_mark_of_an_older_release_is_refused(now: str) -> None:
     model = fixed()
     cache = begun(model)
     del vars(cache)[caches.MARKS]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,6 +100,27 @@ def test_every_cell_is_at_the_floor(kinds: tuple[str, ...], base: float, attenti
 @pytest.mark.parametrize(("kinds", "base"), [(("keys_fast",), 1e6), (("keys_fast",), 1e4)], ids=["1e6", "1e4"])
 def test_longer_prompts_are_at_the_floor(kinds: tuple[str, ...], base: float) -> None:
     check(kinds, base, 1024, "sdpa")
+
+
+def with_spiked_queries(dtype: torch.dtype) -> Any:
+    """300 in the fastest pair of keys and of queries: a query that is rounded loses as much as a key."""
+    model = build(TINY, (), attn_implementation="sdpa", **LONG)
+    with torch.no_grad():
+        for each in (attentions(model)[0], attentions(model)[-1]):
+            for projection, strength in ((each.q_proj, 280.0), (each.k_proj, 340.0)):
+                projection.bias.view(-1, TINY.head_dim)[:, 0] = strength
+    return model.to(dtype)
+
+
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_queries_may_be_spiked_as_well(attention: str) -> None:
+    """1.2e-6; 1.4e-5 on a GPU if the lower part of the query is missing, and 1.5e-2 with centred keys."""
+    tokens = random_prompt(TINY, batch=1, length=160)
+    oracle = logits(with_spiked_queries(torch.float32), tokens)
+    model = qwen2_fp16_fix.fix(with_spiked_queries(torch.float16))
+    model.set_attn_implementation(attention)
+    assert kl_to(oracle, logits(model, tokens)) < FLOOR
 
 
 @pytest.mark.parametrize(("kinds", "base"), [(("keys",), 1e4), (("keys_fast",), 1e6)], ids=["1e4", "1e6"])
@@ -213,6 +234,14 @@ def test_at_a_base_of_ten_thousand_every_published_spike_is_in_two_parts(spike: 
         assert split.left == 0
 
 
+def test_a_spike_that_does_not_turn_is_left_to_the_centre() -> None:
+    keys = torch.zeros(1, 4, dtype=torch.float64)
+    keys[0, 0] = 1000
+    rest = torch.tensor([0.01, 1.0], dtype=torch.float64)
+    assert two_part_keys.choose_pairs(keys, keys * 0, rest) is None
+    assert two_part_keys.choose_pairs(keys, keys * 0, rest * 2) is not None
+
+
 def test_the_longest_query_of_the_heads_that_read_a_key_counts() -> None:
     keys, queries = torch.zeros(2, 8, dtype=torch.float64), torch.zeros(6, 8, dtype=torch.float64)
     keys[1, 2], queries[4, 6] = 3, 30  # 90, and 12 without that head
@@ -285,6 +314,8 @@ NUMBERS = st.floats(-60000, 60000, width=32)
 
 @settings(max_examples=300, deadline=None)
 @given(number=NUMBERS)
+@example(number=1 + 2.0**-11)  # half way between two float16 numbers
+@example(number=1 + 2.0**-8)  # and between two of bfloat16
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_compiler_rounds_as_a_cast_does(dtype: torch.dtype, number: float) -> None:
     """To the bit, ties to even; but for numbers below the dtype's normal range, which are 2^-25 off at most."""
