@@ -68,7 +68,8 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
     ranges, centre = attention.ranges, None if is_sink(type(cache)) else attention.centre
     if matmul_dtype(attention, hidden_states) != torch.float16:  # bfloat16 has the range
         ranges = Ranges(rotated=ranges.rotated)
-    own = own_mark(centre, ranges)
+    # Without a cache no version is read: compiled code would be guarded by it and be compiled anew for each layer.
+    own = (0, ranges.values) if cache is None else own_mark(centre, ranges)
     mark = claim_cache(attention, cache, own, marks_last)
     if mark == STOCK != own:
         if ranges.rotated:  # stock's keys are not scaled

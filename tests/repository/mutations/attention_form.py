@@ -74,4 +74,11 @@ MUTATIONS = (
         "    if False:",
         "tests/patches/test_stale_plans.py::test_constants_go_where_the_layer_computes[eager-True]",
     ),
+    Mutation(
+        "each layer is compiled anew for the version of its centre",
+        FILE,
+        "(0, ranges.values) if cache is None else own_mark(centre, ranges)",
+        "own_mark(centre, ranges)",
+        "tests/patches/test_compile.py::test_layers_compiled_one_by_one_share_their_graphs[]",
+    ),
 )
