@@ -328,3 +328,21 @@ def test_threads_that_meet_in_their_first_forward_make_one_plan(monkeypatch: pyt
         found = [each.result() for each in (first, *(pool.submit(run) for _ in range(3)))]
     assert len(made) == LAYERS
     assert all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.parametrize("grown", ["q", "wide input_norm", "wide post_norm"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_scan_sees_no_site_pass_its_bound(grown: str, attention: str) -> None:
+    """Sites that hooks see unscaled are in fp32, and in the units of their bounds; so are scores of scaled keys."""
+    stock = grow(grown, attn_implementation=attention)
+    found = qwen2_fp16_fix.scan(fixed(stock), prompts=[PROMPT[0].tolist()])
+    assert found.finite, found.verdict
+    bounded = [site for site in found.sites if site.bound is not None]
+    assert {"input_norm", "q", "attention", "gate", "product", "scaled_scores"} <= {site.site for site in bounded}
+    for site in bounded:
+        assert site.largest is not None
+        assert site.largest <= site.bound * 1.04, (site.layer, site.site)  # 65 roundings of float16
+    raw = {site.site: site.largest for site in found.sites if site.layer == 0}
+    exact = qwen2_fp16_fix.scan(copy.deepcopy(stock).half(), prompts=[PROMPT[0].tolist()])
+    scores = {site.site: site.largest for site in exact.sites if site.layer == 0}
+    assert raw["scaled_scores"] == pytest.approx(scores["scaled_scores"], rel=0.5)  # a centre moves all; a scale by 4

@@ -35,8 +35,8 @@ MUTATIONS = (
     Mutation(
         "a cache meets values of another exponent once a plan has ended",
         FILE,
-        "    layer.__dict__.update(plan=None, plan_due=due)",
-        "    keep_ranges(layer, Exponents())\n    layer.__dict__.update(plan=None, plan_due=due)",
+        "    layer.__dict__.update(plan=None,",
+        "    keep_ranges(layer, Exponents())\n    layer.__dict__.update(plan=None,",
         "tests/patches/test_exponents.py::test_a_plan_that_ends_leaves_the_exponents_of_what_is_stored[v]",
     ),
 )
