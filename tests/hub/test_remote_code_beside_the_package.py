@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import qwen2_fp16_fix
+from benchmarks.workloads import CACHE
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.patches.errors import PatchConflictError
 from tests.stress import TINY, build, random_prompt
@@ -85,7 +86,7 @@ def test_remote_code_stores_keys_in_two_parts(attention: str, tmp_path: Path) ->
     tokens, cache = random_prompt(TINY, batch=1, length=40), transformers.DynamicCache()
     with torch.no_grad():
         assert torch.equal(remote(tokens).logits, ours(tokens).logits)
-        remote(tokens[:, :30], past_key_values=cache)
+        remote(tokens[:, :30], **{CACHE: cache})
         assert cache.layers[0].keys.shape[-1] == TINY.head_dim + 8
-        ours(tokens[:, 30:], past_key_values=cache)
+        ours(tokens[:, 30:], **{CACHE: cache})
     assert [row.pairs_in_two_parts for row in qwen2_fp16_fix.status(remote).model.ranges] == [2, 0, 0, 2]
