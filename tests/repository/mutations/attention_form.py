@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/attention_form.py"
 MUTATIONS = (
     Mutation(
+        "somebody else's attention gets keys with an exponent",
+        FILE,
+        "if attention.ranges.rotated and not is_known(",
+        "if False and not is_known(",
+        "tests/patches/test_exponents.py::test_an_attention_that_may_not_scale_scores_back_is_refused",
+    ),
+    Mutation(
         "a sink cache is centred",
         FILE,
         "None if is_sink(type(cache)) else attention.centre",
