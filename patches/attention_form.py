@@ -13,7 +13,7 @@ from transformers import modeling_utils
 
 from .cached_keys import is_sink, stored_width
 from .caches import MIXED, STOCK, Mark, claim_cache, own_mark
-from .errors import ForeignCacheError
+from .errors import ForeignCacheError, HalfPrecisionScoresError
 from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
 from .numerics import autocast_device, flex_pads, is_full_precision
@@ -65,10 +65,13 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
         claim_cache(attention, cache, STOCK, marks_last)
         return None
     keep_constants_at(attention, hidden_states.device)
+    if attention.ranges.rotated and not is_known(attention.config._attn_implementation):
+        raise HalfPrecisionScoresError(UNSCALED_SCORES.format(attention.config._attn_implementation))
     ranges, centre = attention.ranges, None if is_sink(type(cache)) else attention.centre
     if matmul_dtype(attention, hidden_states) != torch.float16:  # bfloat16 has the range
         ranges = Ranges(rotated=ranges.rotated)
-    own = own_mark(centre, ranges)
+    # Without a cache no version is read: compiled code would be guarded by it and be compiled anew for each layer.
+    own = (0, ranges.values) if cache is None else own_mark(centre, ranges)
     mark = claim_cache(attention, cache, own, marks_last)
     if mark == STOCK != own:
         if ranges.rotated:  # stock's keys are not scaled
@@ -76,6 +79,13 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
         centre = None
     split = None if centre is None else fitting_split(attention, cache, centre.split)
     return Form(None if centre is None else centre.shift, split, mark, mark[1], ranges.input, ranges.rotated)
+
+
+#: vLLM, for one, reads the factor of the scores when it builds a model, before there is a plan.
+UNSCALED_SCORES = (
+    "rotated queries and keys of this checkpoint may pass float16's range, and are scaled; attention implementation "
+    "{!r} is not transformers' own and may not scale the scores back: use 'eager', 'sdpa' or a flash implementation."
+)
 
 
 def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
@@ -128,16 +138,25 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
     return split if reason is None else None
 
 
+def is_known(implementation: str | None) -> bool:
+    """Whether transformers, or this copy of the fix, defines the attention implementation of that name."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = "transformers." if function is None else getattr(function, "__module__", None) or ""
+    return home.startswith(("transformers.", f"{__package__}."))
+
+
+is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | None:
     """Why an attention implementation is not given heads of `width` channels instead of head_dim; None if it is.
 
     pads: see `flex_pads`.
     """
-    name, function = str(implementation), ALL_ATTENTION_FUNCTIONS.get(implementation)
-    while isinstance(function, functools.partial):
-        function = function.func
-    home = "transformers." if function is None else getattr(function, "__module__", None) or ""
-    if not home.startswith(("transformers.", f"{__package__}.")):
+    name = str(implementation)
+    if not is_known(implementation):
         return f"{name} is not transformers' own and may expect heads of head_dim"
     if "paged" in name:
         return f"{name} has a cache that is allocated by head_dim"

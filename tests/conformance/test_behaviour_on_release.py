@@ -13,6 +13,10 @@ from tests.stress import TINY
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
+#: For tests in which a fixed model runs stock's code, or that are not about what it computes.
+in_one_arithmetic = pytest.mark.parametrize("arithmetic", ["cpu"], indirect=True)
+
+
 STRESS = ("scores", "residual")
 CACHES: tuple[dict[str, Any], ...] = ({},) if RELEASE < Version("4.45") else ({}, {"cache_implementation": "static"})
 
@@ -52,6 +56,7 @@ def test_hidden_states_are_all_there(attention: str) -> None:
         assert ((a.float() - b).norm(dim=-1) / b.norm(dim=-1)).max() < 2e-2
 
 
+@in_one_arithmetic
 def test_the_residual_stream_is_fp32() -> None:
     """Between the layers it holds what float16 cannot; after the final norm it is in the weights' dtype again."""
     with torch.no_grad():
@@ -77,6 +82,7 @@ def test_attentions_are_intact(attention: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its new name is 5.23's alone
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@in_one_arithmetic
 def test_gradient_checkpointing_recomputes(reentrant: bool) -> None:
     """An assigned forward loses it silently from 5.23: memory grows and nobody is told."""
     plain, expected = _gradient(checkpointing=None)
@@ -108,6 +114,7 @@ def _gradient(checkpointing: bool | None) -> tuple[int, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # its new name is 5.23's alone
+@in_one_arithmetic
 def test_fp32_gradients_are_bit_identical_to_stock() -> None:
     """With checkpointing too: the recomputed pass must take the stock path again."""
 
@@ -124,6 +131,7 @@ def test_fp32_gradients_are_bit_identical_to_stock() -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@in_one_arithmetic
 def test_parts_are_what_transformers_records_and_splits() -> None:
     """Recording matches isinstance of the stock classes; device maps and FSDP match their names."""
     model = fixed_half()
@@ -135,6 +143,7 @@ def test_parts_are_what_transformers_records_and_splits() -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
+@in_one_arithmetic
 def test_unfix_restores_bit_for_bit(attention: str) -> None:
     """Also where outputs were recorded before: 4.54 to 5.1 then leave a forward of the old class behind."""
     model = stress((), attention).half()
@@ -148,6 +157,7 @@ def test_unfix_restores_bit_for_bit(attention: str) -> None:
     assert all(not type(module).__module__.startswith("qwen2_fp16_fix") for module in model.modules())
 
 
+@in_one_arithmetic
 def test_a_fused_step_ends_every_plan() -> None:
     """Fused optimisers leave no trace on the weights: the exponents of the old ones would overflow on the new ones."""
     model = qwen2_fp16_fix.fix(stress())

@@ -37,7 +37,7 @@ SPIKES = (("keys_fast", 1e6), ("keys_fast", 1e4), ("keys", 1e4))
 EXACT = 2e-6
 CENTRED = 2e-4  # of keys_fast at 1e6, rounded once after centring: 4e-5 to 1.5e-4
 
-FIRST = 18  # tokens of the prompt that are in the cache before single ones follow
+FIRST = 20  # tokens of the prompt that are in the cache before single ones follow
 
 #: Static caches up to 4.55 have the shape that the configuration says. Tuples of tensors are caches up to 4.47.
 CACHES = ["dynamic"]
@@ -92,15 +92,15 @@ def test_decoding_over_a_cache_equals_one_pass(attention: str, cache: str) -> No
             in_steps(stress((), "sdpa"), "static")
         return
     narrow = cache == "static" and STATIC_IS_NARROW
-    for kind, base in SPIKES[:1] if narrow else SPIKES:
-        model = fixed_half((kind,), attention, rope_theta=base)
-        found, filled = in_steps(model, cache)
-        assert (width(model, filled) == TINY.head_dim) == narrow
-        bound = CENTRED if narrow else EXACT
-        assert kl(logits(stress((kind,), attention, rope_theta=base)), found) < bound
-        assert kl(logits(model), found) < bound
-        if not narrow:  # two float16 steps of a logit between 4 and 8: other matmul shapes, other rounding
-            assert float((logits(model) - found).abs().max()) < 2 * 2**-8 * 1.01
+    kind, base = SPIKES[0] if narrow else SPIKES[1]
+    model = fixed_half((kind,), attention, rope_theta=base)
+    found, filled = in_steps(model, cache)
+    assert (width(model, filled) == TINY.head_dim) == narrow
+    bound = CENTRED if narrow else EXACT
+    assert kl(logits(stress((kind,), attention, rope_theta=base)), found) < bound
+    assert kl(logits(model), found) < bound
+    if not narrow:  # two float16 steps of a logit between 4 and 8: other matmul shapes, other rounding
+        assert float((logits(model) - found).abs().max()) < 2 * 2**-8 * 1.01
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

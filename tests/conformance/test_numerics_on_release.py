@@ -27,9 +27,13 @@ from tests.stress import KINDS, ROPE_THETA, TINY, random_prompt
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
+#: For tests in which a fixed model runs stock's code, or that are not about what it computes.
+in_one_arithmetic = pytest.mark.parametrize("arithmetic", ["cpu"], indirect=True)
+
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kinds", [(), *STRESSES], ids="+".join)
+@in_one_arithmetic
 def test_fp32_is_bit_identical_to_stock(kinds: tuple[str, ...], attention: str) -> None:
     """An fp32 model has nothing to repair: a user may leave the fix on."""
     tokens, mask = padded()
@@ -43,6 +47,7 @@ def test_fp32_is_bit_identical_to_stock(kinds: tuple[str, ...], attention: str) 
 
 # From 4.53 sdpa gives no weights when asked; before, it hands over to eager.
 @pytest.mark.parametrize("attention", ("eager", "sdpa") if RELEASE < Version("4.53") else ("eager",))
+@in_one_arithmetic
 def test_fp32_attentions_are_bit_identical_to_stock(attention: str) -> None:
     """Asked for weights, some releases take another branch; an fp32 model must leave it alone as well."""
     tokens, mask = padded()
@@ -147,6 +152,7 @@ if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("kind", [None, "linear", "dynamic", "yarn", "longrope"])
+    @in_one_arithmetic
     def test_rotation_tables_are_fp32_whatever_matmuls_are(kind: str | None, dtype: torch.dtype) -> None:
         """Up to 5.17 or later stock's angles are a matmul, and TF32 makes of position 16,001 position 16,000.
 
@@ -171,6 +177,7 @@ if RELEASE >= Version("4.45"):  # Qwen2 has no scaled RoPE before
         assert torch.equal(fixed.frequencies(), exact) or kind in ("dynamic", "longrope")
         assert not torch.equal(fixed.frequencies(), exact) or kind != "dynamic"
 
+    @in_one_arithmetic
     def test_rotation_tables_of_an_fp32_model_are_stocks_under_tf32_too() -> None:
         """What a user has chosen for an fp32 model stands."""
         model = stress()
@@ -375,6 +382,7 @@ def test_bfloat16_comes_as_close_as_sdpa(attention: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("scores",), ("scores", "residual")], ids="+".join)
+@in_one_arithmetic
 def test_float16_autocast_over_fp32_weights(kinds: tuple[str, ...]) -> None:
     """As Trainer(fp16=True) runs a model: autocast casts the operands of q·kᵀ back to float16."""
     oracle = logits(stress(kinds))

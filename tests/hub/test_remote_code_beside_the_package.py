@@ -9,8 +9,10 @@ import torch
 import transformers
 
 import qwen2_fp16_fix
+from benchmarks.workloads import CACHE
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.patches.errors import PatchConflictError
+from tests.stress import TINY, build, random_prompt
 
 
 @pytest.fixture
@@ -70,3 +72,21 @@ def test_run_and_remote_code_go_together(tmp_path: Path, python: Callable[..., A
     plain, strict = done.stdout.splitlines()[-2:]
     assert plain in ("True package False True", "True remote False True")  # by release
     assert strict == "True remote False True"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_remote_code_stores_keys_in_two_parts(attention: str, tmp_path: Path) -> None:
+    """To the bit as the package does, and in its caches: either goes on with those of the other."""
+    build(TINY, ("keys_fast",)).half().save_pretrained(tmp_path / "spiked")
+    out = qwen2_fp16_fix.export(tmp_path / "spiked", tmp_path / "out")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    chosen = {"dtype": torch.float16, "attn_implementation": attention}
+    remote = load(out, trust_remote_code=True, **chosen).eval()
+    ours = qwen2_fp16_fix.fix(load(tmp_path / "spiked", **chosen).eval())
+    tokens, cache = random_prompt(TINY, batch=1, length=40), transformers.DynamicCache()
+    with torch.no_grad():
+        assert torch.equal(remote(tokens).logits, ours(tokens).logits)
+        remote(tokens[:, :30], **{CACHE: cache})
+        assert cache.layers[0].keys.shape[-1] == TINY.head_dim + 8
+        ours(tokens[:, 30:], **{CACHE: cache})
+    assert [row.pairs_in_two_parts for row in qwen2_fp16_fix.status(remote).model.ranges] == [2, 0, 0, 2]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
-from qwen2_fp16_fix.patches import caches, projections
+from qwen2_fp16_fix.patches import cache_origin, caches, projections
 from qwen2_fp16_fix.patches.attention_form import claim_keys
 from qwen2_fp16_fix.patches.scaling import Ranges
 from tests.helpers import ROOT, kl_to
@@ -23,6 +23,12 @@ from tests.stress import TINY, build
 
 FIRST = 32
 CLOSE = 2e-5  # KL to fp32 in nats: float16's own 1e-6, and room
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own."""
+    monkeypatch.setattr(cache_origin, "TRACED", [])
 
 
 # --- which keys may go into it ---

@@ -1,5 +1,6 @@
 """torch.compile and torch.export: whole graphs, compiled once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,3 +96,16 @@ def test_an_exported_program_is_the_fixed_model(attention: str) -> None:
         got = program.module()(PROMPT)
         assert torch.isfinite(got).all()
         assert kl_to(model(PROMPT), got) < ROUNDINGS
+
+
+@pytest.mark.parametrize("kinds", [(), ("keys_fast",)], ids="+".join)
+def test_layers_compiled_one_by_one_share_their_graphs(kinds: tuple[str, ...]) -> None:
+    """As in training, without a cache: a number of each layer's own in a guard comes to torch's limit of eight."""
+    model = qwen2_fp16_fix.fix(build(replace(TINY, layers=10), kinds, attn_implementation="sdpa").half())
+    counter = CompileCounter()
+    with torch.no_grad():
+        model(input_ids=PROMPT, use_cache=False)
+        for layer in model.model.layers:
+            layer.compile(backend=counter)
+        model(input_ids=PROMPT, use_cache=False)
+    assert counter.frame_count <= 3  # for exponents of 0 and above, and for pairs in two parts

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -346,3 +347,17 @@ def test_a_scan_sees_no_site_pass_its_bound(grown: str, attention: str) -> None:
     exact = qwen2_fp16_fix.scan(copy.deepcopy(stock).half(), prompts=[PROMPT[0].tolist()])
     scores = {site.site: site.largest for site in exact.sites if site.layer == 0}
     assert raw["scaled_scores"] == pytest.approx(scores["scaled_scores"], rel=0.5)  # a centre moves all; a scale by 4
+
+
+def test_an_attention_that_may_not_scale_scores_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of 2^-e of their size in a function that reads the factor of the scores too early: finite and wrong."""
+    table = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    stock = table["sdpa"]
+    monkeypatch.setitem(table._global_mapping, "own", lambda *args, **kwargs: stock(*args, **kwargs))
+    model = fixed(grow("k"))
+    assert torch.isfinite(model(PROMPT).logits).all()
+    model.set_attn_implementation("own")
+    with pytest.raises(qwen2_fp16_fix.HalfPrecisionScoresError, match="'own' is not transformers' own"):
+        model(PROMPT)
+    model.float()
+    assert torch.isfinite(model(PROMPT).logits).all()

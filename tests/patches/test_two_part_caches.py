@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
-from qwen2_fp16_fix.patches import attention_form, cached_keys, numerics
+from qwen2_fp16_fix.patches import attention_form, cache_origin, cached_keys, numerics
 from tests.helpers import Logits, kl_to
 from tests.patches.models import attentions, fixed, logits
 from tests.stress import TINY, build, random_prompt
@@ -26,6 +26,12 @@ FIRST = 64
 WIDTH = TINY.head_dim + 8  # two pairs
 FLOOR = 2e-6  # KL to fp32 in nats: two parts are at 6e-7
 CENTRED = 1e-5, 1e-3  # centred keys are at 4e-5 to 2e-4, stock's at 1e-2
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own."""
+    monkeypatch.setattr(cache_origin, "TRACED", [])
 
 
 @functools.cache

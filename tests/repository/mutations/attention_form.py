@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/attention_form.py"
 MUTATIONS = (
     Mutation(
+        "somebody else's attention gets keys with an exponent",
+        FILE,
+        "if attention.ranges.rotated and not is_known(",
+        "if False and not is_known(",
+        "tests/patches/test_exponents.py::test_an_attention_that_may_not_scale_scores_back_is_refused",
+    ),
+    Mutation(
         "a sink cache is centred",
         FILE,
         "None if is_sink(type(cache)) else attention.centre",
@@ -73,5 +80,12 @@ MUTATIONS = (
         "    if factor is not None and factor.device != device:",
         "    if False:",
         "tests/patches/test_stale_plans.py::test_constants_go_where_the_layer_computes[eager-True]",
+    ),
+    Mutation(
+        "each layer is compiled anew for the version of its centre",
+        FILE,
+        "(0, ranges.values) if cache is None else own_mark(centre, ranges)",
+        "own_mark(centre, ranges)",
+        "tests/patches/test_compile.py::test_layers_compiled_one_by_one_share_their_graphs[]",
     ),
 )
