@@ -54,7 +54,10 @@ class MetaTensorError(Qwen2FP16FixError):
 
 
 class HalfPrecisionScoresError(Qwen2FP16FixError):
-    """The chosen attention implementation keeps its scores in float16, where the fix cannot reach them."""
+    """The chosen attention implementation keeps its scores in float16, where the fix cannot reach them.
+
+    Or it is not transformers' own and may not scale back the scores of queries and keys that have an exponent.
+    """
 
 
 class ForeignCacheError(Qwen2FP16FixError):

@@ -69,6 +69,7 @@ class ModelStatus(Result):
     fixed: bool  # every part is fixed, and nothing overrides a part
     code: str | None  # "package", "remote" for code that came with the checkpoint, None while nothing is fixed
     module: str | None  # the entry module of that code
+    numerics: int | None  # the version of the arithmetic of that code: an older export's is older than the package's
     parts: dict[str, PartCount]  # by the name of the stock class
     dtype: str | None  # of the first weight
     attention: str | None
@@ -170,7 +171,7 @@ def status(model: nn.Module | None = None) -> Status:
 
 def examine_model(model: nn.Module) -> ModelStatus:
     """How far the Qwen2 inside `model` is fixed. It is fixed if every part is and nothing overrides a part."""
-    from .code_copies import code_of, origin_of, own_errors
+    from .code_copies import code_of, origin_of, own_errors, sibling
     from .patches.attention import is_stock_eager
 
     code = code_of(model)
@@ -190,6 +191,7 @@ def examine_model(model: nn.Module) -> ModelStatus:
         fixed=problem is None and bool(total) and total == fixed,
         code=origin_of(code) if any(fixed.values()) else None,
         module=code.__name__ if any(fixed.values()) else None,
+        numerics=sibling(code, "version_map").NUMERICS if any(fixed.values()) else None,
         parts={role: PartCount(fixed[role], count) for role, count in total.items()},
         dtype=None if weights is None else str(weights).removeprefix("torch."),
         attention=attention,

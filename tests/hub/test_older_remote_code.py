@@ -63,6 +63,7 @@ def test_a_model_of_older_code_is_not_certified_by_the_exponents_of_this_one(old
     model = build(TINY, ()).half()
     assert qwen2_fp16_fix.certify(model).proven
     older.fix_modules(model)
+    assert qwen2_fp16_fix.status(model).model.numerics == NUMERICS - 1
     found = qwen2_fp16_fix.certify(model)
     assert not found.proven
     assert f"numerics {NUMERICS - 1}" in found.reasons[0]
