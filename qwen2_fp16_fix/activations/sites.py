@@ -163,6 +163,7 @@ class Watch(TorchFunctionMode):
         """Hands over the operands of eager or fused attention; others, options: the kernel's other arguments."""
         if self.on_attention is not None:
             key = key[:, :: key.shape[1] // attention.config.num_key_value_heads]  # stock repeats each key head
+            query, key = (each[..., : attention.head_dim] for each in (query, key))  # a quantised cache holds one part
             with torch._C.DisableTorchFunction():
                 if rotated := getattr(getattr(attention, "ranges", None), "rotated", 0):  # a fixed layer scales both
                     query, key = (each.float() * 2.0**rotated for each in (query, key))

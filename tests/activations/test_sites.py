@@ -92,3 +92,12 @@ def test_places_sort_as_they_are_computed() -> None:
         "layer 0, input_layernorm output",
         "logits",
     ]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_keys_in_two_parts_are_handed_over_as_one(attention: str) -> None:
+    """What is measured on them is what a quantised cache would lose, and that takes heads of head_dim channels."""
+    model = qwen2_fp16_fix.fix(build(TINY, ("keys_fast",), attn_implementation=attention).half())
+    _, attentions = watched(model)
+    assert qwen2_fp16_fix.status(model).model.ranges[0].pairs_in_two_parts
+    assert {each.shape[-1] for attended in attentions for each in (attended.query, attended.key)} == {TINY.head_dim}
