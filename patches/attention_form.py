@@ -128,7 +128,7 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
     if held == width:
         reason = None
     elif held == attention.head_dim:
-        reason = f"{type(cache).__name__} held or takes keys of {held} channels"
+        reason = f"{type(cache).__name__} took, or already held, keys of {held} channels"
     elif held is None:
         reason = why_not_wider(attention.config._attn_implementation, width, flex_pads(attention.centre.shift))
     else:

@@ -97,7 +97,7 @@ def _row(layer: LayerCertificate) -> list[str]:
     if not layer.bounds:
         return ["; ".join(layer.reasons), "", "", "", ""]
     (site, bits), (stock_site, stock_bits) = map(_tightest, (layer.headroom_bits, layer.stock_headroom_bits))
-    exponents = ", ".join(f"{name} {exponent}" for name, exponent in layer.exponents.items() if exponent)
+    exponents = "\n".join(f"{name} {exponent}" for name, exponent in layer.exponents.items() if exponent)
     stock = f"{_number(stock_bits, '.1f')} ({stock_site})"
     return [site, _number(layer.bounds[site]), _number(bits, ".1f"), exponents or "0", stock]
 

@@ -54,8 +54,11 @@ class LayerStatus(Record):
         exponents = "".join(f", {name} {exponent}" for name, exponent in others.items() if exponent)
         found = f"mlp {self.mlp}, o_proj {self.o_proj}{exponents}, keys {self.keys}"
         if self.pairs_in_two_parts:
-            found += f", {self.pairs_in_two_parts} pairs in two parts"
-        return f"{found}, {self.pairs_left} pairs not in two parts: {self.why_left}" if self.pairs_left else found
+            found += f", {self.pairs_in_two_parts} rotary pairs in two parts"
+        if not self.pairs_left:
+            return found
+        pairs = "1 rotary pair" if self.pairs_left == 1 else f"{self.pairs_left} rotary pairs"
+        return f"{found}, {pairs} not in two parts: {self.why_left}"
 
 
 @dataclass(frozen=True, repr=False)

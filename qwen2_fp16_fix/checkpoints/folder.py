@@ -1,6 +1,7 @@
 """A checkpoint folder: its configuration, and the tensors of its safetensors shards by name, read when asked for."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,18 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
 from ..patches.range_bounds import layer_shapes
-from .config import foreign_code, generates, reachable, read_config, read_json, read_shape, read_size
-from .weights import LINEARS, OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, compare_shapes, weight_names
+from ..patches.version_map import NUMERICS
+from .config import foreign_code, generates, is_exported, reachable, read_config, read_json, read_shape, read_size
+from .weights import (
+    LINEARS,
+    OUTPUT_LAYERS,
+    ROWS_READ,
+    UnboundedWeightError,
+    check_values,
+    compare_shapes,
+    older_code,
+    weight_names,
+)
 
 PREFIXES = ("model.", "", "transformer.")
 LM_HEAD = "lm_head.weight"
@@ -36,6 +47,9 @@ class FolderSource:
                 f"its auto_map names code of its own ({self.foreign_code}): with trust_remote_code=True that is what "
                 "loads, not what was looked at here",
             )
+        numerics = numerics_of_export(folder, self.config)
+        if numerics not in (None, NUMERICS):
+            self.warnings += (older_code(numerics),)
         self.layers = read_size(self.config, "num_hidden_layers")
         self.intermediate = read_size(self.config, "intermediate_size")
         self.shape = read_shape(self.config)
@@ -173,3 +187,13 @@ def opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"the shard {file.name} is missing: the download is unfinished.") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.name} cannot be read ({error}): it is damaged or half written.") from None
+
+
+def numerics_of_export(folder: Path, config: Mapping[str, Any]) -> int | None:
+    """The version of the arithmetic of the code in an exported folder; None if there is none, or it does not say."""
+    try:
+        text = (folder / "version_map.py").read_text(encoding="utf-8") if is_exported(config) else ""
+    except (OSError, ValueError):
+        return None
+    found = re.search(r"^NUMERICS = (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else None

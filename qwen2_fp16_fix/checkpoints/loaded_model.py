@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..code_copies import is_plain_linear
+from ..code_copies import code_of, is_plain_linear, sibling
 from ..errors import CheckpointError, first_line
 from ..patches.architecture import QWEN2
 from ..patches.errors import NotQwen2Error
@@ -17,8 +17,9 @@ from ..patches.modeling_qwen2_fp16 import STOCK
 from ..patches.planning import layer_shape
 from ..patches.scaling import FLOAT_DTYPES
 from ..patches.swap import base_models
+from ..patches.version_map import NUMERICS
 from .loading import quiet
-from .weights import LINEARS, OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, weight_names
+from .weights import LINEARS, OUTPUT_LAYERS, ROWS_READ, UnboundedWeightError, check_values, older_code, weight_names
 
 NORMS = (QWEN2.final_norm(), *QWEN2.norms())
 
@@ -83,6 +84,9 @@ def _warnings(bases: list[Any]) -> Iterator[str]:
         yield f"it holds {len(bases)} Qwen2 models: certify each by itself"
     if type(bases[0]).forward is not STOCK.Qwen2Model.forward:
         yield f"{type(bases[0]).__qualname__} has a forward of its own, which is not bounded here"
+    numerics = sibling(code_of(bases[0]), "version_map").NUMERICS
+    if numerics != NUMERICS:
+        yield older_code(numerics)
 
 
 def output_layers(root: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
 from ..patches.range_bounds import LayerShape
 from ..patches.scaling import FLOAT_DTYPES
+from ..patches.version_map import NUMERICS
 
 #: The linears of a layer, by their names below it.
 LINEARS = tuple(linear.name for linear in QWEN2.linears)
@@ -44,6 +45,14 @@ class WeightSource(Protocol):
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """A weight (rows, columns), some rows at a time."""
+
+
+def older_code(numerics: int) -> str:
+    """Why nothing is said about a checkpoint whose exported code has another arithmetic: it has other exponents."""
+    return (
+        f"the code that was exported with it has numerics {numerics} and this package {NUMERICS}: with "
+        "trust_remote_code=True the former loads, which was not looked at here; export the checkpoint anew"
+    )
 
 
 def weight_names() -> list[str]:

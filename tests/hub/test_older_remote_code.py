@@ -4,6 +4,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+import qwen2_fp16_fix
 from qwen2_fp16_fix.hub.export import PATCHES
 from qwen2_fp16_fix.patches import modeling_qwen2_fp16
+from qwen2_fp16_fix.patches.version_map import NUMERICS
 from tests.stress import TINY, build
 
 RENAMED = {"on_fixed": "adopt", "on_unfixed": "release"}  # what a part is told by, now and then
@@ -27,7 +30,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         text = path.read_text()
         for now, before in RENAMED.items():
             text = text.replace(now, before)
-        path.write_text(text)
+        path.write_text(text.replace(f"\nNUMERICS = {NUMERICS}\n", f"\nNUMERICS = {NUMERICS - 1}\n"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield importlib.import_module("exported_before.modeling_qwen2_fp16")
@@ -53,3 +56,25 @@ def test_one_copy_undoes_the_other_whole(first: str, older: Any) -> None:
     assert state(model) == before
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     assert model.model.rotary_emb.inv_freq.dtype == frequencies.dtype
+
+
+def test_a_model_of_older_code_is_not_certified_by_the_exponents_of_this_one(older: Any) -> None:
+    """Numerics 1 has no exponent for values: such a model was NaN, and `certify` said that it could not overflow."""
+    model = build(TINY, ()).half()
+    assert qwen2_fp16_fix.certify(model).proven
+    older.fix_modules(model)
+    found = qwen2_fp16_fix.certify(model)
+    assert not found.proven
+    assert f"numerics {NUMERICS - 1}" in found.reasons[0]
+
+
+def test_an_older_export_is_not_certified_by_the_exponents_of_this_one(tmp_path: Path) -> None:
+    """The same of its folder. A folder exported by this version is proven."""
+    build(TINY, ()).half().save_pretrained(tmp_path / "plain")
+    folder = qwen2_fp16_fix.export(tmp_path / "plain", tmp_path / "exported")
+    assert qwen2_fp16_fix.certify(folder).proven
+    path = folder / "version_map.py"
+    path.write_text(path.read_text().replace(f"\nNUMERICS = {NUMERICS}\n", f"\nNUMERICS = {NUMERICS - 1}\n"))
+    found = qwen2_fp16_fix.certify(folder)
+    assert not found.proven
+    assert f"numerics {NUMERICS - 1}" in found.reasons[0]
