@@ -162,6 +162,8 @@ def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | N
         return f"{name} has a cache that is allocated by head_dim"
     if "flex" in name and pads:
         return f"{name} pads heads to a power of two"
+    if width > 128 and ("flash_attention_4" in name or "flash-attn4" in name):
+        return f"{name} takes heads of at most 128 channels on some GPUs"
     if width > 256 and name not in ("eager", "sdpa"):
         return f"{name} takes heads of at most 256 channels"
     return None

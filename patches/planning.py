@@ -87,8 +87,10 @@ def make_plan(layer: Any) -> None:
         if holds_gradients(layer):
             return
         planned = proven_plan(layer)
-        keep_ranges(layer, UNSCALED if planned is None else planned.exponents)
-        widen_norms(layer, None if planned is None else planned.bounds)
+        # An adapter adds to products that need the exponents of before: those of wrapped weights stay.
+        if planned is not None or boundable_weights(layer) is not None:
+            keep_ranges(layer, UNSCALED if planned is None else planned.exponents)
+            widen_norms(layer, None if planned is None else planned.bounds)
         if planned is not None:
             keep_plan(layer, planned.exponents)
         finish_planning(layer)

@@ -348,6 +348,9 @@ def test_an_implementation_of_somebody_else_gets_heads_of_head_dim(monkeypatch: 
         ("flash_attention_2", 136, True, True),
         ("flash_attention_2", 256, True, True),
         ("flash_attention_2", 264, True, False),
+        ("flash_attention_4", 128, True, True),
+        ("flash_attention_4", 136, False, False),
+        ("kernels-community/flash-attn4", 136, False, False),
         ("flex_attention", 136, False, True),
         ("flex_attention", 136, True, False),
         ("paged|sdpa", 136, False, False),
@@ -355,7 +358,10 @@ def test_an_implementation_of_somebody_else_gets_heads_of_head_dim(monkeypatch: 
     ],
 )
 def test_which_implementations_take_wider_heads(name: str, width: int, pads: bool, taken: bool) -> None:
-    """flex on a GPU pads 136 channels to 256; flash kernels end there; a paged cache is allocated by head_dim."""
+    """flex on a GPU pads 136 channels to 256; flash kernels end there; a paged cache is allocated by head_dim.
+
+    The fourth flash ends at 128 on Blackwell, with 256 and a few pairs of widths as exceptions.
+    """
     assert (attention_form.why_not_wider(name, width, pads) is None) == taken
 
 

@@ -47,6 +47,13 @@ MUTATIONS = (
         "tests/patches/test_two_part_caches.py::test_which_implementations_take_wider_heads[flash_attention_2-264-True-False]",
     ),
     Mutation(
+        "the fourth flash is given 136 channels",
+        FILE,
+        'if width > 128 and ("flash_attention_4" in name',
+        'if width > 136 and ("flash_attention_4" in name',
+        "tests/patches/test_two_part_caches.py::test_which_implementations_take_wider_heads[flash_attention_4-136-False-False]",
+    ),
+    Mutation(
         "continuous batching is given wide keys",
         FILE,
         'if "paged" in name:',

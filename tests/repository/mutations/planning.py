@@ -12,6 +12,13 @@ MUTATIONS = (
         "tests/patches/test_planning.py::test_a_bias_is_not_scaled[False]",
     ),
     Mutation(
+        "an adapter takes the exponents away",
+        FILE,
+        "if planned is not None or boundable_weights(layer) is not None:",
+        "if True:",
+        "tests/patches/test_exponents.py::test_an_adapter_leaves_the_exponents_of_the_linears_inside[v]",
+    ),
+    Mutation(
         "a plan outlives a write before a cast",
         FILE,
         "    drop_stale_plan(layer)\n    plan = layer.plan\n    yield",
