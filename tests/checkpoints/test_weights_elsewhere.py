@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.patches import range_plan, scaling
+from qwen2_fp16_fix.patches import range_sums, scaling
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK_OF
 from tests.helpers import kl_to, replicated
 from tests.stress import TINY, build, random_prompt
@@ -87,7 +87,7 @@ def test_what_cannot_be_planned_is_left_stock(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("out of memory")
 
     model = build(TINY, ()).half()
-    monkeypatch.setattr(sys.modules[qwen2_fp16_fix.patches.planning.__name__], "bound_layer", fail)
+    monkeypatch.setattr(sys.modules[qwen2_fp16_fix.patches.planning.__name__], "plan_layer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         qwen2_fp16_fix.fix(model)
     assert not {type(module) for module in model.modules()} & set(STOCK_OF)
@@ -162,4 +162,4 @@ def test_linears_that_cast_fp32_to_float16_are_scaled(site: str) -> None:
 def test_a_gain_in_fp32_is_not_bounded_by_its_rounding() -> None:
     """Under autocast the norm multiplies by the fp32 gain itself, which float16 may have rounded down."""
     gain = torch.full((8,), 1 + 2.0**-12)
-    assert (range_plan.norm_gain_bound(gain) >= gain).all()
+    assert (range_sums.norm_gain_bound(gain) >= gain).all()

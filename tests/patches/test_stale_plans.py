@@ -286,7 +286,7 @@ def test_weights_dispatched_one_by_one_are_planned_anew() -> None:
 @torch.no_grad()
 def test_constants_go_where_the_layer_computes(attention: str, planned: bool) -> None:
     """The meta device stands for the one that accelerate's dispatch_model puts parameters on, one by one."""
-    model = fixed("swiglu", "keys", attn_implementation=attention)
+    model = fixed("swiglu", "keys_fast", attn_implementation=attention)
     for layer in model.model.layers:
         if not planned:
             layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj)  # as an adapter does

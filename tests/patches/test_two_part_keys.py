@@ -405,4 +405,5 @@ def test_memory_of_a_cache(kinds: tuple[str, ...]) -> None:
     widths = [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
     extra = 8 if kinds else 0
     assert widths == [(32 + extra,) * 2, (32, 32), (32, 32), (32 + extra,) * 2]
+    assert {tensor.dtype for layer in cache.layers for tensor in (layer.keys, layer.values)} == {torch.float16}
     assert not any(layer.values[..., 32:].any() for layer in cache.layers)

@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/attention_form.py"
 MUTATIONS = (
     Mutation(
+        "the factor of a product is float16",
+        FILE,
+        "2.0**ranges.input, dtype=torch.float32",
+        "2.0**ranges.input, dtype=torch.float16",
+        "tests/patches/test_centred_projections.py::test_projections_are_the_same_to_the_bit_with_autograd",
+    ),
+    Mutation(
         "somebody else's attention gets keys with an exponent",
         FILE,
         "if attention.ranges.rotated and not is_known(",

@@ -5,6 +5,20 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/key_centring.py"
 MUTATIONS = (
     Mutation(
+        "the channels of split pairs stay where they were",
+        FILE,
+        "channels=split.channels.to(where)",
+        "channels=split.channels",
+        "tests/patches/test_stale_plans.py::test_constants_go_where_the_layer_computes",
+    ),
+    Mutation(
+        "a shift stays where it was",
+        FILE,
+        "shift=centre.shift.to(where)",
+        "shift=centre.shift",
+        "tests/patches/test_stale_plans.py::test_constants_go_where_the_layer_computes",
+    ),
+    Mutation(
         "a centre of NaN is kept",
         FILE,
         "if not shift.isfinite().all():",

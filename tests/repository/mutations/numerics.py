@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/numerics.py"
 MUTATIONS = (
     Mutation(
+        "a constant is rounded to float16",
+        FILE,
+        "value, dtype=torch.float32",
+        "value, dtype=torch.float16",
+        "tests/patches/test_numerics.py::test_rms_norm_adds_its_epsilon",
+    ),
+    Mutation(
         "residual stays float16",
         FILE,
         "return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states",

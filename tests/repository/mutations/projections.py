@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/projections.py"
 MUTATIONS = (
     Mutation(
+        "a value that was scaled in fp32 stays fp32",
+        FILE,
+        "found = exact.to(matmul_dtype(attention, hidden_states))",
+        "found = exact",
+        "tests/patches/test_exponents.py::test_hooks_see_what_stocks_would_and_leave_the_model_as_exact",
+    ),
+    Mutation(
         "rotation is not rounded for the cache",
         FILE,
         "return query, key.to(value.dtype), value",

@@ -5,6 +5,20 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/two_part_keys.py"
 MUTATIONS = (
     Mutation(
+        "the upper part of a key is all of it",
+        FILE,
+        "return exact.to(dtype).float()",
+        "return exact",
+        "tests/patches/test_two_part_keys.py::test_both_parts_of_a_key_are_the_key",
+    ),
+    Mutation(
+        "keys in two parts are stored in fp32",
+        FILE,
+        "torch.cat((keys.to(dtype), high.to(dtype), (split - high).to(dtype)), -1)",
+        "torch.cat((keys, high, split - high), -1)",
+        "tests/patches/test_two_part_keys.py::test_memory_of_a_cache",
+    ),
+    Mutation(
         "a compiler loses the lower parts",
         FILE,
         "    if not torch.compiler.is_compiling() or dtype not in DROPPED_BITS:\n",
