@@ -17,7 +17,7 @@ from .errors import ForeignCacheError, HalfPrecisionScoresError
 from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
 from .numerics import autocast_device, flex_pads, is_full_precision
-from .scaling import Ranges, Scaled, casts_to_float16
+from .scaling import FLOAT_DTYPES, Ranges, Scaled, casts_to_float16
 from .two_part_keys import MOST_PAIRS, Split
 
 #: transformers' table of attention implementations, by name. Releases before 4.48 have none.
@@ -103,8 +103,10 @@ def matmul_dtype(attention: Any, hidden_states: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     if hidden_states.dtype != torch.float32:
         return hidden_states.dtype
-    weight = getattr(inner_linear(attention.k_proj), "weight", None)
-    return torch.float16 if getattr(weight, "dtype", None) == torch.float16 else torch.float32
+    dtype = getattr(getattr(inner_linear(attention.k_proj), "weight", None), "dtype", None)
+    # Behind a wide norm it may have been quantised since the plan.
+    is_half = dtype == torch.float16 or (attention.ranges.input > 0 and dtype not in FLOAT_DTYPES)
+    return torch.float16 if is_half else torch.float32
 
 
 def keep_constants_at(attention: Any, device: torch.device) -> None:

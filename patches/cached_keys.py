@@ -1,5 +1,6 @@
 """Finds the keys of a layer in a cache of any kind, of any transformers release."""
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -56,18 +57,28 @@ def has_plain_tensors(kind: type) -> bool:
 
     Most quantised caches are worse with wide keys. SinkCache rotates keys. Nothing is known of other tools' caches.
     """
+    return _has_plain_tensors(kind)
+
+
+has_plain_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=64)
+def _has_plain_tensors(kind: type) -> bool:
     if kind.__module__ == "builtins" or issubclass(kind, Tensor):  # no layer yet, or a plain list of tensors
         return True
     names = [base.__name__ for base in kind.__mro__]
     return kind.__module__ == "transformers.cache_utils" and not any("Quantized" in x or "Sink" in x for x in names)
 
 
-has_plain_tensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def is_sink(kind: type) -> bool:
     """Whether a cache of this class rotates its keys again later, and a centre with them: SinkCache, up to 4.52."""
-    return any(base.__name__ == "SinkCache" for base in kind.__mro__)
+    return _is_sink(kind)
 
 
 is_sink._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's compiler before 2.6 knows no names
+
+
+@functools.lru_cache(maxsize=64)
+def _is_sink(kind: type) -> bool:
+    return any(base.__name__ == "SinkCache" for base in kind.__mro__)

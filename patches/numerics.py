@@ -30,6 +30,11 @@ def autocast_device(device_type: str) -> str:
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type
+    return _autocast_device(device_type)
+
+
+@functools.lru_cache
+def _autocast_device(device_type: str) -> str:
     if is_symbolic(device_type):
         refuse()
     return device_type if torch.amp.is_autocast_available(device_type) else "cpu"

@@ -27,7 +27,7 @@ from qwen2_fp16_fix.patches.layer_plan import drop_plan
 from qwen2_fp16_fix.patches.range_bounds import Exponents
 from qwen2_fp16_fix.patches.range_plan import LIMIT, plan_layer
 from qwen2_fp16_fix.patches.range_sums import SPLITS, UNIT
-from tests.helpers import kl_to
+from tests.helpers import Quantised, kl_to
 from tests.stress import TINY, build, random_prompt
 
 PROMPT, LAYERS = random_prompt(TINY, batch=2, length=24), 2
@@ -299,6 +299,16 @@ def test_a_projection_that_cannot_be_split_runs_behind_a_wide_norm() -> None:
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_full_backward_hook(lambda module, inputs, outputs: None)
     assert model(PROMPT, use_cache=False).logits.dtype == torch.float16
+
+
+def test_projections_that_are_quantised_later_run_behind_a_wide_norm() -> None:
+    """The fp32 output of the norm was taken for an fp32 model, and o_proj refused it."""
+    model = fixed(grow("wide input_norm"))
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Quantised.of(getattr(layer.self_attn, name)))
+    with torch.no_grad():
+        assert model(PROMPT).logits.isfinite().all()
 
 
 def in_adapter(model: Any) -> Any:

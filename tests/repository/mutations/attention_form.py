@@ -47,6 +47,13 @@ MUTATIONS = (
         "tests/patches/test_two_part_caches.py::test_which_implementations_take_wider_heads[flash_attention_2-264-True-False]",
     ),
     Mutation(
+        "quantised projections behind a wide norm count as fp32",
+        FILE,
+        " or (attention.ranges.input > 0 and dtype not in FLOAT_DTYPES)",
+        "",
+        "tests/patches/test_exponents.py::test_projections_that_are_quantised_later_run_behind_a_wide_norm",
+    ),
+    Mutation(
         "the fourth flash is given 136 channels",
         FILE,
         'if width > 128 and ("flash_attention_4" in name',
