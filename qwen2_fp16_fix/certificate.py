@@ -197,14 +197,17 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
 
 
 def dropped_plans(source: ModelSource) -> list[str]:
-    """Drops the plans of a fixed model that were made for other weights. Returns a sentence for each."""
+    """Drops the plans of a fixed model that were made for other weights. Returns a sentence for each dropped plan.
+
+    Exponents of inputs and values stay then, and hold for the older weights only.
+    """
     reasons = []
     for number, layer in enumerate(layers_of(source.base)):
-        if getattr(layer, "plan", None) is not None:
+        if planned := getattr(layer, "plan", None) is not None:
             sibling(code_of(layer), "planning").check_plan(layer)
-            if layer.plan is None:
-                dropped = "its exponents were planned for other weights and have been dropped, so it scales by token"
-                reasons.append(f"layer {number}: {dropped}: fix the model again")
+        if getattr(layer, "plan", layer) is None and (planned or not getattr(layer, "plan_due", True)):
+            dropped = "its exponents were planned for other weights and have been dropped, so it scales by token"
+            reasons.append(f"layer {number}: {dropped}: fix the model again")
     return reasons
 
 

@@ -407,3 +407,15 @@ def test_stock_scores_are_bounded_and_the_bound_is_near() -> None:
     assert bound / 16 < float(scores.abs().max()) <= bound
     spiked = qwen2_fp16_fix.certify(build(TINY, ("scores",)).half())
     assert min(layer.stock_headroom_bits["scores"] for layer in spiked.layers) < 0
+
+
+def test_a_layer_that_keeps_older_exponents_stays_unproven() -> None:
+    """The second look found no plan and certified exponents that the layer does not have."""
+    model = qwen2_fp16_fix.fix(build(TINY, ()).half())
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(30000)
+    for _ in range(2):
+        found = qwen2_fp16_fix.certify(model)
+        assert not found.proven
+        assert found.reasons[0].startswith("layer 1: its exponents were planned for other weights")
+    assert qwen2_fp16_fix.certify(qwen2_fp16_fix.fix(model)).proven
