@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/blocks.py"
 MUTATIONS = (
     Mutation(
+        "gate and up that are quantised behind a wide norm count as fp32",
+        FILE,
+        "(holds_float16(self.gate_proj) or is_quantised(self.gate_proj))",
+        "holds_float16(self.gate_proj)",
+        "tests/patches/test_exponents.py::test_linears_quantised_later_run_behind_a_wide_norm[mlp]",
+    ),
+    Mutation(
         "norm ignores the dtype asked for",
         FILE,
         "normed = stock if out_dtype is None else stock.to(out_dtype)",
