@@ -29,7 +29,7 @@ from .numerics import (
 )
 from .overflow import OverflowWatch
 from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
-from .scaling import Scaled, casts_to_float16, holds_float16, linear_by_token, scaled_linear
+from .scaling import Scaled, casts_to_float16, holds_float16, is_quantised, linear_by_token, scaled_linear
 from .symbolic import as_one_node, is_symbolic
 
 
@@ -164,7 +164,8 @@ class MLP(Scaled):
         """Whether float16 matmuls follow on this input. It is fp32 behind a wide norm, too."""
         if runs_in_float16(hidden_states) or casts_to_float16(self.down_proj, hidden_states):
             return True
-        return self.input_exponent > 0 and is_full_precision(hidden_states) and holds_float16(self.gate_proj)
+        may_be_wide = self.input_exponent > 0 and is_full_precision(hidden_states)
+        return may_be_wide and (holds_float16(self.gate_proj) or is_quantised(self.gate_proj))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, hidden) to the same shape: in stock's dtype if the exponent is 0, else in fp32, as the residual.

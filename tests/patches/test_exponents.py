@@ -301,12 +301,21 @@ def test_a_projection_that_cannot_be_split_runs_behind_a_wide_norm() -> None:
     assert model(PROMPT, use_cache=False).logits.dtype == torch.float16
 
 
-def test_projections_that_are_quantised_later_run_behind_a_wide_norm() -> None:
-    """The fp32 output of the norm was taken for an fp32 model, and o_proj refused it."""
-    model = fixed(grow("wide input_norm"))
+@pytest.mark.parametrize(
+    ("grown", "owner", "names"),
+    [
+        ("wide input_norm", "self_attn", ("q_proj", "k_proj", "v_proj")),
+        ("wide post_norm", "mlp", ("gate_proj", "up_proj")),
+    ],
+    ids=["self_attn", "mlp"],
+)
+def test_linears_quantised_later_run_behind_a_wide_norm(grown: str, owner: str, names: tuple[str, ...]) -> None:
+    """The fp32 output of the norm was taken for an fp32 model, and the last linear refused it."""
+    model = fixed(grow(grown))
     for layer in model.model.layers:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(layer.self_attn, name, Quantised.of(getattr(layer.self_attn, name)))
+        part = getattr(layer, owner)
+        for name in names:
+            setattr(part, name, Quantised.of(getattr(part, name)))
     with torch.no_grad():
         assert model(PROMPT).logits.isfinite().all()
 

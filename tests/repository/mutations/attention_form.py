@@ -58,7 +58,7 @@ MUTATIONS = (
         FILE,
         " or (attention.ranges.input > 0 and dtype not in FLOAT_DTYPES)",
         "",
-        "tests/patches/test_exponents.py::test_projections_that_are_quantised_later_run_behind_a_wide_norm",
+        "tests/patches/test_exponents.py::test_linears_quantised_later_run_behind_a_wide_norm[self_attn]",
     ),
     Mutation(
         "the fourth flash is given 136 channels",

@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/blocks.py"
 MUTATIONS = (
     Mutation(
+        "gate and up that are quantised behind a wide norm count as fp32",
+        FILE,
+        "(holds_float16(self.gate_proj) or is_quantised(self.gate_proj))",
+        "holds_float16(self.gate_proj)",
+        "tests/patches/test_exponents.py::test_linears_quantised_later_run_behind_a_wide_norm[mlp]",
+    ),
+    Mutation(
         "norm ignores the dtype asked for",
         FILE,
         "normed = stock if out_dtype is None else stock.to(out_dtype)",
@@ -70,7 +77,7 @@ MUTATIONS = (
     Mutation(
         "an MLP behind a wide norm is stock's",
         FILE,
-        "return self.input_exponent > 0 and is_full_precision(hidden_states) and holds_float16(self.gate_proj)",
+        "may_be_wide = self.input_exponent > 0 and is_full_precision(hidden_states)",
         "return False",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
     ),
