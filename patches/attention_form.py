@@ -129,6 +129,8 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
     held = None if cache is None else stored_width(attention, cache)
     if held == width:
         reason = None
+        if not is_known(attention.config._attn_implementation):
+            raise ForeignCacheError(WIDER.format(width, attention.config._attn_implementation))
     elif held == attention.head_dim:
         reason = f"{type(cache).__name__} took, or already held, keys of {held} channels"
     elif held is None:
@@ -138,6 +140,12 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
     if not torch.compiler.is_compiling() and reason != attention.one_part:
         attention.__dict__["one_part"] = reason  # for `key_state`
     return split if reason is None else None
+
+
+WIDER = (
+    "this cache holds keys in two parts, of {} channels, and attention implementation {!r}, which is not transformers' "
+    "own, may expect heads of head_dim: run the prompt again with a new cache."
+)
 
 
 def is_known(implementation: str | None) -> bool:

@@ -61,7 +61,7 @@ class HalfPrecisionScoresError(Qwen2FP16FixError):
 
 
 class ForeignCacheError(Qwen2FP16FixError):
-    """A cache holds centred keys and the model's are not, or the other way round, or the cache does not tell."""
+    """A cache holds keys that new ones cannot join: of another centre or form, or the cache does not tell."""
 
 
 class ShardedRangeError(Qwen2FP16FixError):

@@ -101,8 +101,6 @@ def centre_keys(layer: Any) -> None:
     shape, attention = layer_shape(layer, layer.rotary), getattr(layer, ATTENTION)
     frequencies = first_frequencies(layer.rotary)
     attention.centre_keys(frequencies, shape.positions, shape.rotation_scale)
-    if hasattr(attention, "keep_ranges"):
-        attention.keep_ranges(attention.ranges, None if attention.shift is None else attention.shift.device)
     if attention.key_shift is None:
         attention.witnesses.pop(attention.layer_idx, None)
     else:

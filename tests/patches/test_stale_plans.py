@@ -298,7 +298,8 @@ def test_constants_go_where_the_layer_computes(attention: str, planned: bool) ->
     found = model(input_ids=PROMPT.to("meta"))
     assert found.logits.shape == (*PROMPT.shape, TINY.vocab)
     for layer in model.model.layers:
-        constants = (layer.self_attn.factor, layer.self_attn.shift)
+        split = layer.self_attn.centre.split
+        constants = (layer.self_attn.factor, layer.self_attn.shift, None if split is None else split.channels)
         assert {constant.device.type for constant in constants if constant is not None} <= {"meta"}
 
 

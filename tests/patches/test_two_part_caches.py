@@ -340,6 +340,16 @@ def test_an_implementation_of_somebody_else_gets_heads_of_head_dim(monkeypatch: 
     assert "mine" in str(qwen2_fp16_fix.status(model).model.ranges[0].why_left)
 
 
+def test_an_implementation_of_somebody_else_is_handed_no_wide_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was filled before the user chose it."""
+    model, cache = fixed(*KINDS, attention="sdpa"), dynamic(None)
+    decoded(model, cache, tokens=PROMPT[:, :FIRST])
+    registered(monkeypatch, [])
+    model.config._attn_implementation = "mine"
+    with pytest.raises(qwen2_fp16_fix.ForeignCacheError, match="'mine', which is not transformers' own"):
+        decoded(model, cache, tokens=PROMPT[:, FIRST:])
+
+
 @pytest.mark.parametrize(
     ("name", "width", "pads", "taken"),
     [

@@ -5,6 +5,13 @@ from tests.repository.mutations.mutation import Mutation
 FILE = "patches/attention_form.py"
 MUTATIONS = (
     Mutation(
+        "somebody else's attention is handed a wide cache",
+        FILE,
+        "        if not is_known(attention",
+        "        if False and not is_known(attention",
+        "tests/patches/test_two_part_caches.py::test_an_implementation_of_somebody_else_is_handed_no_wide_cache",
+    ),
+    Mutation(
         "the factor of a product is float16",
         FILE,
         "2.0**ranges.input, dtype=torch.float32",
