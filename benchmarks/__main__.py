@@ -1,4 +1,4 @@
-"""The benchmark's command line: `python -m benchmarks`, `… cost` and `… document`."""
+"""The benchmark's command line: `python -m benchmarks`, `… cost`, `… keys` and `… document`."""
 
 import importlib.util
 import json
@@ -98,6 +98,23 @@ def cost(
     layer_cost.render(rows, Console(), operators)
     if write:
         report.replace_between_marks(report.DOCUMENT, "layer-cost", layer_cost.markdown(rows, width))
+
+
+@app.command()
+def keys(
+    width: Annotated[str, typer.Option(help=f"One of {', '.join(WIDTHS)}.")] = "7b",
+    seconds: Annotated[float, typer.Option(help="For how long to measure a case, three pairs at least.")] = 5.0,
+    write: Annotated[bool, typer.Option(help="Put the table into docs/performance.md.")] = False,
+) -> None:
+    """Count and measure a layer with keys in two parts beside the same layer without."""
+    if width not in WIDTHS:
+        raise typer.BadParameter(f"{width!r} is no width: give one of {', '.join(WIDTHS)}.")
+    from . import two_parts
+
+    table = two_parts.markdown(two_parts.measure(width, 3, seconds), width)
+    print(table)
+    if write:
+        report.replace_between_marks(report.DOCUMENT, "two-parts", table)
 
 
 @app.command()

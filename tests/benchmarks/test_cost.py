@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.models.qwen2 import modeling_qwen2
 
-from benchmarks import layer_cost, report, workloads
+from benchmarks import layer_cost, report, two_parts, workloads
 from benchmarks.cost import Cost, cost_of
 from benchmarks.layer_cost import cost_of_layer
 from benchmarks.models import VOCABULARY, WIDTHS, Workshop
@@ -280,3 +281,17 @@ def test_the_cache_is_stocks_size_to_the_byte(attention: str) -> None:
     stock, fixed = (tokens_and_bytes(model) for model in models(attention))
     assert stock == fixed
     assert len(fixed) == 2 * 3
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_pairs_in_two_parts_are_measured_where_they_are(attention: str) -> None:
+    """The layer with them stores wider keys and launches more; the one without is any fixed layer."""
+    fixed = WORKSHOP.model("fixed fp16", WIDTH, 3, attention)
+    found = []
+    for model in (fixed, two_parts.split(fixed, 0), two_parts.split(fixed, 2)):
+        cache = workloads.filled(DynamicCache(), model, 8, 1)
+        assert len({layer.keys.shape[-1] for layer in cache.layers}) == 1
+        found.append((cache.layers[0].keys.shape[-1], cost_of_layer(model, "decode", 8, 1)[0].kernels))
+    assert found[0] == found[1]
+    assert found[2][0] == found[1][0] + 8
+    assert found[1][1] < found[2][1] <= found[1][1] + 16
