@@ -1,6 +1,7 @@
 """Models with spiked keys, plain, quantised and in an adapter, and their distance from fp32, for several files here."""
 
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +139,15 @@ def adapted(model: Any = None, kind: str = "Lora") -> Any:
         for name, value in learned(kind).items():
             model.get_parameter(name).copy_(value)
     return model
+
+
+def by_pickle(cache: Any) -> Any:
+    """A cache that was written and read back."""
+    return pickle.loads(pickle.dumps(cache))
+
+
+def by_growing_the_batch(cache: Any) -> Any:
+    """A cache whose rows were repeated, and every second one taken."""
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    return cache

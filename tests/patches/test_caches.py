@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
 from qwen2_fp16_fix.patches import cache_origin, caches
 from tests.helpers import kl_to
+from tests.patches.models import by_growing_the_batch, by_pickle
 from tests.stress import KINDS, TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=48)
@@ -198,18 +198,8 @@ def test_a_cache_that_lost_its_mark_is_asked_about(way: Callable[[Any], Any]) ->
     assert kl_to(oracle, rest(model, qwen2_fp16_fix.adopt_cache(way(filled(model)), model))) < CLOSE
 
 
-def by_pickle(cache: Any) -> Any:
-    return pickle.loads(pickle.dumps(cache))
-
-
 def by_reordering(cache: Any) -> Any:
     cache.reorder_cache(torch.tensor([0, 1]))
-    return cache
-
-
-def by_growing_the_batch(cache: Any) -> Any:
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 2]))
     return cache
 
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
 from qwen2_fp16_fix.patches import attention_form, cache_origin, cached_keys, numerics
 from tests.helpers import Logits, kl_to
-from tests.patches.models import attentions, fixed, logits
+from tests.patches.models import attentions, by_growing_the_batch, by_pickle, fixed, logits
 from tests.stress import TINY, build, random_prompt
 
 KINDS = ("keys_fast",)
@@ -100,19 +99,9 @@ def test_sliding_windows_are_wider_too(make: Callable[[Any], Any], attention: st
     assert kl_to(logits(build(TINY, KINDS, **WINDOW), PROMPT), found) < FLOOR
 
 
-def by_pickle(cache: Any) -> Any:
-    return pickle.loads(pickle.dumps(cache))
-
-
 def by_reordering(cache: Any) -> Any:
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
-    return cache
-
-
-def by_growing_the_batch(cache: Any) -> Any:
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 2]))
     return cache
 
 
