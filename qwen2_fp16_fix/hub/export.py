@@ -17,7 +17,7 @@ from .. import locking
 from ..checkpoints.config import reachable, read_config, read_json
 from ..checkpoints.folder import FolderSource, check_no_adapter
 from ..errors import CheckpointError, ExportError
-from ..files.writing import whole_folder
+from ..files.folders import whole_folder
 from ..patches import errors as patches_errors
 from ..results import Result
 from . import model_card

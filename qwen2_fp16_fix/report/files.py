@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import tempfile
+import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ScanError
-from ..files.writing import write_whole
+from ..files.writing import check_writable, write_whole
 from ..scanning.result import ScanResult
 from ..scanning.scan import check_switch, scan
 from ..verification.saved import read_saved
@@ -46,7 +45,7 @@ class ScanFiles:
         """The result of `verify`, if a file with one is named. Raises ScanError if a file would fail after the run."""
         asked = {"report": self.report, "json": self.json, "png": self.png}
         named = {kind: path for kind, path in asked.items() if path is not None}
-        if len({path.resolve() for path in named.values()}) < len(named):
+        if len({os.path.realpath(path) for path in named.values()}) < len(named):
             raise ScanError("two of the files asked for have the same name: give each its own.")
         for kind, path in named.items():
             self._check_extra(kind)
@@ -88,17 +87,9 @@ class ScanFiles:
 
     def _check_path(self, path: Path, force: bool) -> None:
         """Raises ScanError if the file cannot be written, or would be overwritten."""
-        try:
-            if path.is_dir():
-                raise ScanError(f"{path} is a folder: name a file in it.")
-            if path.exists() and not force:
-                raise ScanError(f"{path} exists: name another file, or add {self.asked.force} to overwrite it.")
-            with suppress(FileNotFoundError):
-                path.lstat()  # raises for a name that is too long; from Python 3.14 `exists` returns False
-            with tempfile.NamedTemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise ScanError(f"{path} cannot be written ({error.strerror}): name another file.") from None
+        file = check_writable(path, "another file", ScanError)
+        if file.exists() and not force:
+            raise ScanError(f"{path} exists: name another file, or add {self.asked.force} to overwrite it.")
 
 
 def scan_to_files(
