@@ -56,12 +56,15 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, its errors turned into sentences before typer sees them: it ends some with 1, a finding here."""
+    """The command. Errors that typer would end with 1, which means a finding here, become sentences before."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **named: Any) -> Any:
-        with one_sentence():
+        try:
             return command(*arguments, **named)
+        except (KeyboardInterrupt, EOFError, OSError):
+            with one_sentence():
+                raise
 
     return run
 

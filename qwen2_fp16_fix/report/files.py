@@ -58,7 +58,7 @@ class ScanFiles:
             return None
         if self.report is None:
             raise ScanError("a verification goes into a report: add --report OUT.html.")
-        return read_verification(self.verification)
+        return read_saved(self.verification, ScanError)
 
     def write(self, scans: Sequence[ScanResult], verification: dict[str, Any] | None) -> list[Path]:
         """Writes the files that were asked for and returns their paths. scans: stock's, fixed's, or both."""
@@ -132,15 +132,3 @@ def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **
 def _write(path: Path, make: Callable[[Path], object]) -> Path:
     write_whole(path, make, "another file", ScanError)
     return path
-
-
-def read_verification(path: Path) -> dict[str, Any]:
-    """The data that `verify --json` printed. Raises ScanError for anything else."""
-    wanted = {"name", "finite", "perplexity", "drift", "kl_mean", "kl_max", "top1_agreement", "first_overflow"}
-    wanted |= {"largest_logit_difference"}
-    try:
-        return read_saved(path, settings=("tokens", "window"), row=wanted)
-    except (OSError, ValueError, LookupError):
-        raise ScanError(
-            f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json."
-        ) from None

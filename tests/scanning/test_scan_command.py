@@ -65,7 +65,9 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
         '{"rows": [{}], "settings": {"tokens": 1, "window": 1}}',
     ):
         there.write_text(content)
-        assert "holds no result of verify" in refused(folder, "--report", report, "--verification", there)
+        assert "`qwen2-fp16-fix verify PATH --json` printed" in refused(
+            folder, "--report", report, "--verification", there
+        )
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     wanted = 'needs plotly and jinja2: run pip install "qwen2-fp16-fix[report]"'
     assert wanted in refused(folder, "--report", report)
