@@ -163,7 +163,7 @@ def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) ->
     if facts["bytes"] > QUICK:
         seconds = f"{facts['bytes'] / BYTES_A_SECOND:.0f}"
         return remark("checkpoint.certify", command="qwen2-fp16-fix certify PATH", seconds=seconds)
-    from ..certificate import certify
+    from ..certification.certify import certify
 
     found = certify(path, progress)
     facts["proven"] = found.proven

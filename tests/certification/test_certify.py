@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
-from qwen2_fp16_fix.certificate import bound_scores, casting_losses
+from qwen2_fp16_fix.certification.casting import casting_losses
+from qwen2_fp16_fix.certification.layer import bound_scores
 from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
 from qwen2_fp16_fix.patches.range_bounds import LayerShape
 from tests.commands.in_process import run_command
 from tests.stress import KINDS, TINY, build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
