@@ -25,6 +25,7 @@ SMALL = Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=6, vocab=7)
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 FILE, SHARD, INDEX = "model.safetensors", "a.safetensors", "model.safetensors.index.json"
 SECONDS = 20  # a hang; the slowest input takes less than one
+WRITERS: list[int] = []  # of the pipes of a test
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,8 @@ def at_once() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    while WRITERS:
+        os.close(WRITERS.pop())
 
 
 def refusals(folder: Path) -> list[str]:
@@ -94,6 +97,12 @@ def replaced(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
         make(folder / name)
 
     return change
+
+
+def pipe(path: Path) -> None:
+    """With a writer: safetensors waits for one again after every signal."""
+    os.mkfifo(path)
+    WRITERS.append(os.open(path, os.O_RDWR))
 
 
 def to_itself(path: Path) -> None:
@@ -140,10 +149,10 @@ def content(data: bytes) -> Callable[[Path], None]:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pipe": (replaced(FILE, os.mkfifo), "has no model.safetensors"),
+    "pipe": (replaced(FILE, pipe), "has no model.safetensors"),
     "device": (replaced(FILE, to_a_device), "has no model.safetensors"),
     "link to itself": (replaced(FILE, to_itself), "has no model.safetensors"),
-    "pipe for a shard": (replaced(SHARD, os.mkfifo), "a.safetensors is a pipe"),
+    "pipe for a shard": (replaced(SHARD, pipe), "a.safetensors is a pipe"),
     "device for a shard": (replaced(SHARD, to_a_device), "a.safetensors is a device"),
     "folder for a shard": (replaced(SHARD, Path.mkdir), "a.safetensors is a folder"),
     "link to itself for a shard": (replaced(SHARD, to_itself), "a.safetensors cannot be read"),
@@ -209,7 +218,7 @@ def test_more_layers_than_a_quantised_file_has_are_refused(folder: Path) -> None
 
 def test_a_file_is_read_as_it_is_named(folder: Path) -> None:
     """A pipe's name led to model.safetensors beside it."""
-    os.mkfifo(folder / "other.safetensors")
+    pipe(folder / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"other\.safetensors is a pipe"):
         qwen2_fp16_fix.certify(folder / "other.safetensors")
     assert qwen2_fp16_fix.certify(folder / FILE).proven
