@@ -39,6 +39,7 @@ from .projections import rotated_projections  # noqa: F401
 from .range_bounds import LayerShape  # noqa: F401
 from .range_plan import plan_layer  # noqa: F401
 from .range_sums import linear_sums  # noqa: F401
+from .rotary import RotaryEmbedding  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .sdpa import sdpa_attention  # noqa: F401
 from .structure import check_structure

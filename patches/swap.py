@@ -17,6 +17,12 @@ from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
 NAME_BEFORE = "release"
 
 
+UNLOADED = (
+    "{} is on the meta device, without numbers: load the weights first (from_pretrained, or load_state_dict with "
+    "assign=True)."
+)
+
+
 def exchange_all(
     root: nn.Module,
     stock: Any,
@@ -70,10 +76,7 @@ def check_weights(root: nn.Module) -> None:
     """Raises MetaTensorError if a weight is on the meta device and accelerate will not load it."""
     for name, parameter in root.named_parameters():
         if parameter.device.type == "meta" and not _is_offloaded(root, name):
-            raise MetaTensorError(
-                f"{name} is on the meta device, without weights: load the model first (from_pretrained, or to_empty "
-                "and load_state_dict), then fix it."
-            )
+            raise MetaTensorError(UNLOADED.format(name))
 
 
 def base_models(root: nn.Module, stock: Any) -> Iterator[nn.Module]:
