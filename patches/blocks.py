@@ -26,6 +26,7 @@ from .numerics import (
 )
 from .overflow import OverflowWatch
 from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
+from .replaced import notice_replaced
 from .rotary import RotaryEmbedding
 from .scaling import Scaled, casts_to_float16, holds_float16, is_quantised, linear_by_token, scaled_linear
 from .symbolic import as_one_node, is_symbolic
@@ -60,8 +61,10 @@ class RMSNorm(nn.Module):
         else:
             narrow = torch.float32 if self.is_wide else torch.float16
             normed = rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or narrow)
-        if self.watch is not None and runs_in_float16(normed):
-            self.watch.note(normed)
+        if self.watch is not None:
+            notice_replaced(normed)
+            if runs_in_float16(normed):
+                self.watch.note(normed)
         return normed
 
     def on_unfixed(self) -> None:
