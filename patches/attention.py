@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention_form import ALL_ATTENTION_FUNCTIONS, Form, ScaledAttention
+from .autocast import runs_in_float16
 from .errors import HalfPrecisionScoresError
 from .numerics import (
     grouped_attention,
     laid_out_by_token,
-    runs_in_float16,
     sdpa_operands,
     sdpa_takes_fp32,
     widen_mask,

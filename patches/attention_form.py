@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
+from .autocast import autocast_device, is_full_precision
 from .cached_keys import is_sink, stored_width
 from .caches import MIXED, STOCK, Mark, claim_cache, own_mark
 from .errors import ForeignCacheError, HalfPrecisionScoresError
 from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
-from .numerics import autocast_device, flex_pads, is_full_precision
+from .numerics import flex_pads
 from .replaced import name_of
 from .scaling import FLOAT_DTYPES, Ranges, Scaled, casts_to_float16
 from .two_part_keys import MOST_PAIRS, Split

@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .autocast import is_full_precision, runs_in_float16
 from .layer_plan import Plan, drop_plan, expect_plan, forget_plan, watch_for_backward
 from .linears import project_exactly
 from .numerics import (
-    is_full_precision,
     may_reuse_memory,
     promote_residual,
     rms_norm,
-    runs_in_float16,
     scaled_down,
     scaled_product,
 )

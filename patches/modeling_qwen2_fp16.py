@@ -5,10 +5,7 @@ that the installed source has the shape that the module was written for, and mak
 names, which saved checkpoints, device maps and transformers' table of losses refer to.
 """
 
-import contextlib
 import types
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import transformers
@@ -20,6 +17,7 @@ from .architecture import QWEN2
 from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .attention_form import claim_keys  # noqa: F401
+from .autocast import is_full_precision  # noqa: F401
 from .autograd import backward_through  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .cache_origin import Witness  # noqa: F401
@@ -31,7 +29,7 @@ from .key_centring import CentredKeys  # noqa: F401
 from .layer_plan import Plan  # noqa: F401
 from .linears import load_problem, note_made_up  # noqa: F401
 from .lock import check_when_asked, is_switched_off
-from .numerics import is_full_precision  # noqa: F401
+from .numerics import rotate  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
 from .projections import rotated_projections  # noqa: F401
@@ -42,6 +40,7 @@ from .replaced import WATCHED
 from .rotary import RotaryEmbedding  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .sdpa import sdpa_attention  # noqa: F401
+from .stock_wanted import stock_is_wanted, stock_models
 from .structure import check_structure, warn_if_untested
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .symbolic import is_symbolic  # noqa: F401
@@ -83,27 +82,6 @@ def stock_class_of(found: Any) -> Any:
 STOCK: Any = types.SimpleNamespace(**{name: stock_class_of(thing) for name, thing in vars(modeling_qwen2).items()})
 check_structure(STOCK, PARTS, transformers.__version__)
 warn_if_untested(transformers.__version__)
-
-
-_stock_wanted: ContextVar[bool] = ContextVar("qwen2_fp16_fix_stock_wanted", default=False)
-
-
-@contextlib.contextmanager
-def stock_models() -> Iterator[None]:
-    """Lets this thread build stock models inside a with block, whatever is registered.
-
-    That goes for the Auto classes and every class by its name. Models that exist stay as they are, and `fix` works.
-    """
-    before = _stock_wanted.set(True)
-    try:
-        yield
-    finally:
-        _stock_wanted.reset(before)
-
-
-def stock_is_wanted() -> bool:
-    """Whether this thread is inside `stock_models`."""
-    return _stock_wanted.get()
 
 
 class FixedOnConstruction:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import is_full_precision
 from .errors import PatchConflictWarning
-from .numerics import is_full_precision
 
 #: Functions of transformers' module that a fixed attention has its own code for. eager_attention_forward is there from
 #: 4.48 on.

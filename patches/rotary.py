@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .numerics import is_full_precision
+from .autocast import is_full_precision
 from .planning import is_faked
 from .symbolic import as_one_node, is_symbolic
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
 from .attention_form import claim_keys
+from .autocast import is_full_precision
 from .blocks import COMMON_PARTS
 from .caches import note_keys
-from .numerics import is_full_precision
 from .projections import rotated_projections
 
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
         Qwen2ForSequenceClassification,
         Qwen2ForTokenClassification,
         Qwen2Model,
-        stock_models,
     )
+    from .patches.stock_wanted import stock_models
     from .registration.register import register, registered, unregister
     from .scanning.scan import scan
     from .verification.verify import verify
@@ -106,7 +106,7 @@ _HOME = {
     "adopt_cache": "in_place",
     "status": "model_status",
     "is_fixed": "model_status",
-    "stock_models": "patches.modeling_qwen2_fp16",
+    "stock_models": "patches.stock_wanted",
     "certify": "certificate",
     "verify": "verification.verify",
     "export": "hub.export",

@@ -110,13 +110,6 @@ MUTATIONS = (
         "tests/patches/test_numerics.py::test_scores_of_300_times_300_are_exact",
     ),
     Mutation(
-        "fp32 weights under autocast take stock's path",
-        FILE,
-        " and not autocast_is_on(hidden_states.device.type)",
-        "",
-        "tests/patches/test_numerics.py::test_full_precision_means_fp32_without_autocast",
-    ),
-    Mutation(
         "weights stay fp32",
         FILE,
         "weights = exact.to(value.dtype)",

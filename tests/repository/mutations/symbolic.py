@@ -34,7 +34,7 @@ MUTATIONS = (
     ),
     Mutation(
         "torch.fx goes into a part",
-        "patches/numerics.py",
+        "patches/autocast.py",
         "    if is_symbolic(device_type):\n        refuse()\n",
         "",
         "tests/patches/test_symbolic.py::test_a_part_by_itself_is_refused[mlp]",
