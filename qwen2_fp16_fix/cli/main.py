@@ -8,8 +8,10 @@ import sys
 import traceback
 from typing import NoReturn
 
+from ..errors import BrokenInstallationError
 from ..launch.launcher import UsageError
 from ..patches.errors import Qwen2FP16FixError
+from ..requirements import broken_requirement
 from .commands import app
 from .terminal import PrintError, replace_unknown_signs, stderr
 
@@ -25,10 +27,19 @@ def main() -> None:
         _fail(error, error.exit_code)
     except OSError as error:
         if error.filename is None:
+            _fail_if_broken()
             _crash()
         _fail(f"{error.filename}: {error.strerror}: name another file or folder, or change its rights.", 2)
     except Exception:
+        _fail_if_broken()
         _crash()
+
+
+def _fail_if_broken() -> None:
+    """Ends the program with a sentence if the error came of torch or transformers that cannot be imported."""
+    problem = broken_requirement()
+    if problem is not None:
+        _fail(problem, BrokenInstallationError.exit_code)
 
 
 def _crash() -> NoReturn:

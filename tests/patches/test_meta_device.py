@@ -115,7 +115,7 @@ def test_weights_may_come_any_way(built: Callable[..., Any], load: Callable[...,
     found = qwen2_fp16_fix.status(model).model
     assert found is not None
     assert found.fixed
-    assert found.ranges == qwen2_fp16_fix.status(source).model.ranges  # type: ignore[union-attr]
+    assert found.ranges == qwen2_fp16_fix.status(source).model.ranges
     assert {row.keys for row in found.ranges} == {"centred"}
 
 

@@ -173,14 +173,14 @@ def test_code_replaced_after_the_fix_is_told_of(place: str, made: Any, monkeypat
             model(ids)
         model(ids)  # and no second warning, which would be an error here
         for found in (q.status(model).model, q.status()):
-            assert "fast_code" in found.problem  # type: ignore[union-attr, operator]
-            assert "fast_code" in found.summary()  # type: ignore[union-attr]
+            assert "fast_code" in found.problem
+            assert "fast_code" in found.summary()
         assert not q.is_fixed(model)
         refuses(q.PatchConflictError, build(TINY, ()), "fast_code", "stock_models")
         model.float()(ids)  # stock's forwards run, and so the tool's
     with torch.no_grad():
         model.half()(ids)
-    assert q.status(model).model.fixed  # type: ignore[union-attr]
+    assert q.status(model).model.fixed
 
 
 @pytest.mark.parametrize("error", ["class", "instance"])

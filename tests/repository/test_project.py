@@ -28,6 +28,7 @@ PROMISED = {
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
     "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "SymbolicTraceError",
+    "BrokenInstallationError",
     "CheckpointError", "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
     "UntestedTransformersWarning", "StalePlanWarning", "PatchConflictWarning", "NotFixedWarning",
     "__version__",
