@@ -206,7 +206,7 @@ def grouped_attention(
     # test_the_scores_of_a_fixed_model_are_its_own.
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
-        scores += mask
+        scores = add_mask(scores, mask)
     exact = softmax(scores)
     if dropout > 0.0:
         exact = torch.nn.functional.dropout(exact, dropout)
@@ -217,6 +217,13 @@ def grouped_attention(
     else:
         output = weights.view(*grouped, keys) @ value.flatten(0, 1)
     return output.view(batch, heads, queries, head_dim), weights
+
+
+def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """scores + mask, in the memory of the scores; not under torch.func, where the mask may be the larger of the two."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return scores + mask
+    return scores.add_(mask)
 
 
 def softmax(scores: Tensor) -> Tensor:

@@ -214,4 +214,11 @@ MUTATIONS = (
         "activation * 2.0**-exponent",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
     ),
+    Mutation(
+        "a mask is always added in the memory of the scores",
+        FILE,
+        "if torch.compiler.is_compiling() or is_transformed():\n        return scores + mask",
+        "if torch.compiler.is_compiling():\n        return scores + mask",
+        "tests/patches/test_autograd.py::test_one_argument_alone_may_have_a_batch[cpu-mask]",
+    ),
 )

@@ -20,7 +20,7 @@ MUTATIONS = (
     ),
     Mutation(
         "torch.fx goes into the rotary embedding",
-        "patches/blocks.py",
+        "patches/rotary.py",
         "node: tuple[Tensor, Tensor] = as_one_node(self, x, (position_ids,))\n            return node",
         "pass",
         "tests/patches/test_symbolic.py::test_the_rotary_embedding_is_a_node_too",
