@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import first_line
+from ..errors import BrokenInstallationError, first_line
 from ..launch.launcher import UsageError
 from ..patches.errors import Qwen2FP16FixError
+from ..requirements import broken_requirement
 from .terminal import PrintError, stderr
 
 CRASH = 70  # EX_SOFTWARE of sysexits.h
@@ -44,10 +45,19 @@ def one_sentence() -> Iterator[None]:
         reason = error.strerror or first_line(error)
         if error.filename is not None:
             _fail(f"{error.filename}: {reason}: name another file or folder, or change its rights.", 2)
+        _fail_if_broken()
         _fail(f"the system refused something ({reason}): nothing more was done; repair that and start again.", 2)
     except Exception:
+        _fail_if_broken()
         traceback.print_exc()
         sys.exit(CRASH)  # Python's own exit code is 1, which means a finding here
+
+
+def _fail_if_broken() -> None:
+    """Ends the program with a sentence if the error came of torch or transformers that cannot be imported."""
+    problem = broken_requirement()
+    if problem is not None:
+        _fail(problem, BrokenInstallationError.exit_code)
 
 
 def _fail(error: Exception | str, code: int) -> NoReturn:

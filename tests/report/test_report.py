@@ -1,5 +1,6 @@
 """The report in a browser: by keyboard, in a dark theme, on a phone and on paper, and without a network."""
 
+import html
 import json
 import math
 import re
@@ -19,8 +20,9 @@ from qwen2_fp16_fix.activations.sites import SITES
 from qwen2_fp16_fix.errors import ScanError
 from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.report import picture, style
+from qwen2_fp16_fix.report.charts import charts
 from qwen2_fp16_fix.report.files import ScanFiles
-from qwen2_fp16_fix.report.page import page
+from qwen2_fp16_fix.report.page import figures, page
 from qwen2_fp16_fix.report.style import PALETTE
 from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import CacheLosses, ScannedPrompt, ScanResult
@@ -255,6 +257,25 @@ def test_the_page_fits_a_phone_follows_the_theme_and_prints_on_white(
     assert opened.pdf(path=tmp_path / "page.pdf").startswith(b"%PDF")
     assert opened.evaluate("window.inks") == [PALETTE["ink"]["light"], 680]
     assert one.said == []
+
+
+@pytest.mark.parametrize("token", ["<b>bold</b>", "a<br>b", "&lt;", "<|im_start|>", "`", "$x^2$", "a\n<i>"])
+def test_a_label_shows_the_token_as_it_is(token: str, scans: list[ScanResult]) -> None:
+    """plotly showed `<b>bold</b>` as a bold word, and a line break as one."""
+    marked = [with_tokens(scan, token) for scan in scans]
+    labels: list[str] = []
+    for figure in figures(charts(marked, "en")).values():
+        for trace in figure["data"]:
+            rows = trace.get("hovertext", [])
+            labels += [label for row in rows for label in (row if isinstance(row, list) else [row]) if label]
+    shown = sentences.token_name(0, token)
+    named = [label for label in labels if label.partition("<br>")[0].count("token ")]
+    assert named
+    for label in named:
+        place, *_, value = label.split("<br>")
+        assert "<" not in place + value
+        assert ">" not in place + value
+        assert shown.strip("`") in html.unescape(place)
 
 
 def test_a_token_that_is_markup_stays_text(
