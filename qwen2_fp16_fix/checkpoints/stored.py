@@ -128,7 +128,9 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
                 )
             for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
                 if name in found:
-                    raise CheckpointError(f"{name!r} is in {found[name].file.name} and in {file.name}: remove one.")
+                    raise CheckpointError(
+                        f"{name!r} is in {found[name].file.name} and in {file.name}: one is another's."
+                    )
                 header = tensors.get_slice(name)
                 found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
     return found
