@@ -119,18 +119,15 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         with opened(file) as tensors:
-            if (made_by := (tensors.metadata() or {}).get("format")) in (
-                "tf",
-                "flax",
-            ):  # transposed by releases before 5
+            framework = (tensors.metadata() or {}).get("format")
+            if framework in ("tf", "flax"):  # releases before 5 read these otherwise
                 raise CheckpointError(
-                    f"{file.name} has the weights of another framework ({made_by}): save them by torch."
+                    f"{file.name} has weights of another framework ({framework}): save them by torch."
                 )
             for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
                 if name in found:
-                    raise CheckpointError(
-                        f"{name!r} is in {found[name].file.name} and in {file.name}: one is another's."
-                    )
+                    other = found[name].file.name
+                    raise CheckpointError(f"{name!r} is in {other} and in {file.name}: one is another's.")
                 header = tensors.get_slice(name)
                 found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
     return found
