@@ -6,21 +6,23 @@ A checkpoint is read layer by layer. No model is built.
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..checkpoints.folder import FolderSource
 from ..checkpoints.loaded_model import ModelSource
-from ..checkpoints.weights import WeightSource
-from ..code_copies import code_of, sibling
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
+from .assumptions import EPSILON, Assumptions, dropout_of, residual_obstacles, unbounded_settings
 from .casting import casting_losses
 from .ends import certify_ends
+from .in_memory import by_token, changed_parts, obstacles
 from .layer import certify_layer
-from .result import Certificate
+from .result import Certificate, LayerCertificate
 from .text import verdict_of
 
 
@@ -33,10 +35,9 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
     Raises CheckpointError for a folder or file that cannot be read whole, NotQwen2Error for another architecture.
     """
     started = time.monotonic()
-    source: WeightSource = (
+    source: FolderSource | ModelSource = (
         ModelSource(model_or_path) if isinstance(model_or_path, nn.Module) else FolderSource(Path(model_or_path))
     )
-    stale = dropped_plans(source) if isinstance(source, ModelSource) else []
     if isinstance(source, FolderSource):
         source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
     losses: dict[str, Counter[str]] = {}
@@ -45,21 +46,26 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
         losses.setdefault(name, Counter()).update(casting_losses(stored) | {"total": stored.numel()})
         return stored.half()
 
+    config, unbounded = settings_of(source)
+    assumed = Assumptions(source.shape.positions, dropout_of(config))
     logits, residual, reasons = certify_ends(source, cast)
     layers = []
     for number in with_bar(range(source.layers), "bounding layers", progress):
         layer, residual = certify_layer(number, source, cast, residual)
         layers.append(layer)
     casting = {name: dict(lost) for name, lost in losses.items() if len(+lost) > 1}  # more than its total
-    reasons += [*stale, *(f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons)]
+    reasons += [*unbounded, *(residual_obstacles(residual, source.shape.hidden))]
+    reasons += in_memory(source, layers) if isinstance(source, ModelSource) else []
+    reasons += [f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons]
     for kind, what in (("overflow", "pass 65504"), ("nonfinite", "are NaN or infinite")):
         reasons += [f"{name}: {lost[kind]} weights {what}" for name, lost in casting.items() if lost[kind]]
     exponents = [max(layer.exponents.values(), default=0) for layer in layers]
     scaled = sum(exponent > 0 for exponent in exponents)
     return Certificate(
         proven=not reasons,
-        verdict=verdict_of(reasons, len(layers), scaled),
+        verdict=verdict_of(reasons, assumed, len(layers), scaled),
         reasons=reasons,
+        assumes=assumed.sentences(),
         layers=layers,
         logits=logits if logits is not None and math.isfinite(logits) else None,
         casting=casting,
@@ -70,16 +76,19 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
     )
 
 
-def dropped_plans(source: ModelSource) -> list[str]:
-    """Drops the plans of a fixed model that were made for other weights. Returns a sentence for each dropped plan.
+def settings_of(source: FolderSource | ModelSource) -> tuple[Mapping[str, Any], list[str]]:
+    """The config, and a sentence for each setting of it whose numbers the weights do not bound."""
+    if isinstance(source, ModelSource):
+        return source.base.config.to_dict(), list(obstacles(source.base))
+    epsilon = source.config.get("rms_norm_eps")
+    return source.config, unbounded_settings(source.config, [EPSILON if epsilon is None else epsilon])
 
-    Exponents of inputs and values stay then, and hold for the older weights only.
-    """
-    reasons = []
-    for number, layer in enumerate(layers_of(source.base)):
-        if planned := getattr(layer, "plan", None) is not None:
-            sibling(code_of(layer), "planning").check_plan(layer)
-        if getattr(layer, "plan", layer) is None and (planned or not getattr(layer, "plan_due", True)):
-            dropped = "its exponents were planned for other weights and have been dropped, so it scales by token"
-            reasons.append(f"layer {number}: {dropped}: fix the model again")
-    return reasons
+
+def in_memory(source: ModelSource, layers: list[LayerCertificate]) -> Iterator[str]:
+    """What keeps the layers of a loaded model from running as the bounds have it, for layers that are proven."""
+    unplanned = by_token(source.base)
+    for found, layer in zip(layers, layers_of(source.base), strict=True):
+        if found.proven:
+            reasons = [unplanned[found.layer]] if found.layer in unplanned else []
+            reasons += changed_parts(layer, found.exponents, source.shape.activation)
+            yield from (f"layer {found.layer}: {reason}" for reason in reasons)

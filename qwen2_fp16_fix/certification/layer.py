@@ -68,7 +68,7 @@ def bound_scores(weights: Mapping[str, Tensor], shape: LayerShape) -> float:
         if not rows.isfinite().all():
             return math.inf
         singular = torch.linalg.eigvalsh(rows @ rows.transpose(1, 2))[:, -1].clamp(min=0).sqrt()
-        lengths[name] = (singular * math.sqrt(shape.hidden) + shift) * shape.rotation_scale
+        lengths[name] = (singular * math.sqrt(shape.hidden) + shift) * abs(shape.rotation_scale)
     grouped = lengths["q"].view(shape.kv_heads, -1) * lengths["k"].view(-1, 1)
     return float(grouped.max())
 

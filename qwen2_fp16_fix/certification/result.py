@@ -36,6 +36,7 @@ class Certificate(Result):
     proven: bool  # with the fix, no prompt can make it overflow
     verdict: str
     reasons: list[str]  # why it is not proven
+    assumes: list[str]  # what a proof rests on beside the weights: how the model is loaded and run
     layers: list[LayerCertificate]
     logits: float | None  # the largest that any prompt can give; None without a head or without a finite bound
     casting: dict[str, dict[str, int]]  # by tensor, the numbers that a cast to float16 changes; others are left out

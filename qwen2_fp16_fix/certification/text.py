@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..patches.range_plan import PlannedLayer, headroom_bits
+from .assumptions import Assumptions, dropout_text
 from .result import Certificate, LayerCertificate
 
 
@@ -43,13 +44,15 @@ def _number(number: float | None, form: str = ",.4g") -> str:
     return "none" if number is None else format(number, form)
 
 
-def verdict_of(reasons: list[str], layers: int, scaled: int) -> str:
+def verdict_of(reasons: list[str], assumed: Assumptions, layers: int, scaled: int) -> str:
     """The result in one sentence. layers, scaled: how many there are, and how many have an exponent above 0."""
     if reasons:
         return f"Not provable: {reasons[0]}" + (f", and {len(reasons) - 1} more." if len(reasons) > 1 else ".")
+    dropout = f"; in training also {dropout_text(assumed.dropout)}" if assumed.dropout else ""
     return (
-        f"Proven: with the fix, no prompt can make this checkpoint overflow in float16 ({layers} layers, {scaled} of "
-        "them with an exponent above 0)."
+        f"Proven: with the fix, no prompt of up to {assumed.positions:,} tokens can make this checkpoint overflow in "
+        f"float16 ({layers} layers, {scaled} of them with an exponent above 0). This does not cover layers that are "
+        f"offloaded, sharded, quantised, adapted or trained, which scale by token{dropout}."
     )
 
 

@@ -19,9 +19,10 @@ from ..checkpoints.config import reachable, read_config, read_json
 from ..checkpoints.folder import FolderSource
 from ..checkpoints.stored import INDEX
 from ..errors import CheckpointError, ExportError
-from ..files.writing import whole_folder
+from ..files.folders import whole_folder
 from ..patches import errors as patches_errors
 from ..results import Result
+from ..verification.saved import read_saved
 from . import model_card
 from .export_config import check_foreign_code, exported_config, heads_to_check
 
@@ -67,7 +68,7 @@ def export(
     if weights not in ("link", "copy", "none"):
         raise ExportError(f"weights={weights!r}: give link, copy or none.")
     code_name, code_revision = _code_repo(code_repo, weights)
-    findings = None if verification is None else model_card.read_verification(verification)
+    findings = None if verification is None else read_saved(verification, ExportError)
     folder, base_model = _source(path_or_repo, weights)
     target = Path(out).absolute()
     _check_apart(folder, target)

@@ -18,7 +18,6 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
 from qwen2_fp16_fix.certification.casting import casting_losses
 from qwen2_fp16_fix.certification.layer import bound_scores
-from qwen2_fp16_fix.checkpoints.config import rotation_scale
 from qwen2_fp16_fix.patches.planning import boundable_weights
 from qwen2_fp16_fix.patches.range_bounds import LayerShape
 from tests.commands.in_process import run_command
@@ -146,20 +145,6 @@ def test_a_weight_that_the_cast_makes_infinite_is_a_reason(folder: Path) -> None
     assert not found.proven
     assert found.casting["model.layers.1.mlp.up_proj.weight"]["overflow"] == 1
     assert any("1 weights pass 65504" in reason for reason in found.reasons)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "scale"),
-    [
-        ({}, 1.0),
-        ({"type": "linear", "factor": 4.0}, 1.0),
-        ({"rope_type": "yarn", "factor": 4.0}, 1.1386),
-        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, 1.5),
-        ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 4096}, 1.0801),
-    ],
-)
-def test_yarn_lengthens_keys(scaling: dict[str, Any], scale: float) -> None:
-    assert rotation_scale(scaling) == pytest.approx(scale, abs=1e-4)
 
 
 def no_such_folder(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import qwen2_fp16_fix
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.errors import CheckpointError, ExportError
-from qwen2_fp16_fix.files import writing
+from qwen2_fp16_fix.files import folders
 from qwen2_fp16_fix.patches.errors import NotQwen2Error
 from tests.hub.examples import change_config, contents
 
@@ -176,7 +176,7 @@ def test_a_folder_that_fills_meanwhile_is_left_alone(tmp_path: Path, monkeypatch
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
 
-    monkeypatch.setattr(writing, "flush", fill)
+    monkeypatch.setattr(folders, "flush", fill)
     with pytest.raises(ExportError, match="something else is there"):
         qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out")
     assert contents(tmp_path) == {"out/theirs": b""}
