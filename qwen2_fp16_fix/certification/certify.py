@@ -17,7 +17,7 @@ from ..checkpoints.folder import FolderSource
 from ..checkpoints.loaded_model import ModelSource
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
-from .assumptions import EPSILON, Assumptions, dropout_of, residual_obstacles, unbounded_settings
+from .assumptions import EPSILON, assumptions_of, residual_obstacles, unbounded_settings
 from .casting import casting_losses
 from .ends import certify_ends
 from .in_memory import by_token, changed_parts, obstacles
@@ -47,7 +47,7 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
         return stored.half()
 
     config, unbounded = settings_of(source)
-    assumed = Assumptions(source.shape.positions, dropout_of(config))
+    assumed = assumptions_of(config, source.shape.positions)
     logits, residual, reasons = certify_ends(source, cast)
     layers = []
     for number in with_bar(range(source.layers), "bounding layers", progress):

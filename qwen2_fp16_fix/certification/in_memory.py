@@ -14,7 +14,7 @@ from ..patches.linears import is_only_hooked, is_watched
 from ..patches.planning import boundable_weights
 from ..patches.range_bounds import CONTRACTIONS
 from ..patches.swap import base_models, layers_of, module_at
-from .assumptions import FP32_MAX, dropout_of, dropout_text, unbounded_settings
+from .assumptions import FP32_MAX, dropout_text, unbounded_settings
 
 ATTENTION, MLP = QWEN2.path("attention"), QWEN2.path("mlp")
 STALE = "its exponents were planned for other weights and have been dropped, so it scales by token: fix the model again"
@@ -63,8 +63,8 @@ def obstacles(base: Any) -> Iterator[str]:
     """Sentences about a Qwen2Model as it is now, whatever its weights are."""
     yield from unbounded_settings(base.config.to_dict(), epsilons_of(base))
     shares = {getattr(getattr(layer, ATTENTION), "attention_dropout", 0) for layer in layers_of(base) if layer.training}
-    for dropout in filter(None, (dropout_of({"attention_dropout": share}) for share in shares)):
-        yield f"it is in training, where {dropout_text(dropout)}: call eval()"
+    for dropout in filter(None, (dropout_text("attention_dropout", share) for share in shares)):
+        yield f"it is in training, where {dropout}: call eval()"
     for name, buffer in base.named_buffers():
         if name.endswith("inv_freq") and not buffer.is_meta:
             farthest = float(buffer.abs().max()) * base.config.max_position_embeddings
