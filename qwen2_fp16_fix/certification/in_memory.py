@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..code_copies import code_of, is_plain_linear, sibling, stock_classes
+from ..code_copies import code_of, is_plain_linear, own_errors, sibling, stock_classes
 from ..patches.architecture import QWEN2
-from ..patches.errors import PatchConflictError
+from ..patches.attention import is_stock_eager
+from ..patches.errors import PatchConflictError, Qwen2FP16FixError
 from ..patches.layer_plan import can_scale_input, holds_gradients
 from ..patches.linears import is_only_hooked, is_watched
 from ..patches.planning import boundable_weights
@@ -81,6 +82,18 @@ def uncovered(model: nn.Module) -> list[str]:
             found.append(f"{count} of {len(layers)} layers scale by token, which no certificate covers")
         found += obstacles(base)
     return found
+
+
+def unfixable(base: Any) -> str | None:
+    """Why the fix cannot be applied to a Qwen2Model, or is not whole any more; None if it can be, or is."""
+    code = code_of(base)
+    try:
+        with own_errors():
+            code.check_modules(base)
+            is_stock_eager(getattr(base.config, "_attn_implementation", None))  # raises if its scores are float16
+    except Qwen2FP16FixError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def changed_parts(layer: Any, exponents: Mapping[str, int], activation: str) -> Iterator[str]:
