@@ -149,11 +149,15 @@ def status(model: nn.Module | None = None) -> Status:
     try:
         patch = range_for(transformers.__version__).module
         tested = not is_untested(transformers.__version__)
-        # Raises if the installed source does not fit.
+        from .patches.modeling_qwen2_fp16 import PARTS, STOCK  # raises if the installed source does not fit
+        from .patches.structure import check_structure
         from .registration.register import is_registered, qwen2_auto_classes
 
         registered = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
-        about = None if model is None else examine_model(model)
+        if model is None:
+            check_structure(STOCK, PARTS, transformers.__version__)  # anew: a tool may have replaced code since
+        else:
+            about = examine_model(model)
     except Qwen2FP16FixError as error:
         problem = str(error)
     return Status(
@@ -176,6 +180,7 @@ def examine_model(model: nn.Module) -> ModelStatus:
     from .certification.in_memory import uncovered
     from .code_copies import code_of, origin_of, own_errors, sibling
     from .patches.attention import is_stock_eager
+    from .patches.attention_form import described
 
     code = code_of(model)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -197,7 +202,7 @@ def examine_model(model: nn.Module) -> ModelStatus:
         numerics=sibling(code, "version_map").NUMERICS if any(fixed.values()) else None,
         parts={role: PartCount(fixed[role], count) for role, count in total.items()},
         dtype=None if weights is None else str(weights).removeprefix("torch."),
-        attention=attention,
+        attention=described(attention),
         ranges=ranges_of(model),
         problem=problem,
         uncovered=uncovered(model),

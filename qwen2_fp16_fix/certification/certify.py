@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.folder import FolderSource
 from ..checkpoints.loaded_model import ModelSource
+from ..errors import CheckpointError
+from ..files.reading import to_path
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
 from .assumptions import EPSILON, assumptions_of, residual_obstacles, unbounded_settings
@@ -36,7 +38,9 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
     """
     started = time.monotonic()
     source: FolderSource | ModelSource = (
-        ModelSource(model_or_path) if isinstance(model_or_path, nn.Module) else FolderSource(Path(model_or_path))
+        ModelSource(model_or_path)
+        if isinstance(model_or_path, nn.Module)
+        else FolderSource(to_path(model_or_path, CheckpointError))
     )
     if isinstance(source, FolderSource):
         source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
