@@ -278,7 +278,7 @@ def ranges_of(model: nn.Module) -> list[LayerStatus]:
         for index, layer in enumerate(layers_of(base)):
             if known_class(layer, stock_of(code)):
                 check_plan(layer)
-                mlp, o_proj = layer.mlp.exponent, getattr(layer.self_attn, "exponent", "not scaled")
+                mlp, o_proj = (getattr(part, "exponent", "not scaled") for part in (layer.mlp, layer.self_attn))
                 state = form.key_state(layer.self_attn)  # a string in exports up to 0.1.1
                 keys = (state,) if isinstance(state, str) else state
                 row = LayerStatus(index, _named(mlp), _named(o_proj), *keys)
