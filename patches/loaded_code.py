@@ -6,6 +6,8 @@ wrapped after its import is seen, and so is bytecode in `__pycache__` that was n
 
 import functools
 import importlib.machinery
+import importlib.util
+import os
 import sys
 import types
 import warnings
@@ -108,13 +110,33 @@ def other_code(modules: Mapping[str, types.ModuleType]) -> dict[str, str]:
 
 
 def _bytecode_differs(module: types.ModuleType, source: Source) -> bool:
-    """Whether Python would import other bytecode than that of the source. It does not look into the file it keeps."""
-    loader = importlib.machinery.SourceFileLoader(module.__name__, str(module.__file__))
+    """Whether Python would import other bytecode than that of the source."""
+    path = str(module.__file__)
     try:
-        kept = loader.get_code(module.__name__)
+        kept = importlib.util.cache_from_source(path)
+    except NotImplementedError:  # a Python that keeps none
+        return False
+    return not _keeps(path, source, _state(path), _state(kept))
+
+
+def _state(path: str) -> tuple[int, ...] | None:
+    """What the system says of a file, which differs once it has been written to; None for no file."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=2**10)
+def _keeps(path: str, source: Source, *states: tuple[int, ...] | None) -> bool:
+    """Whether Python's own import takes the code of this source. states: of the source and of what is kept of it."""
+    loader = importlib.machinery.SourceFileLoader("kept", path)
+    try:
+        kept = loader.get_code("kept")
     except (OSError, ImportError, SyntaxError, ValueError, EOFError, TypeError):
-        return True
-    return kept is None or not is_same(kept, source.module)
+        return False
+    return kept is not None and is_same(kept, source.module)
 
 
 def _other_functions(module: types.ModuleType, source: Source, own: frozenset[str]) -> Iterator[tuple[str, str]]:

@@ -20,8 +20,8 @@ FOLDER = Path(str(transformers.__file__)).parent
 def entered_modules() -> dict[str, types.ModuleType]:
     """The modules of transformers that a forward or `generate` of its Qwen2 can enter, by name.
 
-    These are the modules whose classes, functions, tables and submodules its Qwen2 module names, and the modules that
-    those name. A test holds them against a trace.
+    These are the modules whose classes, functions, tables and submodules its Qwen2 module names, the modules that
+    those name, and the modules of the decorators on all of these. A test holds them against a trace.
     """
     try:
         from transformers.models.qwen2 import modeling_qwen2 as stock
@@ -29,7 +29,8 @@ def entered_modules() -> dict[str, types.ModuleType]:
         return {}
     near = {stock.__name__, *_named_modules(stock)}
     far = {name for module in near for name in _named_modules(sys.modules[module])}
-    modules = {name: sys.modules[name] for name in sorted(near | far)}
+    around = {name for module in near | far for name in _decorating_modules(sys.modules[module])}
+    modules = {name: sys.modules[name] for name in sorted(near | far | around)}
     return {name: module for name, module in modules.items() if getattr(module, "__file__", None)}
 
 
@@ -40,6 +41,16 @@ def _named_modules(module: types.ModuleType) -> set[str]:
         for thing in [*vars(module).values(), *(entry for _, entry in _entries(module))]
         for origin in (thing, type(thing), *(thing.__mro__ if isinstance(thing, type) else ()))
     }
+    return {name for name in found if name.startswith(NAME) and name in sys.modules}
+
+
+def _decorating_modules(module: types.ModuleType) -> set[str]:
+    """Names of the modules of transformers whose functions stand in this module or its classes."""
+    holders = [module, *(kind for kind in vars(module).values() if isinstance(kind, type))]
+    functions = (
+        thing for holder in holders for thing in vars(holder).values() if isinstance(thing, types.FunctionType)
+    )
+    found = {str(function.__globals__.get("__name__")) for function in functions}
     return {name for name in found if name.startswith(NAME) and name in sys.modules}
 
 
