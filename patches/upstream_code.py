@@ -45,12 +45,11 @@ def _named_modules(module: types.ModuleType) -> set[str]:
 
 
 def _decorating_modules(module: types.ModuleType) -> set[str]:
-    """Names of the modules of transformers whose functions stand in this module or its classes."""
-    holders = [module, *(kind for kind in vars(module).values() if isinstance(kind, type))]
-    functions = (
-        thing for holder in holders for thing in vars(holder).values() if isinstance(thing, types.FunctionType)
-    )
-    found = {str(function.__globals__.get("__name__")) for function in functions}
+    """Names of the modules of transformers whose functions wrap those of this module or its classes."""
+    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    things = [thing for holder in (module, *own) for thing in vars(holder).values()]
+    wrappers = [thing for thing in things if isinstance(thing, types.FunctionType) and hasattr(thing, "__wrapped__")]
+    found = {str(wrapper.__globals__.get("__name__")) for wrapper in wrappers}
     return {name for name in found if name.startswith(NAME) and name in sys.modules}
 
 
