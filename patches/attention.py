@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .attention_form import ALL_ATTENTION_FUNCTIONS, Form, ScaledAttention
+from .autocast import runs_in_float16
 from .errors import HalfPrecisionScoresError
 from .numerics import (
     grouped_attention,
     laid_out_by_token,
-    runs_in_float16,
     sdpa_operands,
     sdpa_takes_fp32,
     widen_mask,
 )
+from .replaced import WATCHED
 from .scaling import casts_to_float16, linear_by_token, scaled_linear
 from .sdpa import STOCK_SDPA, sdpa_attention
 from .two_part_keys import widened_queries
@@ -174,16 +175,18 @@ scores_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.lru_cache(maxsize=64)
 def _scores_of_function(function: Any) -> str:
-    from transformers.models.qwen2 import modeling_qwen2  # here, since this file is imported on releases without Qwen2
-
     inner, bare = function, True
     while isinstance(inner, functools.partial):
         bare = bare and not inner.args and not inner.keywords
         inner = inner.func
-    code = _essence(inspect.unwrap(inner))
-    if code is None or code != _essence(modeling_qwen2.eager_attention_forward):
+    unwrapped, eager = inspect.unwrap(inner), _essence(WATCHED.first.get("eager_attention_forward"))
+    if eager is None:
         return "own"
-    return "stock" if bare and not hasattr(inner, "__wrapped__") else "wrapped"
+    if _essence(unwrapped) == eager:
+        return "stock" if bare and not hasattr(inner, "__wrapped__") else "wrapped"
+    # A tool's function that calls the one it was made around: attribution tools wrap the whole table so.
+    around = [cell.cell_contents for cell in getattr(unwrapped, "__closure__", None) or () if cell != types.CellType()]
+    return "wrapped" if any(_essence(inspect.unwrap(each)) == eager for each in around if callable(each)) else "own"
 
 
 def _essence(function: Any) -> tuple[Any, ...] | None:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
+from .autocast import autocast_device, is_full_precision
 from .cached_keys import is_sink, stored_width
 from .caches import MIXED, STOCK, Mark, claim_cache, own_mark
 from .errors import ForeignCacheError, HalfPrecisionScoresError
 from .key_centring import CentredKeys
 from .linears import inner_linear, is_separable
-from .numerics import autocast_device, flex_pads, is_full_precision
+from .numerics import flex_pads
+from .replaced import name_of
 from .scaling import FLOAT_DTYPES, Ranges, Scaled, casts_to_float16
 from .two_part_keys import MOST_PAIRS, Split
 
@@ -158,6 +160,13 @@ def is_known(implementation: str | None) -> bool:
 
 
 is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def described(implementation: str | None) -> str | None:
+    """The name of an attention implementation, with its function if that is not transformers' own."""
+    if is_known(implementation):
+        return implementation
+    return f"{implementation} ({name_of(ALL_ATTENTION_FUNCTIONS[implementation])})"
 
 
 def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | None:

@@ -1,7 +1,4 @@
-"""The parts of a Qwen2 outside attention: norm, decoder layer, MLP and rotary embedding.
-
-The first three are the same for every transformers release. The rotary embedding serves 4.45 and later; v4_37.py has
-that of the releases before.
+"""The parts of a Qwen2 outside attention, the same for every transformers release: norm, decoder layer and MLP.
 
 A fixed class is made of a class here and the stock class of the same role (`class Fixed(RMSNorm, stock.Qwen2RMSNorm)`),
 so that `super()` is the stock code and `isinstance` still sees a stock module.
@@ -16,19 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .autocast import is_full_precision, runs_in_float16
 from .layer_plan import Plan, drop_plan, expect_plan, forget_plan, watch_for_backward
 from .linears import project_exactly
 from .numerics import (
-    is_full_precision,
     may_reuse_memory,
     promote_residual,
     rms_norm,
-    runs_in_float16,
     scaled_down,
     scaled_product,
 )
 from .overflow import OverflowWatch
 from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
+from .replaced import notice_replaced
+from .rotary import RotaryEmbedding
 from .scaling import Scaled, casts_to_float16, holds_float16, is_quantised, linear_by_token, scaled_linear
 from .symbolic import as_one_node, is_symbolic
 
@@ -62,8 +60,10 @@ class RMSNorm(nn.Module):
         else:
             narrow = torch.float32 if self.is_wide else torch.float16
             normed = rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype or narrow)
-        if self.watch is not None and runs_in_float16(normed):
-            self.watch.note(normed)
+        if self.watch is not None:
+            notice_replaced(normed)
+            if runs_in_float16(normed):
+                self.watch.note(normed)
         return normed
 
     def on_unfixed(self) -> None:
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
         """
         if is_symbolic(hidden_states):
             return as_one_node(self, hidden_states, args, kwargs)
-        settle_plan(self)
+        settle_plan(self, hidden_states)
         output = super().forward(promote_residual(hidden_states), *args, **kwargs)
         watch_for_backward(self, output)
         return output
@@ -204,74 +204,6 @@ class MLP(Scaled):
             plain: Tensor = self.down_proj(product)
             return plain
         return scaled_linear(self.down_proj, product, scale.factor)
-
-
-#: RoPE variants whose frequencies no forward changes.
-UNCHANGING = ("default", "linear", "yarn", "llama3", "proportional")
-
-
-class RotaryEmbedding(nn.Module):
-    """Cosine and sine tables in fp32, whatever dtype the model has or is cast to. Serves transformers from 4.45."""
-
-    stock_parameters: ClassVar = ("x", "position_ids")
-    stock_names: ClassVar = {"inv_freq", "attention_scaling", "config", "rope_type"}
-    config: Any
-    rope_type: str
-    attention_scaling: float
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (B, S) to cos and sin (B, S, D), in fp32 whatever the dtype of `x`; fp32 models get stock's.
-
-        Stock computes angles by a matmul, at least up to 5.17. TF32 rounds its operands: position 16,001 to 16,000.
-        """
-        if is_symbolic(x):
-            node: tuple[Tensor, Tensor] = as_one_node(self, x, (position_ids,))
-            return node
-        if is_full_precision(x):
-            stock: tuple[Tensor, Tensor] = super().forward(x, position_ids)
-            return stock
-        if self.rope_type not in UNCHANGING:  # stock chooses the frequencies by the farthest position
-            super().forward(x, position_ids.amax().view(1, 1).float())  # an integer's would be in torch's default dtype
-        angles = position_ids[..., None] * self.frequencies().to(x.device, torch.float32)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-    def frequencies(self) -> Tensor:
-        """Radians a token of each pair, (D/2,)."""
-        return self._buffers["inv_freq"]  # type: ignore[return-value]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
-        """Follows `.to(device)` but not a cast: `.half()` would round the frequencies and turn far positions wrong."""
-        rounded: dict[str, Tensor] = self.__dict__.setdefault("rounded", {})
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, exact in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != exact.dtype:
-                rounded[name] = after
-                self._buffers[name] = exact.to(after.device)
-            elif name in rounded:
-                rounded[name] = fn(rounded[name])
-        for name in [name for name, buffer in rounded.items() if buffer.is_meta]:
-            del rounded[name]  # it holds no numbers, and could not be moved once the others have some
-        return self
-
-    def on_fixed(self, stock: type[nn.Module]) -> None:
-        """Computes frequencies anew that a cast has rounded, and keeps the rounded ones. stock: the class before."""
-        self.rounded: dict[str, Tensor] = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if buffer is not None and buffer.dtype != torch.float32 and buffer.device.type != "meta"
-        }
-        if self.rounded:
-            with torch.device("cpu"):  # a user may have set another default device
-                exact = dict(stock(config=self.config).named_buffers())
-            for name, buffer in self.rounded.items():
-                self._buffers[name] = exact[name].to(buffer.device)
-
-    def on_unfixed(self) -> None:
-        """Gives the buffers the values that stock's would have now."""
-        self._buffers.update(self.__dict__.pop("rounded", {}))
 
 
 #: Stock class name to the class here that goes before it; a range module adds its attention.

@@ -18,6 +18,7 @@ With the exit code of the command line, 1 for a finding, 2 for wrong usage, 3 fo
     UserWarning
     ├── UntestedTransformersWarning
     ├── StalePlanWarning
+    ├── PatchConflictWarning
     └── NotFixedWarning
 
 None of them derives from OSError, ValueError, TypeError or RuntimeError: transformers' `pipeline()` catches those four
@@ -94,6 +95,10 @@ class UntestedTransformersWarning(UserWarning):
 
 class StalePlanWarning(UserWarning):
     """A forward was not finite, so the exponents of all layers are no longer trusted."""
+
+
+class PatchConflictWarning(UserWarning):
+    """Another tool has replaced code of transformers' Qwen2 after a model was fixed, and the model does not run it."""
 
 
 class NotFixedWarning(UserWarning):

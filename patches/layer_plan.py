@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import QWEN2
-from .errors import NotFixedWarning, StalePlanWarning
+from .errors import MetaTensorError, NotFixedWarning, StalePlanWarning
 from .overflow import OverflowWatch
 from .range_bounds import Exponents, LayerBounds
 from .range_plan import FLOAT16_MAX
 from .scaling import Ranges, Scaled
-from .swap import module_at
+from .swap import UNLOADED, module_at
 
 OWNERS = QWEN2.owners()  # the parts of a layer that hold its linears
 SCALED_OWNERS = QWEN2.scaled_owners()
@@ -78,10 +78,15 @@ def keep_ranges(layer: Any, exponents: Exponents) -> None:
     """Gives attention and MLP the exponents that stay when a plan ends."""
     if can_scale_input(layer, ATTENTION):
         ranges = Ranges(exponents.input_norm, exponents.o_proj, exponents.rotated)
-        device = module_at(layer, next(iter(QWEN2.norms()))).weight.device  # some quantised linears have no weight
-        getattr(layer, ATTENTION).keep_ranges(ranges, device)
+        getattr(layer, ATTENTION).keep_ranges(ranges, device_of_norm(layer))
     if can_scale_input(layer, MLP):
         getattr(layer, MLP).keep_input_exponent(exponents.post_norm)
+
+
+def device_of_norm(layer: Any) -> torch.device:
+    """Where a layer is, by its first norm: some quantised linears have no weight."""
+    device: torch.device = module_at(layer, next(iter(QWEN2.norms()))).weight.device
+    return device
 
 
 def widen_norms(layer: Any, bounds: LayerBounds | None) -> None:
@@ -217,3 +222,21 @@ def are_transformed(weights: list[Tensor]) -> bool:
 def holds_gradients(layer: Any) -> bool:
     """Whether a weight of the layer has a gradient, which an optimiser can still apply."""
     return any(weight.grad is not None for weight in layer.parameters())
+
+
+def unloaded_weight(layer: Any) -> str | None:
+    """The name of a plain weight that is on the meta device and that nothing will load during a forward, or None."""
+    for path in (*QWEN2.norms(), *(linear.name for linear in QWEN2.linears)):
+        part: Any = module_at(layer, path)
+        is_loaded_later = hasattr(part, "_hf_hook") or part._forward_pre_hooks or "forward" in part.__dict__
+        is_plain = type(part) is nn.Linear or path in QWEN2.norms()
+        if is_plain and part.weight.is_meta and not is_loaded_later:
+            return f"{path}.weight"
+    return None
+
+
+def refuse_unloaded(layer: Any) -> None:
+    """Raises MetaTensorError if a weight of the layer is not loaded."""
+    name = unloaded_weight(layer)
+    if name is not None:
+        raise MetaTensorError(UNLOADED.format(f"layers.{getattr(layer, ATTENTION).layer_idx}.{name}"))

@@ -5,11 +5,7 @@ that the installed source has the shape that the module was written for, and mak
 names, which saved checkpoints, device maps and transformers' table of losses refer to.
 """
 
-import contextlib
 import types
-import warnings
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import transformers
@@ -17,34 +13,46 @@ from torch import nn
 
 # Every sibling is imported here. Remote code depends on it: of a local folder, transformers before 5.10 copies only the
 # files that the entry imports. tests/hub/test_export.py, test_the_entry_file_imports_every_sibling.
-from .architecture import Architecture  # noqa: F401
+from .architecture import QWEN2
 from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .attention_form import claim_keys  # noqa: F401
+from .autocast import is_full_precision  # noqa: F401
 from .autograd import backward_through  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .cache_origin import Witness  # noqa: F401
 from .cached_keys import stored_keys  # noqa: F401
 from .caches import mark_cache
 from .configuration_qwen2_fp16 import Qwen2FP16Config
-from .errors import UntestedTransformersWarning
+from .errors import Qwen2FP16FixError  # noqa: F401
 from .key_centring import CentredKeys  # noqa: F401
 from .layer_plan import Plan  # noqa: F401
 from .linears import load_problem, note_made_up  # noqa: F401
 from .loaded_code import other_code  # noqa: F401
 from .lock import check_when_asked, is_switched_off
+<<<<<<< HEAD
 from .lock_file import read_lock  # noqa: F401
 from .numerics import is_full_precision  # noqa: F401
+=======
+from .numerics import rotate  # noqa: F401
+>>>>>>> wt-lead
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
 from .projections import rotated_projections  # noqa: F401
 from .range_bounds import LayerShape  # noqa: F401
 from .range_plan import plan_layer  # noqa: F401
 from .range_sums import linear_sums  # noqa: F401
+from .replaced import WATCHED
+from .rotary import RotaryEmbedding  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .sdpa import sdpa_attention  # noqa: F401
+<<<<<<< HEAD
 from .source_files import code_digests  # noqa: F401
 from .structure import check_structure
+=======
+from .stock_wanted import stock_is_wanted, stock_models
+from .structure import check_structure, warn_if_untested
+>>>>>>> wt-lead
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .symbolic import is_symbolic  # noqa: F401
 from .two_part_keys import Split  # noqa: F401
@@ -56,7 +64,7 @@ from .v4_53 import PARTS as PARTS_4_53
 from .v4_56 import PARTS as PARTS_4_56
 from .v5_4 import PARTS as PARTS_5_4
 from .v5_24 import PARTS as PARTS_5_24
-from .version_map import NEWEST_TESTED, is_untested, range_for
+from .version_map import range_for
 
 check_when_asked()
 RANGE = range_for(transformers.__version__)  # before the imports below, which fail on releases without Qwen2
@@ -85,34 +93,7 @@ def stock_class_of(found: Any) -> Any:
 #: transformers' own Qwen2 classes by name, even where another copy of this file has replaced them there.
 STOCK: Any = types.SimpleNamespace(**{name: stock_class_of(thing) for name, thing in vars(modeling_qwen2).items()})
 check_structure(STOCK, PARTS, transformers.__version__)
-if is_untested(transformers.__version__):
-    warnings.warn(
-        f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest release tested with this "
-        "fix; its Qwen2 has the known shape, so the fix is applied, untested.",
-        UntestedTransformersWarning,
-        stacklevel=2,
-    )
-
-
-_stock_wanted: ContextVar[bool] = ContextVar("qwen2_fp16_fix_stock_wanted", default=False)
-
-
-@contextlib.contextmanager
-def stock_models() -> Iterator[None]:
-    """Lets this thread build stock models inside a with block, whatever is registered.
-
-    That goes for the Auto classes and every class by its name. Models that exist stay as they are, and `fix` works.
-    """
-    before = _stock_wanted.set(True)
-    try:
-        yield
-    finally:
-        _stock_wanted.reset(before)
-
-
-def stock_is_wanted() -> bool:
-    """Whether this thread is inside `stock_models`."""
-    return _stock_wanted.get()
+warn_if_untested(transformers.__version__)
 
 
 class FixedOnConstruction:
@@ -238,6 +219,8 @@ def _fixed_part(name: str, part: Any) -> type:
 #: what to record.
 FIXED_OF: dict[type, type] = {getattr(STOCK, name): _fixed_part(name, part) for name, part in PARTS.items()}
 STOCK_OF: dict[type, type] = {fixed: stock for stock, fixed in FIXED_OF.items()}
+#: A fixed layer runs stock's forward; the other parts have their own.
+WATCHED.begin(modeling_qwen2, tuple(kind for kind in FIXED_OF if kind.__name__ != QWEN2.stock_name("layer")))
 
 #: Stock class to drop-in class, for the models that this release has.
 DROP_IN_OF: dict[type, type] = {

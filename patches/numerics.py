@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .autocast import autocast_device, autocast_is_on
 from .autograd import backward_through, is_recorded, is_transformed
-from .symbolic import is_symbolic, refuse
 
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
 #: has rounded each product to the operands' type, so that 300 · 300 · 2^-3 is infinite there.
@@ -19,46 +19,6 @@ ONE_KERNEL = ("cpu", "cuda", "xpu")
 IN_PLACE = ("cpu", "cuda")
 #: Devices known to have a kernel for torch.frexp. MPS has none.
 FREXP = ("cpu", "cuda")
-
-
-def autocast_device(device_type: str) -> str:
-    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
-
-    Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
-    autocast knows, unless the model has no weights. Every fixed part comes here first, so that a part that torch.fx
-    traces into is refused here.
-    """
-    if torch.compiler.is_compiling():
-        return "cpu" if device_type == "meta" else device_type
-    return _autocast_device(device_type)
-
-
-@functools.lru_cache
-def _autocast_device(device_type: str) -> str:
-    if is_symbolic(device_type):
-        refuse()
-    return device_type if torch.amp.is_autocast_available(device_type) else "cpu"
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is active for tensors on `device_type`."""
-    return torch.is_autocast_enabled(autocast_device(device_type))
-
-
-def is_full_precision(hidden_states: Tensor) -> bool:
-    """Whether matmuls on this activation run in fp32 or wider, so that stock arithmetic is already safe.
-
-    fp32 activations under autocast do not count: autocast casts the operands of each matmul back to 16 bit.
-    """
-    return hidden_states.dtype in (torch.float32, torch.float64) and not autocast_is_on(hidden_states.device.type)
-
-
-def runs_in_float16(activation: Tensor) -> bool:
-    """Whether the next matmul on this activation returns float16, by its own dtype or by autocast's."""
-    device = autocast_device(activation.device.type)
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) == torch.float16
-    return activation.dtype == torch.float16
 
 
 def device_of(tensor: Tensor) -> str:
@@ -246,7 +206,7 @@ def grouped_attention(
     # test_the_scores_of_a_fixed_model_are_its_own.
     scores = torch.baddbmm(nothing, rows, columns, beta=0, alpha=scaling).view(batch, heads, queries, keys)
     if mask is not None:
-        scores += mask
+        scores = add_mask(scores, mask)
     exact = softmax(scores)
     if dropout > 0.0:
         exact = torch.nn.functional.dropout(exact, dropout)
@@ -257,6 +217,13 @@ def grouped_attention(
     else:
         output = weights.view(*grouped, keys) @ value.flatten(0, 1)
     return output.view(batch, heads, queries, head_dim), weights
+
+
+def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """scores + mask, in the memory of the scores; not under torch.func, where the mask may be the larger of the two."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return scores + mask
+    return scores.add_(mask)
 
 
 def softmax(scores: Tensor) -> Tensor:

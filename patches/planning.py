@@ -21,6 +21,7 @@ from .errors import PatchConflictError
 from .key_centring import centre_factors
 from .layer_plan import (
     are_transformed,
+    device_of_norm,
     drop_plan,
     drop_stale_plan,
     finish_planning,
@@ -29,6 +30,8 @@ from .layer_plan import (
     keep_ranges,
     note_trace,
     prepare_layer,
+    refuse_unloaded,
+    unloaded_weight,
     warn_of_no_plan,
     weights_of,
     widen_norms,
@@ -81,10 +84,11 @@ def make_plan(layer: Any) -> None:
     """
     # A first forward may run in inference mode. Tensors made here must serve later forwards outside of it.
     with PLANNING, torch.inference_mode(False), torch.no_grad():
+        layer.rotary.restore(device_of_norm(layer))
         centre_keys(layer)
         layer.watch.reset()
         drop_plan(layer, due=True)
-        if holds_gradients(layer):
+        if holds_gradients(layer) or unloaded_weight(layer):
             return
         planned = proven_plan(layer)
         # An adapter adds to products that need the exponents of before: those of wrapped weights stay.
@@ -183,10 +187,11 @@ def plain_linears(layer: Any) -> dict[str, nn.Module] | None:
     return found
 
 
-def settle_plan(layer: Any) -> None:
-    """Before a forward: drops a plan that may not hold, and makes one that is due.
+def settle_plan(layer: Any, hidden_states: Tensor | None = None) -> None:
+    """Before a forward of these hidden states: drops a plan that may not hold, and makes one that is due.
 
     Not inside a backward: gradient checkpointing must recompute exactly what the forward did.
+    Raises MetaTensorError if the layer has no weights yet and the hidden states have numbers.
     """
     if torch.compiler.is_compiling():
         layer.settle_in_trace(torch.is_grad_enabled())
@@ -197,6 +202,8 @@ def settle_plan(layer: Any) -> None:
     elif torch._C._current_graph_task_id() == -1:
         drop_stale_plan(layer)
         if layer.plan_due:
+            if hidden_states is not None and not hidden_states.is_meta:
+                refuse_unloaded(layer)
             make_due_plan(layer)
 
 

@@ -6,11 +6,14 @@ and decorators.
 """
 
 import inspect
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import PatchConflictError, UnsupportedTransformersError
-from .version_map import SUPPORTED
+from .errors import PatchConflictError, UnsupportedTransformersError, UntestedTransformersWarning
+from .replaced import ADVICE, FUNCTIONS, HOMES, foreign_part, name_of
+from .version_map import NEWEST_TESTED, SUPPORTED, is_untested
 
 
 def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None:
@@ -18,9 +21,10 @@ def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None
 
     stock: transformers' Qwen2 classes, by name, as attributes. Each part names what it relies on: `stock_parameters`,
     the first parameters of stock's forward, and `stock_names`, names its forward or constructor must use.
-    Raises PatchConflictError if another tool has replaced a class or its forward, and UnsupportedTransformersError if
-    the class is stock but has another shape.
+    Raises PatchConflictError if another tool has replaced a class, its forward or a function that it calls, and
+    UnsupportedTransformersError if the class is stock but has another shape.
     """
+    _check_functions(sys.modules[stock.__name__])
     for name in ("Qwen2Model", "Qwen2ForCausalLM"):  # the fix leaves their forwards alone, but they have to be stock's
         _check_origin(stock, name, getattr(stock, name))
     for name, part in parts.items():
@@ -39,14 +43,21 @@ def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None
 
 def _check_origin(stock: Any, name: str, found: type) -> None:
     """Raises PatchConflictError unless the class and its forward come from transformers."""
-    forward = inspect.unwrap(found.forward)  # type: ignore[attr-defined]
-    for thing in (found, forward):
-        origin = thing.__module__
-        if not origin.startswith("transformers."):
-            raise PatchConflictError(
-                f"{stock.__name__}.{name} has been replaced by {thing.__qualname__} of {origin}: the fix needs the "
-                "stock class, so switch the other tool off for Qwen2, or apply this first."
-            )
+    by = found if not found.__module__.startswith(HOMES) else foreign_part(found.forward)  # type: ignore[attr-defined]
+    if by is not None:
+        raise _conflict(f"{stock.__name__}.{name}", by)
+
+
+def _check_functions(module: Any) -> None:
+    """Raises PatchConflictError if a function that a fixed attention does not call is not transformers' own."""
+    for name in FUNCTIONS:
+        by = foreign_part(getattr(module, name, None))
+        if by is not None:
+            raise _conflict(f"{module.__name__}.{name}", by)
+
+
+def _conflict(name: str, by: Any) -> PatchConflictError:
+    return PatchConflictError(f"{name} has been replaced by {name_of(by)}, which a fixed model does not run: {ADVICE}")
 
 
 def _names_used(function: Any) -> set[str]:
@@ -60,3 +71,14 @@ def _unknown_shape(version: str, found: str, expected: str) -> UnsupportedTransf
         f"transformers {version} has a Qwen2 of unknown shape: found {found}, expected {expected}; {SUPPORTED} are "
         "supported: install one of them, or a newer qwen2-fp16-fix."
     )
+
+
+def warn_if_untested(version: str) -> None:
+    """Warns of a transformers that is newer than every tested one."""
+    if is_untested(version):
+        warnings.warn(
+            f"transformers {version} is newer than {NEWEST_TESTED}, the newest release tested with this fix; its Qwen2 "
+            "has the known shape, so the fix is applied, untested.",
+            UntestedTransformersWarning,
+            stacklevel=3,
+        )

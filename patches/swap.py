@@ -12,9 +12,16 @@ from torch import nn
 
 from .architecture import QWEN2, Architecture
 from .errors import MetaTensorError, NotQwen2Error, PatchConflictError
+from .replaced import ADVICE
 
 #: The name of `on_unfixed` up to 0.1.1. Code exported then looks for it on our parts, and has it on its own.
 NAME_BEFORE = "release"
+
+
+UNLOADED = (
+    "{} is on the meta device, without numbers: load the weights first (from_pretrained, or load_state_dict with "
+    "assign=True)."
+)
 
 
 def exchange_all(
@@ -70,10 +77,7 @@ def check_weights(root: nn.Module) -> None:
     """Raises MetaTensorError if a weight is on the meta device and accelerate will not load it."""
     for name, parameter in root.named_parameters():
         if parameter.device.type == "meta" and not _is_offloaded(root, name):
-            raise MetaTensorError(
-                f"{name} is on the meta device, without weights: load the model first (from_pretrained, or to_empty "
-                "and load_state_dict), then fix it."
-            )
+            raise MetaTensorError(UNLOADED.format(name))
 
 
 def base_models(root: nn.Module, stock: Any) -> Iterator[nn.Module]:
@@ -165,13 +169,13 @@ def _check_part(name: str, module: Any, expected: type, known: set[type]) -> Non
     if known_class(module, {*known, expected}) is None or not issubclass(found, expected):
         raise PatchConflictError(
             f"{name} is a {found.__module__}.{found.__qualname__}, not transformers' {expected.__name__}: another tool "
-            "has replaced it; switch that off for Qwen2, or fix the model before it."
+            f"has replaced it; {ADVICE}"
         )
     override = module.__dict__.get("forward")
     if override is not None and not _kept_forwards(module):
         raise PatchConflictError(
-            f"{name} has a forward of its own, {getattr(override, '__qualname__', override)!r}, set by another tool: "
-            "switch that off for Qwen2, or fix the model before it."
+            f"{name} has a forward of its own, {getattr(override, '__qualname__', override)!r}, set by another tool; "
+            f"{ADVICE}"
         )
 
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .attention_classes import AttendEagerly, AttendThroughSdpa, FlashAttention
 from .attention_form import claim_keys
+from .autocast import is_full_precision
 from .blocks import COMMON_PARTS
 from .caches import note_keys
-from .numerics import is_full_precision
 from .projections import rotated_projections
 
 
@@ -70,7 +70,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin (seq_len, D) in fp32, on the device of `x`; fp32 models get stock's."""
-        if is_full_precision(x):
+        if is_full_precision(x) and not self.get_buffer("cos_cached").is_meta:  # no checkpoint holds the tables
             stock: tuple[Tensor, Tensor] = super().forward(x, seq_len)
             return stock
         tables = self.exact_tables
@@ -78,6 +78,10 @@ class RotaryEmbedding(nn.Module):
             with torch.inference_mode(False):  # a table first made under inference mode must serve training as well
                 tables = self.exact_tables = self.compute(max(seq_len, 2048), x.device)
         return tables[0][:seq_len], tables[1][:seq_len]
+
+    def restore(self, device: torch.device) -> bool:
+        """Nothing: the exact tables are made of numbers that are no tensors."""
+        return True
 
     def on_fixed(self, stock: type[nn.Module]) -> None:
         """Leaves stock's tables alone: the exact ones are made at the first call."""

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .certificate import certify
+    from .certification.certify import certify
     from .diagnosis.doctor import doctor
-    from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
+    from .errors import (
+        BrokenInstallationError,
+        CheckpointError,
+        ExportError,
+        PublishError,
+        ScanError,
+        VerificationError,
+    )
     from .hub.export import export
     from .hub.push import push
     from .in_place import adopt_cache, fix, unfix
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
         NotFixedWarning,
         NotQwen2Error,
         PatchConflictError,
+        PatchConflictWarning,
         Qwen2FP16FixError,
         RegistrationError,
         ShardedRangeError,
@@ -43,8 +51,8 @@ if TYPE_CHECKING:
         Qwen2ForSequenceClassification,
         Qwen2ForTokenClassification,
         Qwen2Model,
-        stock_models,
     )
+    from .patches.stock_wanted import stock_models
     from .registration.register import register, registered, unregister
     from .scanning.scan import scan
     from .verification.verify import verify
@@ -76,12 +84,14 @@ __all__ = [
     "UnsupportedTransformersError",
     "NotQwen2Error",
     "PatchConflictError",
+    "PatchConflictWarning",
     "MetaTensorError",
     "ForeignCacheError",
     "HalfPrecisionScoresError",
     "RegistrationError",
     "ShardedRangeError",
     "SymbolicTraceError",
+    "BrokenInstallationError",
     "CheckpointError",
     "VerificationError",
     "ExportError",
@@ -104,8 +114,8 @@ _HOME = {
     "adopt_cache": "in_place",
     "status": "model_status",
     "is_fixed": "model_status",
-    "stock_models": "patches.modeling_qwen2_fp16",
-    "certify": "certificate",
+    "stock_models": "patches.stock_wanted",
+    "certify": "certification.certify",
     "verify": "verification.verify",
     "export": "hub.export",
     "push": "hub.push",
@@ -115,7 +125,17 @@ _HOME = {
     "scan": "scanning.scan",
     **{name: "patches.modeling_qwen2_fp16" for name in __all__ if name.startswith(("Qwen2M", "Qwen2For"))},
     **{name: "patches.errors" for name in __all__ if name.endswith(("Error", "Warning"))},
-    **dict.fromkeys(("CheckpointError", "VerificationError", "ExportError", "PublishError", "ScanError"), "errors"),
+    **dict.fromkeys(
+        (
+            "BrokenInstallationError",
+            "CheckpointError",
+            "ExportError",
+            "PublishError",
+            "ScanError",
+            "VerificationError",
+        ),
+        "errors",
+    ),
 }
 
 
@@ -123,7 +143,11 @@ def __getattr__(name: str) -> Any:
     """Finds a public name in its module at the first use."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    except Exception as error:
+        importlib.import_module(f"{__name__}.requirements").refuse_if_broken(error)
+        raise
 
 
 def __dir__() -> list[str]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from .activations.extremes import Magnitudes, overflow_lines
 from .checkpoints.loading import forward, load, quiet
 from .errors import CheckpointError, ExportError
+from .files.folders import whole_folder
 from .files.packaged import DEMO_CHECKPOINT as CHECKPOINT
-from .files.writing import whole_folder
+from .files.reading import to_path
 from .model_status import Status, status
 from .patches.range_plan import FLOAT16_MAX
 from .progress import Progress, console_of
@@ -128,7 +129,7 @@ def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstrati
 
 def save(folder: Path) -> None:
     """Copies the checkpoint to a new folder, for commands that take one. Raises ExportError if that fails."""
-    with whole_folder(folder.absolute(), ExportError) as written:
+    with whole_folder(to_path(folder, ExportError).absolute(), ExportError) as written:
         shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
 
 

@@ -7,7 +7,8 @@ All derive from Qwen2FP16FixError. The number is the exit code of the command li
     ├── VerificationError 2
     ├── ExportError       2
     ├── PublishError      2
-    └── ScanError         2
+    ├── ScanError         2
+    └── BrokenInstallationError 3
 """
 
 from .patches.errors import Qwen2FP16FixError
@@ -41,6 +42,10 @@ class ScanError(Qwen2FP16FixError):
     """A checkpoint cannot be scanned or reported on as asked: the prompts, a setting, a file or a missing extra."""
 
     exit_code = 2
+
+
+class BrokenInstallationError(Qwen2FP16FixError, ImportError):
+    """torch or transformers is missing, or cannot be imported."""
 
 
 def first_line(error: Exception) -> str:

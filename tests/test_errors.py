@@ -11,6 +11,7 @@ from qwen2_fp16_fix.patches.errors import Qwen2FP16FixError
 
 #: As scripts around the command line rely on them: 1 a finding, 2 wrong usage, 3 not supported.
 EXIT_CODES = {
+    "BrokenInstallationError": 3,
     "CheckpointError": 2,
     "ExportError": 2,
     "ForeignCacheError": 3,

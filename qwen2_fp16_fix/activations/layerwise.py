@@ -17,7 +17,8 @@ from transformers import Qwen2Config
 from ..checkpoints.loading import quiet
 from ..patches.architecture import QWEN2
 from ..patches.attention_form import ALL_ATTENTION_FUNCTIONS
-from ..patches.modeling_qwen2_fp16 import STOCK, stock_models
+from ..patches.modeling_qwen2_fp16 import STOCK
+from ..patches.stock_wanted import stock_models
 from .weights_on_demand import WeightProvider
 
 WIDENED = 2**22  # numbers of a weight that are in fp32 at a time

@@ -42,7 +42,7 @@ def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     """make(*args, **kwargs), a fixed or a stock model, whatever else is registered or asked for by this thread."""
     if fixed:
         return contextvars.Context().run(make, *args, **kwargs)  # in an empty context nobody wants stock models
-    from ..patches.modeling_qwen2_fp16 import stock_models
+    from ..patches.stock_wanted import stock_models
 
     with stock_models():
         return make(*args, **kwargs)

@@ -169,7 +169,8 @@ def prompt() -> Tensor:
 
 def stock_model(attention: str) -> Any:
     """The stock model in fp32 on the CPU, in eval mode. Its weights are exact in float16 and the same every time."""
-    from ..patches.modeling_qwen2_fp16 import STOCK, stock_models  # raises for an unsupported transformers
+    from ..patches.modeling_qwen2_fp16 import STOCK  # raises for an unsupported transformers
+    from ..patches.stock_wanted import stock_models
 
     config = STOCK.Qwen2Config(
         vocab_size=VOCABULARY,

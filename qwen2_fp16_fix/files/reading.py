@@ -32,6 +32,20 @@ KINDS = (
 )
 
 
+def to_path(given: str | Path, refusal: type[Qwen2FP16FixError]) -> Path:
+    """The path that a caller gave. Raises `refusal` for an empty one, which would be the current folder.
+
+    So it does for one that is not UTF-8 or has a NUL character: what reads checkpoints opens none, and nothing can
+    print it.
+    """
+    text = os.fspath(given)
+    if not text:
+        raise refusal("a path is empty: give one, or a dot for the current folder.")
+    if "\0" in text or SURROGATE.search(text):
+        raise refusal(f"{text!a} is a path that is not UTF-8 or has a NUL character: rename it, or give another.")
+    return Path(given)
+
+
 def not_a_file(mode: int) -> str | None:
     """What something is that is no regular file, as "a pipe"; None for a regular file. mode: `st_mode` of its stat."""
     return None if stat.S_ISREG(mode) else next((name for is_kind, name in KINDS if is_kind(mode)), "no regular file")

@@ -1,105 +1,95 @@
-"""Writes the files and folders that a user names, each whole or not at all. An error is one sentence."""
+"""Writes files that a user names, each whole or not at all. An error is one sentence."""
 
-import errno
-import glob
-import logging
 import os
-import platform
-import re
 import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import stat
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..patches.errors import Qwen2FP16FixError
+from .reading import not_a_file
 
-logger = logging.getLogger("qwen2_fp16_fix")
 
-HOST = re.sub(r"\W", "_", platform.node())[:32]
+def check_writable(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> Path:
+    """The file that `write_whole` would write: `path`, or what its links lead to.
+
+    Raises `refusal` if that is a device, a pipe or anything else that is there and is no file, or if nothing can be
+    written beside it. wanted: the kind of file to name instead, as "another file".
+    """
+    try:
+        file = Path(os.path.realpath(path))
+        _refuse_other_kinds(file, path, wanted, refusal)
+        part = _part(file)
+        _create(part)
+        part.unlink()
+    except OSError as error:
+        raise refusal(_not_written(path, error, wanted)) from None
+    return file
 
 
 def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal: type[Qwen2FP16FixError]) -> None:
-    """Calls `make(part)` with a temporary path beside `path`, and renames that file to `path`.
+    """Calls `make(part)` with an empty file beside `path` to write into, and renames that file to `path`.
 
-    So `path` is the old file or the whole new one. wanted: the kind of file to name instead, as "another file".
-    Raises `refusal` if the file cannot be written.
+    So `path` is the old file or the whole new one, also after a crash of the machine. A link stays a link: the file
+    that it leads to is written. What is there and is no file, as a device or a pipe, is left alone.
+    wanted: the kind of file to name instead, as "another file". Raises `refusal` if the file cannot be written.
     """
-    part = path.with_name(f".qwen2-fp16-fix-{os.getpid()}.part")  # short, however long the name of the file is
+    part = None
     try:
+        file = Path(os.path.realpath(path))
+        mode = _refuse_other_kinds(file, path, wanted, refusal)
+        part = _part(file)
+        _create(part, mode)
         make(part)
-        part.replace(path)
+        sync(part)
+        if mode is not None:
+            with suppress(OSError):  # a file system that has no rights
+                part.chmod(stat.S_IMODE(mode))
+        part.replace(file)
     except OSError as error:
-        raise refusal(f"{path} cannot be written ({error.strerror}): name {wanted}.") from None
+        raise refusal(_not_written(path, error, wanted)) from None
     finally:
-        with suppress(OSError):  # a part that could not be made cannot be removed either
-            part.unlink()
+        if part is not None:
+            with suppress(OSError):  # it was not made, has become the file, or is on a disk that no longer answers
+                part.unlink()
+    settle(file.parent)
 
 
-@contextmanager
-def whole_folder(out: Path, refusal: type[Qwen2FP16FixError]) -> Iterator[Path]:
-    """A new folder beside `out` to write into. It becomes `out` when the block ends, and is removed if that raises.
-
-    out: an absolute path to nothing, or to an empty folder. The remains of killed exports to `out` are removed first.
-    Raises `refusal` if `out` is something else, and for an OSError of the block.
-    """
-    prefix = f".{out.name}.exporting-{HOST}-"
-    written = out.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(3)}"
+def _refuse_other_kinds(file: Path, path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> int | None:
+    """The mode of the file that is there; None if nothing is. Raises `refusal` for what is no file."""
     try:
-        _check_place(out, refusal)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out, prefix)
-        written.mkdir()
-        yield written
-        flush(written)
-        if os.name == "nt" and out.is_dir():
-            out.rmdir()  # there, a rename does not replace an empty folder
-        written.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        raise refusal(_sentence(error, out)) from error
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return None
+    kind = not_a_file(mode)
+    if kind is not None:
+        raise refusal(f"{path} cannot be written (it is {kind}): name {wanted}.")
+    return mode
 
 
-def _check_place(out: Path, refusal: type[Qwen2FP16FixError]) -> None:
-    """Raises `refusal` unless `out` is nothing yet, or an empty folder."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise refusal(f"{out} is not a folder: name a new one.")
-    if out.is_dir() and any(out.iterdir()):
-        raise refusal(f"{out} is not empty: name a new folder, or empty this one.")
+def _part(file: Path) -> Path:
+    """A name beside `file` that no other process or thread takes, whatever container it runs in."""
+    return file.with_name(f".qwen2-fp16-fix-{secrets.token_hex(8)}.part")  # short, however long the name is
 
 
-def _remove_leftovers(out: Path, prefix: str) -> None:
-    """Removes the folders of killed exports to `out`, and names those that a running export may still write to."""
-    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.exporting-*")):
-        if path.name.startswith(prefix) and not _is_running(path.name.removeprefix(prefix).partition("-")[0]):
-            shutil.rmtree(path)
-            logger.warning("removed %s, which an interrupted export had left", path)
-        else:
-            logger.warning("%s is another export's: delete it if none is running", path)
+def _create(part: Path, mode: int | None = None) -> None:
+    """Makes an empty file. mode: of the file that it will replace: nobody else may read the new one in the meantime."""
+    wanted = 0o666 if mode is None else stat.S_IMODE(mode) | stat.S_IRUSR | stat.S_IWUSR
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, wanted))  # less what the umask takes
 
 
-def _is_running(process: str) -> bool:
-    """Whether the process with this number still runs. True if that cannot be found out."""
-    if os.name == "nt" or not process.isdigit():  # on Windows the signal 0 would end the process
-        return True
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _not_written(path: Path, error: OSError, wanted: str) -> str:
+    return f"{path} cannot be written ({error.strerror or error}): name {wanted}."
 
 
-def flush(folder: Path) -> None:
-    """Waits until the whole folder is on the disk. Otherwise a rename may reach the disk before the files do."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
+def settle(folder: Path) -> None:
+    """Waits until a rename in `folder` is on the disk, where that can be waited for: it has been done either way."""
+    with suppress(OSError):
+        sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file or a folder is on the disk. Windows opens no folder, and syncs only a file opened to write."""
     if os.name == "nt" and path.is_dir():
         return
@@ -108,15 +98,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sentence(error: OSError, out: Path) -> str:
-    """The error as one sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {out} was not written; make room, or name a folder on another disk."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        where = error.filename2 or error.filename or out
-        return f"{where} may not be read or written: {out} was not written; name another folder or change its rights."
-    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-        return f"{out} cannot be made, something else is there: nothing was written; name another folder."
-    return f"{out} was not written: {error.strerror or error} ({error.filename or out})."

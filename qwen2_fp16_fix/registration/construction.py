@@ -15,7 +15,8 @@ from transformers.models.auto import auto_factory
 
 from ..patches.errors import NotFixedWarning, PatchConflictError, Qwen2FP16FixError
 from ..patches.lock import is_switched_off
-from ..patches.modeling_qwen2_fp16 import STOCK, fix_built, stock_is_wanted
+from ..patches.modeling_qwen2_fp16 import STOCK, fix_built
+from ..patches.stock_wanted import stock_is_wanted
 from ..patches.swap import base_models
 
 BUILDING = "_qwen2_fp16_fix_building"  # in an instance while its constructor runs

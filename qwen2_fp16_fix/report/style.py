@@ -1,7 +1,9 @@
 """The style of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
 
 import math
+import re
 from collections.abc import Sequence
+from html import escape
 
 from ..activations.sites import SITES
 from ..scanning.result import MeasuredSite, ScanResult
@@ -96,8 +98,11 @@ def bits_text(cell: MeasuredSite | None) -> str:
 
 
 def hover_text(cell: MeasuredSite | None, lang: str) -> str:
-    """A site's place and its largest, for a pointer."""
-    return "" if cell is None else f"{place_name(cell, lang)}<br>{number(cell.largest, lang)}".replace("`", "")
+    """A site's place and its largest, for a pointer, as HTML: plotly takes tags and entities in it for markup."""
+    if cell is None:
+        return ""
+    place = re.sub("`([^`]+)`", r"\1", place_name(cell, lang))
+    return f"{escape(place, quote=False)}<br>{number(cell.largest, lang)}"
 
 
 def log_ticks(values: Sequence[float | None]) -> tuple[float, float, list[float]]:

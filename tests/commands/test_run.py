@@ -49,18 +49,27 @@ def test_a_program_that_the_system_cannot_run_is_wrong_usage(tmp_path: Path, pyt
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_run_with_an_unsupported_release_ends_the_program(
-    tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("__version__ = '4.36.2'\nclass Qwen2Config: pass\n", "transformers 4.36.2"),
+        ("__version__ = '5.24.0'\n", "transformers in {} cannot be imported (ModuleNotFoundError: No module named"),
+    ],
+    ids=["unsupported", "files are missing"],
+)
+def test_run_with_a_transformers_that_cannot_be_fixed_ends_the_program(
+    source: str, words: str, tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     """Going on with stock would be silent; an exception could be swallowed by the program."""
     package = tmp_path / "transformers"
     package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '4.36.2'\nclass Qwen2Config: pass\n")
+    (package / "__init__.py").write_text(source)
     program = "try:\n    import transformers\nexcept Exception:\n    pass\nprint('went on')"
     done = python(*COMMAND, "run", "--", "python", "-c", program, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 3
     assert "went on" not in done.stdout
-    assert done.stderr.startswith("qwen2-fp16-fix: ")
+    assert done.stderr.startswith(f"qwen2-fp16-fix: {words.format(package)}")
+    assert "install qwen2-fp16-fix" not in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -151,3 +151,26 @@ def by_growing_the_batch(cache: Any) -> Any:
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 2]))
     return cache
+
+
+def rotation_of(rope: str | None) -> dict[str, Any]:
+    """Settings of a tiny model whose rotary embedding is of that variant, and that is longer than it was trained."""
+    pairs = TINY.head_dim // 2
+    settings = {
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "short_factor": [1.0] * pairs,
+        "long_factor": [2.0] * pairs,
+    }
+    wanted = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor", "original_max_position_embeddings"),
+        "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    }
+    chosen = {name: settings[name] for name in wanted.get(rope or "", ())}
+    rotation = {"rope_parameters": {"rope_type": rope or "default", "rope_theta": 1e6, **chosen}}
+    return rotation | {"max_position_embeddings": 32}

@@ -129,3 +129,60 @@ def test_transforms_pass() -> None:
     with torch.no_grad():
         values = torch.func.vmap(loss)(torch.stack((query, query)))
     assert float(values[1]) == pytest.approx(float(loss(query)), rel=2e-3)
+
+
+def masks() -> Tensor:
+    """(2, batch, 1, S, S): causal, and causal without the first three tokens."""
+    mask = torch.full((2, 1, 1, 24, 24), torch.finfo(torch.float16).min, dtype=torch.float16).triu(1)
+    mask[1, ..., 3:, :3] = torch.finfo(torch.float16).min
+    return mask.expand(-1, 2, -1, -1, -1)
+
+
+def two_of(model: Any, *names: str) -> dict[str, Tensor]:
+    """Two values of each of these weights."""
+    weights = dict(model.named_parameters())
+    return {name: torch.stack((weights[name].detach(), weights[name].detach() * 1.5)) for name in names}
+
+
+LAYER = "model.layers.0."
+BATCHED: dict[str, Any] = {
+    "embeddings": lambda model: {"inputs_embeds": torch.randn(2, 2, 24, TINY.hidden).half()},
+    "mask": lambda model: {"attention_mask": masks()},
+    "gain": lambda model: two_of(model, f"{LAYER}input_layernorm.weight"),
+    "biases": lambda model: two_of(model, f"{LAYER}self_attn.k_proj.bias", f"{LAYER}self_attn.q_proj.bias"),
+    "gate": lambda model: two_of(model, f"{LAYER}mlp.gate_proj.weight"),
+    "values": lambda model: two_of(model, f"{LAYER}self_attn.v_proj.weight"),
+    "all weights": lambda model: two_of(model, *dict(model.named_parameters())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("batched", BATCHED)
+def test_one_argument_alone_may_have_a_batch(batched: str) -> None:
+    """Whatever vmap maps over: where stock runs, a fixed model does. A mask larger than the scores could not be added
+    in their memory."""
+    model = fixed()
+    mapped = BATCHED[batched](model)
+
+    def logits(given: dict[str, Tensor]) -> Tensor:
+        inputs = {name: given[name] for name in given if "." not in name}
+        weights = {name: given[name] for name in given if "." in name}
+        inputs |= {} if "inputs_embeds" in inputs else {"input_ids": PROMPT}
+        found: Tensor = torch.func.functional_call(model, weights, (), {**inputs, "use_cache": False}).logits.float()
+        return found
+
+    with torch.no_grad():
+        each = [logits({name: value[index] for name, value in mapped.items()}) for index in (0, 1)]
+        found = torch.func.vmap(logits)(mapped)
+    assert off(torch.stack(each), found) < 2**-8  # float16 rounds a logit by 2^-11, and sums come in another order
+
+    def first(given: dict[str, Tensor]) -> Tensor:
+        return logits(given)[0, -1, :2]
+
+    one = {name: value[0] for name, value in mapped.items() if value.is_floating_point() and "mask" not in name}
+    if one:
+        slope = torch.func.jvp(first, (one,), ({name: value * 0.1 for name, value in one.items()},))[1]
+        rows = torch.func.jacrev(first)(one)
+        along = sum((rows[name].float() * one[name].float() * 0.1).flatten(1).sum(1) for name in one)
+        assert off(along.detach(), slope.detach()) < 2**-4  # forwards and backwards round to float16 at other places

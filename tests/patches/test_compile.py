@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 import qwen2_fp16_fix
 from benchmarks.workloads import CACHE
-from qwen2_fp16_fix.patches import numerics
+from qwen2_fp16_fix.patches import autocast
 from tests.helpers import Logits, kl_to
 from tests.stress import KINDS, TINY, build, random_prompt
 
@@ -77,7 +77,7 @@ def test_a_compiled_graph_still_sees_autocast(dtype: torch.dtype) -> None:
     """Whether it is on, for the device as it is; and a model without weights is asked about a device that computes."""
 
     def answers(x: torch.Tensor) -> tuple[bool, bool]:
-        return numerics.runs_in_float16(x), numerics.is_full_precision(x)
+        return autocast.runs_in_float16(x), autocast.is_full_precision(x)
 
     compiled: Any = torch.compile(answers, backend="eager", fullgraph=True)
     for device in ("cpu", "meta"):

@@ -15,6 +15,7 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.diagnosis import self_test
 from qwen2_fp16_fix.patches import numerics, v4_37
 from tests.helpers import kl_to
+from tests.patches.models import rotation_of
 from tests.stress import KINDS, TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)
@@ -73,25 +74,7 @@ def test_planning_finds_the_same_constants(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rope", [None, "linear", "dynamic", "yarn", "longrope", "llama3"])
 def test_frequencies_that_a_cast_has_rounded_are_found_again(rope: str | None, dtype: torch.dtype) -> None:
     """They are computed anew by stock's constructor, and then the tables from them."""
-    pairs = TINY.head_dim // 2
-    settings = {
-        "factor": 4.0,
-        "original_max_position_embeddings": 8,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "short_factor": [1.0] * pairs,
-        "long_factor": [2.0] * pairs,
-    }
-    wanted = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": ("factor", "original_max_position_embeddings"),
-        "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
-        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    }
-    chosen = {name: settings[name] for name in wanted.get(rope or "", ())}
-    rotation = {"rope_parameters": {"rope_type": rope or "default", "rope_theta": 1e6, **chosen}}
-    rotation |= {"max_position_embeddings": 32}
+    rotation = rotation_of(rope)
 
     def tables(model: Any) -> list[Tensor]:
         positions = torch.arange(40)[None]

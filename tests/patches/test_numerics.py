@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cost import cost_of
-from qwen2_fp16_fix.patches import numerics
+from qwen2_fp16_fix.patches import autocast, numerics
 
 HALF = torch.float16
 
@@ -259,8 +259,8 @@ def test_a_sealed_mask_holds_against_any_score() -> None:
 def test_full_precision_means_fp32_without_autocast() -> None:
     """Trainer(fp16=True) keeps fp32 weights and casts each matmul: such a model overflows: not for stock's path."""
     x = torch.zeros(1)
-    assert numerics.is_full_precision(x)
-    assert not numerics.is_full_precision(x.half())
-    assert not numerics.is_full_precision(x.bfloat16())
+    assert autocast.is_full_precision(x)
+    assert not autocast.is_full_precision(x.half())
+    assert not autocast.is_full_precision(x.bfloat16())
     with torch.autocast("cpu", dtype=HALF):
-        assert not numerics.is_full_precision(x)
+        assert not autocast.is_full_precision(x)

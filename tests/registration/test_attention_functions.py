@@ -61,7 +61,21 @@ def test_ours_stands_in_for_stocks_eager_under_any_name(
     torch.testing.assert_close(found, expected, atol=4e-3 if compiled else 0, rtol=0)
 
 
-INSIDE = {"wraps": wrapping(copied()), "partial": functools.partial(copied(), dropout=0.0)}
+def around(function: Any) -> Any:
+    """As attribution tools wrap every function of the table."""
+
+    def tool(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return tool
+
+
+INSIDE = {
+    "wraps": wrapping(copied()),
+    "partial": functools.partial(copied(), dropout=0.0),
+    "closure": around(copied()),
+    "closure of a wrapper": around(wrapping(copied())),
+}
 
 
 @pytest.mark.parametrize("function", INSIDE.values(), ids=INSIDE)
@@ -88,3 +102,15 @@ def test_another_function_is_called(source: Any, monkeypatch: pytest.MonkeyPatch
     model.set_attn_implementation("mine")
     model(input_ids=PROMPT)
     assert calls == [torch.float16] * TINY.layers
+
+
+def test_status_names_a_function_that_has_taken_the_place_of_transformers_own(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = qwen2_fp16_fix.fix(copy.deepcopy(source).half())
+    model.set_attn_implementation("sdpa")
+    assert qwen2_fp16_fix.status(model).model.attention == "sdpa"
+    stock_attention(monkeypatch, "sdpa", around(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    found = qwen2_fp16_fix.status(model)
+    assert found.model.attention.startswith("sdpa (tests.registration.test_attention_functions.around")
+    assert "test_attention_functions.around" in found.summary()

@@ -1,5 +1,6 @@
 """What cannot be fixed ends in one clear sentence, and nothing is left half patched."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.qwen2 import modeling_qwen2
 
 import qwen2_fp16_fix as q
 from qwen2_fp16_fix.launch import launcher
@@ -137,9 +139,66 @@ def test_a_forward_patched_on_a_stock_class(name: str, monkeypatch: pytest.Monke
         q.Qwen2ForCausalLM(config(TINY))
 
 
+def fast(stock: Any) -> Any:
+    def fast_code(*args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs)
+
+    return fast_code
+
+
+def wrapped(stock: Any) -> Any:
+    return functools.wraps(stock)(fast(stock))
+
+
+PLACES = {
+    "forward": (STOCK.Qwen2RMSNorm, "forward"),
+    "forward of the MLP": (STOCK.Qwen2MLP, "forward"),
+    "rotation": (modeling_qwen2, "apply_rotary_pos_emb"),
+    "eager attention": (modeling_qwen2, "eager_attention_forward"),
+}
+
+
+@pytest.mark.parametrize("made", [fast, wrapped])
+@pytest.mark.parametrize("place", PLACES)
+def test_code_replaced_after_the_fix_is_told_of(place: str, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attribution tool found the norms and MLPs of a fixed model deaf to its rules: its relevances were wrong, and
+    our own advice, to fix the model first, had led there."""
+    model = q.fix(build(TINY, ()).half())
+    ids = torch.tensor([[1, 2, 3]])
+    owner, name = PLACES[place]
+    with torch.no_grad(), monkeypatch.context() as patch:
+        model(ids)
+        patch.setattr(owner, name, made(getattr(owner, name)))
+        with pytest.warns(q.PatchConflictWarning, match=f"{name} .*fast_code.*switch that tool off"):
+            model(ids)
+        model(ids)  # and no second warning, which would be an error here
+        for found in (q.status(model).model, q.status()):
+            assert "fast_code" in found.problem
+            assert "fast_code" in found.summary()
+        assert not q.is_fixed(model)
+        refuses(q.PatchConflictError, build(TINY, ()), "fast_code", "stock_models")
+        model.float()(ids)  # stock's forwards run, and so the tool's
+    with torch.no_grad():
+        model.half()(ids)
+    assert q.status(model).model.fixed
+
+
+@pytest.mark.parametrize("error", ["class", "instance"])
+def test_no_error_advises_to_fix_a_model_first(error: str) -> None:
+    """A tool that comes after the fix has no effect on the model, or takes the fix out of it."""
+    model = build(TINY, ())
+    norm = model.model.layers[0].input_layernorm
+    if error == "class":
+        norm.__class__ = type("ToolsNorm", (nn.Module,), {})
+    else:
+        norm.forward = lambda hidden: hidden
+    with pytest.raises(q.PatchConflictError) as caught:
+        q.fix(model)
+    assert not re.search(r"\bfirst\b|\bbefore\b", str(caught.value).partition("another tool")[2])
+
+
 def test_a_class_replaced_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Liger patches: `modeling_qwen2.Qwen2RMSNorm = LigerRMSNorm`, so that models built later carry it."""
-    from transformers.models.qwen2 import modeling_qwen2
 
     class LigerRMSNorm(nn.Module):
         def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -231,8 +290,8 @@ def altered(name: str, **attributes: Any) -> types.SimpleNamespace:
 
 
 def in_transformers(function: Any) -> Any:
-    function.__module__ = STOCK.__name__
-    return function
+    """The function as if transformers' module had defined it."""
+    return types.FunctionType(function.__code__, vars(sys.modules[STOCK.__name__]))
 
 
 def test_the_installed_source_has_the_known_shape() -> None:

@@ -1,5 +1,6 @@
 """The report in a browser: by keyboard, in a dark theme, on a phone and on paper, and without a network."""
 
+import html
 import json
 import math
 import re
@@ -16,14 +17,17 @@ from PIL import Image
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import SITES
+from qwen2_fp16_fix.errors import ScanError
 from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.report import picture, style
-from qwen2_fp16_fix.report.files import ScanFiles, read_verification
-from qwen2_fp16_fix.report.page import page
+from qwen2_fp16_fix.report.charts import charts
+from qwen2_fp16_fix.report.files import ScanFiles
+from qwen2_fp16_fix.report.page import figures, page
 from qwen2_fp16_fix.report.style import PALETTE
 from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import CacheLosses, ScannedPrompt, ScanResult
 from qwen2_fp16_fix.verification import rows, verify
+from qwen2_fp16_fix.verification.saved import read_saved
 from tests.scanning.planted import with_tokens
 from tests.stress import TINY, build, random_prompt
 
@@ -255,6 +259,25 @@ def test_the_page_fits_a_phone_follows_the_theme_and_prints_on_white(
     assert one.said == []
 
 
+@pytest.mark.parametrize("token", ["<b>bold</b>", "a<br>b", "&lt;", "<|im_start|>", "`", "$x^2$", "a\n<i>"])
+def test_a_label_shows_the_token_as_it_is(token: str, scans: list[ScanResult]) -> None:
+    """plotly showed `<b>bold</b>` as a bold word, and a line break as one."""
+    marked = [with_tokens(scan, token) for scan in scans]
+    labels: list[str] = []
+    for figure in figures(charts(marked, "en")).values():
+        for trace in figure["data"]:
+            rows = trace.get("hovertext", [])
+            labels += [label for row in rows for label in (row if isinstance(row, list) else [row]) if label]
+    shown = sentences.token_name(0, token)
+    named = [label for label in labels if label.partition("<br>")[0].count("token ")]
+    assert named
+    for label in named:
+        place, *_, value = label.split("<br>")
+        assert "<" not in place + value
+        assert ">" not in place + value
+        assert shown.strip("`") in html.unescape(place)
+
+
 def test_a_token_that_is_markup_stays_text(
     visit: Callable[..., Visit], scans: list[ScanResult], tmp_path: Path
 ) -> None:
@@ -380,4 +403,4 @@ def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rows, "NEW_TOKENS", 2)
     found = qwen2_fp16_fix.verify(DEMO_CHECKPOINT, window=16, stride=8, tokens=17, device="cpu")
     (tmp_path / "verify.json").write_text(json.dumps(found.to_dict()))
-    assert read_verification(tmp_path / "verify.json") == found.to_dict()
+    assert read_saved(tmp_path / "verify.json", ScanError) == found.to_dict()

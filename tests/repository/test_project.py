@@ -28,8 +28,9 @@ PROMISED = {
     "Qwen2ForTokenClassification", "Qwen2ForQuestionAnswering",
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
     "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "SymbolicTraceError",
+    "BrokenInstallationError",
     "CheckpointError", "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
-    "UntestedTransformersWarning", "StalePlanWarning", "NotFixedWarning",
+    "UntestedTransformersWarning", "StalePlanWarning", "PatchConflictWarning", "NotFixedWarning",
     "__version__",
 }  # fmt: skip
 

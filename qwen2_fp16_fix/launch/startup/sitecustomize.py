@@ -44,11 +44,11 @@ def register_or_exit() -> None:
     try:
         if (CHECKOUT / "pyproject.toml").is_file() and str(CHECKOUT) not in sys.path:
             sys.path.append(str(CHECKOUT))  # for a checkout that is not installed
-        from qwen2_fp16_fix.registration.register import register
-
-        register()
+        import qwen2_fp16_fix
     except ImportError as error:
         end(f"cannot import the fix ({error}): run `{sys.executable} -m pip install qwen2-fp16-fix`.")
+    try:
+        qwen2_fp16_fix.register()
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "qwen2_fp16_fix":
             raise

@@ -26,34 +26,6 @@ MUTATIONS = (
         "tests/registration/test_ways_in.py::test_fix_takes_effect_in_place",
     ),
     Mutation(
-        "rotation tables in float16",
-        FILE,
-        "self.frequencies().to(x.device, torch.float32)",
-        "self.frequencies().to(x.device, torch.float16)",
-        "tests/patches/test_blocks.py::test_rotation_tables_are_fp32",
-    ),
-    Mutation(
-        "frequencies that follow the length do so in torch's default dtype",
-        FILE,
-        "position_ids.amax().view(1, 1).float()",
-        "position_ids.amax().view(1, 1)",
-        "tests/patches/test_default_dtype.py::test_frequencies_that_a_cast_has_rounded_are_found_again[dynamic-torch.float16]",
-    ),
-    Mutation(
-        "a cast rounds the frequencies",
-        FILE,
-        "after.dtype != exact.dtype",
-        "False",
-        "tests/patches/test_blocks.py::test_a_cast_after_the_fix_does_not_reach_the_tables",
-    ),
-    Mutation(
-        "frequencies rounded before the fix stay so",
-        FILE,
-        "buffer.dtype != torch.float32 and buffer.device.type",
-        "False and buffer.device.type",
-        "tests/patches/test_blocks.py::test_a_cast_before_the_fix_does_not_reach_the_tables",
-    ),
-    Mutation(
         "SwiGLU product by token in float16",
         FILE,
         "gate.float() * up.float()",
@@ -80,12 +52,5 @@ MUTATIONS = (
         "may_be_wide = self.input_exponent > 0 and is_full_precision(hidden_states)",
         "return False",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
-    ),
-    Mutation(
-        "frequencies without numbers are kept",
-        FILE,
-        "del rounded[name]  # it holds",
-        "pass  # it holds",
-        "tests/patches/test_blocks.py::test_frequencies_without_numbers_are_not_kept",
     ),
 )

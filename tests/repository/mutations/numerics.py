@@ -110,13 +110,6 @@ MUTATIONS = (
         "tests/patches/test_numerics.py::test_scores_of_300_times_300_are_exact",
     ),
     Mutation(
-        "fp32 weights under autocast take stock's path",
-        FILE,
-        " and not autocast_is_on(hidden_states.device.type)",
-        "",
-        "tests/patches/test_numerics.py::test_full_precision_means_fp32_without_autocast",
-    ),
-    Mutation(
         "weights stay fp32",
         FILE,
         "weights = exact.to(value.dtype)",
@@ -220,5 +213,12 @@ MUTATIONS = (
         "(activation * 2.0**-exponent).to(torch.float16)",
         "activation * 2.0**-exponent",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
+    ),
+    Mutation(
+        "a mask is always added in the memory of the scores",
+        FILE,
+        "if torch.compiler.is_compiling() or is_transformed():\n        return scores + mask",
+        "if torch.compiler.is_compiling():\n        return scores + mask",
+        "tests/patches/test_autograd.py::test_one_argument_alone_may_have_a_batch[cpu-mask]",
     ),
 )

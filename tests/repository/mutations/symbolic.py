@@ -20,7 +20,7 @@ MUTATIONS = (
     ),
     Mutation(
         "torch.fx goes into the rotary embedding",
-        "patches/blocks.py",
+        "patches/rotary.py",
         "node: tuple[Tensor, Tensor] = as_one_node(self, x, (position_ids,))\n            return node",
         "pass",
         "tests/patches/test_symbolic.py::test_the_rotary_embedding_is_a_node_too",
@@ -34,7 +34,7 @@ MUTATIONS = (
     ),
     Mutation(
         "torch.fx goes into a part",
-        "patches/numerics.py",
+        "patches/autocast.py",
         "    if is_symbolic(device_type):\n        refuse()\n",
         "",
         "tests/patches/test_symbolic.py::test_a_part_by_itself_is_refused[mlp]",
