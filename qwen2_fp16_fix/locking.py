@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from ._version import __version__
-from .files.reading import read_bytes, read_json
+from .files.reading import read_bytes, read_json, to_path
 from .files.writing import write_whole
 from .patches.errors import LockFileError
 from .patches.lock import (
@@ -81,12 +81,12 @@ def lock(path: str | Path, force: bool = False) -> Path:
     Raises LockFileError if it cannot be written, or if `path` holds anything else and `force` is not given, and
     UnsupportedTransformersError for a transformers that is not supported.
     """
-    path, content = Path(path), as_text(make_lock()).encode()
+    path = to_path(path, LockFileError)
+    content = as_text(make_lock()).encode()
     try:
         there = read_bytes(path, "another file", LockFileError, LIMIT) if path.exists() and not force else None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "a name with a NUL character"
-        raise LockFileError(f"{path} cannot be written ({reason}): name another file.") from None
+    except OSError as error:
+        raise LockFileError(f"{path} cannot be written ({error.strerror}): name another file.") from None
     if there is None:
         write_whole(path, lambda part: part.write_bytes(content), "another file", LockFileError)
     elif there != content:
@@ -106,7 +106,7 @@ def check(lock: str | Path, folder: str | Path | None = None) -> LockCheck:
     Returns a LockCheck: `passed`, and in `differences` a sentence for each difference.
     Raises LockFileError if the file is no lock, or the folder is not there.
     """
-    found = find_differences(lock, None if folder is None else Path(folder))
+    found = find_differences(lock, None if folder is None else to_path(folder, LockFileError))
     return LockCheck(
         lock=str(lock), folder=None if folder is None else str(folder), differences=found, passed=not found
     )
@@ -114,7 +114,7 @@ def check(lock: str | Path, folder: str | Path | None = None) -> LockCheck:
 
 def find_differences(lock: str | Path, folder: Path | None = None) -> list[str]:
     """The differences that `check` reports, a sentence each."""
-    locked = read_lock(lock)
+    locked = read_lock(to_path(lock, LockFileError))
     if folder is None:
         return [*differences(locked, _installed()), *strays()]
     if not folder.is_dir():
