@@ -22,7 +22,7 @@ from ..errors import CheckpointError, PublishError
 from ..files.reading import read_json, to_path
 from ..locking import FILE_NAME as LOCK
 from ..patches.errors import LockFileError
-from ..patches.lock import read_lock
+from ..patches.lock_file import read_lock
 from ..patches.version_map import SUPPORTED
 from .export import CODE_FILES, is_repo_id
 from .export_config import has_own_code, heads_to_check
