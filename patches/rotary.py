@@ -67,7 +67,7 @@ class RotaryEmbedding(nn.Module):
     def newly_made(self) -> nn.Module:
         """Another rotary embedding for the same configuration, in fp32 on the CPU."""
         with torch.inference_mode(False), torch.device("cpu"):  # a user may have set another default device
-            return type(self)(config=self.config)  # type: ignore[call-arg]
+            return type(self)(config=self.config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
         """Follows `.to(device)` but not a cast: `.half()` would round the frequencies and turn far positions wrong.

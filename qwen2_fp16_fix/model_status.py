@@ -148,7 +148,8 @@ def status(model: nn.Module | None = None) -> Status:
         patch = range_for(transformers.__version__).module
         tested = not is_untested(transformers.__version__)
         # Raises if the installed source does not fit.
-        from .patches.modeling_qwen2_fp16 import PARTS, STOCK, check_structure
+        from .patches.modeling_qwen2_fp16 import PARTS, STOCK
+        from .patches.structure import check_structure
         from .registration.register import is_registered, qwen2_auto_classes
 
         registered = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
