@@ -187,10 +187,10 @@ def bound_logits(norm: Tensor, head: Tensor) -> float:
 def rotated_bound(inputs: Tensor, shape: LayerShape, exponent: int) -> Tensor:
     """Length of each pair of channels (i, i + head_dim/2) of a head. A rotation keeps it, yarn multiplies it.
 
-    exponent: the pair is stored times 2^-exponent.
+    That factor may be negative. exponent: the pair is stored times 2^-exponent.
     """
     lengths: Tensor = inputs.view(-1, 2, shape.head_dim // 2).norm(dim=1)
-    return lengths * shape.rotation_scale * (1 + 2.0**-20) * (1 + UNIT) + TINY * 2.0**exponent
+    return lengths * abs(shape.rotation_scale) * (1 + 2.0**-20) * (1 + UNIT) + TINY * 2.0**exponent
 
 
 def attention_sums(values: Tensor, shape: LayerShape) -> Tensor:

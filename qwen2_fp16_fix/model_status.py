@@ -75,6 +75,7 @@ class ModelStatus(Result):
     attention: str | None
     ranges: list[LayerStatus]  # of the fixed layers
     problem: str | None  # why the model is not fixed, or why its numbers cannot be trusted
+    uncovered: list[str]  # what no certificate covers in the model as it is now
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -83,7 +84,7 @@ class ModelStatus(Result):
 
     def summary(self) -> str:
         """The result in one line."""
-        state = "fixed" if self.fixed else self.problem or "not fixed"
+        state = "; ".join(("fixed", *self.uncovered)) if self.fixed else self.problem or "not fixed"
         return f"{self.class_name} in {self.dtype}, {self.attention}: {state}"
 
     def __rich__(self) -> "Text":
@@ -91,6 +92,7 @@ class ModelStatus(Result):
         from rich.text import Text
 
         shown = {name: value for name, value in self.to_dict().items() if name not in ("parts", "ranges")}
+        shown["uncovered"] = "; ".join(self.uncovered) or None
         shown |= {role: f"{count.fixed} of {count.total} fixed" for role, count in self.parts.items()}
         for row in self.ranges:
             shown[f"layer {row.layer}"] = row.summary()
@@ -147,16 +149,13 @@ def status(model: nn.Module | None = None) -> Status:
     try:
         patch = range_for(transformers.__version__).module
         tested = not is_untested(transformers.__version__)
-        # Raises if the installed source does not fit.
-        from .patches.modeling_qwen2_fp16 import PARTS, STOCK
+        from .patches.modeling_qwen2_fp16 import PARTS, STOCK  # raises if the installed source does not fit
         from .patches.structure import check_structure
         from .registration.register import is_registered, qwen2_auto_classes
 
         registered = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
         if model is None:
-            check_structure(
-                STOCK, PARTS, transformers.__version__
-            )  # another tool may have replaced code since the import
+            check_structure(STOCK, PARTS, transformers.__version__)  # anew: a tool may have replaced code since
         else:
             about = examine_model(model)
     except Qwen2FP16FixError as error:
@@ -178,6 +177,7 @@ def status(model: nn.Module | None = None) -> Status:
 
 def examine_model(model: nn.Module) -> ModelStatus:
     """How far the Qwen2 inside `model` is fixed. It is fixed if every part is and nothing overrides a part."""
+    from .certification.in_memory import uncovered
     from .code_copies import code_of, origin_of, own_errors, sibling
     from .patches.attention import is_stock_eager
     from .patches.attention_form import described
@@ -205,6 +205,7 @@ def examine_model(model: nn.Module) -> ModelStatus:
         attention=described(attention),
         ranges=ranges_of(model),
         problem=problem,
+        uncovered=uncovered(model),
     )
 
 

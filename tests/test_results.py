@@ -25,7 +25,7 @@ from qwen2_fp16_fix.results import Result
 from tests.helpers import skeleton
 from tests.stress import TINY, build
 
-#: Recorded when these functions returned dicts, and `check` a list; with the keys that numerics 2 has added.
+#: Recorded when these functions returned dicts, and `check` a list; with the keys that have been added since.
 RECORDED = json.loads((Path(__file__).parent / "recorded_results.json").read_text(encoding="utf-8"))
 
 

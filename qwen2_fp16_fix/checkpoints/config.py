@@ -1,6 +1,5 @@
 """The config.json of a checkpoint, checked: which model it is of, its sizes, and the code that loads it."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +9,16 @@ from typing import Any
 from packaging.version import Version
 
 from ..errors import CheckpointError
+from ..files import reading
 from ..patches.architecture import QWEN2
 from ..patches.errors import NotQwen2Error
 from ..patches.range_bounds import LayerShape
+from .rotary import check_rotary, groups, rotation_scale
 
 MODEL_TYPES = QWEN2.model_types
 STRICT = MODEL_TYPES[1]  # of an export that loads with its own code only
 #: The files of this project that an export's auto_map names.
 OWN_CODE = ("modeling_qwen2_fp16", "configuration_qwen2_fp16")
-NUMBERS = ("rms_norm_eps", "rope_theta")  # of config.json, besides the sizes
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -36,24 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file with a JSON object. Raises CheckpointError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text, parse_constant=_finite_number, parse_float=_finite_number)
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object.")
-    return found
-
-
-def _finite_number(text: str) -> float:
-    """Raises ValueError for NaN and infinity: Python's JSON reads them, no other JSON does."""
-    found = float(text)
-    if not math.isfinite(found):
-        raise ValueError(f"{text} is no finite number")
-    return found
+    return reading.read_json(path, "another checkpoint", CheckpointError, name=path.name)
 
 
 @contextmanager
@@ -141,39 +124,15 @@ def read_shape(config: Mapping[str, Any]) -> LayerShape:
     head_dim = read_size(config, "head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
         raise CheckpointError(f"config.json has {heads} heads for {kv_heads} key heads, {head_dim} wide: no Qwen2 has.")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    try:
-        scale = rotation_scale(scaling, positions)
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
-        raise CheckpointError(f"config.json has a rope scaling that cannot be read: {scaling!r}.") from None
-    for place in (config, scaling):
-        for key in NUMBERS:
-            _check_number(key, place.get(key))
-    return LayerShape(hidden, heads, kv_heads, head_dim, positions, str(config.get("hidden_act", "silu")), scale)
+    _check_number("rms_norm_eps", config.get("rms_norm_eps"))
+    for group in groups(config):
+        _check_number("rope_theta", group.get("rope_theta"))
+    check_rotary(config)
+    activation = str(config.get("hidden_act", "silu"))
+    return LayerShape(hidden, heads, kv_heads, head_dim, positions, activation, rotation_scale(config))
 
 
 def _check_number(key: str, found: Any) -> None:
     """Raises CheckpointError for a number that would fail later, in a model's arithmetic. null means the default."""
     if found is not None and (type(found) not in (int, float) or not 0 <= found < math.inf):
         raise CheckpointError(f"config.json has {key} = {found!r}, not a finite number from 0.")
-
-
-def rotation_scale(scaling: Mapping[str, Any], positions: int = 0) -> float:
-    """The factor of cos and sin under yarn (Peng et al. 2023, eq. 22) and longrope; 1 for other scalings.
-
-    Some releases take the factor as written, others from `positions`, the longest context, and old ones do not scale.
-    The largest of these bounds them all.
-    """
-    kind, original = scaling.get("rope_type", scaling.get("type")), scaling.get("original_max_position_embeddings")
-    if kind not in ("yarn", "longrope"):
-        return 1.0
-    if scaling.get("attention_factor") is not None:
-        return max(1.0, float(scaling["attention_factor"]))
-    factor = max(1.0, float(scaling.get("factor") or 1.0), positions / original if original else 1.0)
-    if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original or positions or 32768))
-    plain = 0.1 * math.log(factor) + 1
-    if not scaling.get("mscale") or not scaling.get("mscale_all_dim"):
-        return plain
-    whole = 0.1 * float(scaling["mscale_all_dim"]) * math.log(factor) + 1
-    return max(1.0, plain, (0.1 * float(scaling["mscale"]) * math.log(factor) + 1) / whole)

@@ -6,6 +6,7 @@ import typer
 
 from .._version import __version__
 from .checks import certify, demo, doctor, scan, status, verify
+from .endings import guarded
 from .production import check, export, lock, push, run
 from .terminal import printing
 
@@ -32,4 +33,4 @@ def root(
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 for command in (demo, certify, verify, export, push, doctor, scan, run, status, lock, check):
-    app.command(context_settings=PASSED_ON if command is run else None)(command)
+    app.command(context_settings=PASSED_ON if command is run else None)(guarded(command))

@@ -1,12 +1,13 @@
 """Printing to a stdout that may be a closed pipe or a full disk, or whose encoding may lack our characters."""
 
+import errno
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console, RenderableType
 
@@ -19,6 +20,84 @@ class PrintError(Exception):
     exit_code = 2
 
 
+class Stream:
+    """A standard stream, on which each fault of the system goes to a function instead of through the program."""
+
+    def __init__(self, stream: TextIO, fault: Callable[[OSError], None]) -> None:
+        """fault: called with each OSError of a write."""
+        self._stream, self._fault = stream, fault
+
+    def write(self, text: str) -> int:
+        """Writes the text, or leaves the fault to the function."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fault(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or leaves the fault to the function."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fault(error)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the stream's own."""
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """For a block that is the program: a stdout or stderr that is closed, full or without our signs does not crash it.
+
+    A fault of stdout ends the program: its reader has gone, or the result cannot be printed. One of stderr does not:
+    a run of minutes must not be lost for a line of progress, nor an exit code for a sentence.
+    """
+    _fill_closed_descriptors()
+    stdout, stderr = sys.stdout, sys.stderr
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="replace")  # prints `?` for a character that its encoding lacks
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, ExitStack() as streams:
+        ours = Stream(stdout, _end) if stdout is not None else Stream(Closed(), _end)
+        streams.enter_context(redirect_stdout(ours))
+        streams.enter_context(redirect_stderr(Stream(stderr or nowhere, lambda error: _drop_the_rest(stderr))))
+        yield
+
+
+class Closed(io.StringIO):
+    """Stands for a stdout that was closed before the program started. Python has none then, and prints to nothing."""
+
+    def write(self, text: str) -> int:
+        """Raises OSError."""
+        raise OSError(errno.EBADF, "it is closed")
+
+
+def _fill_closed_descriptors() -> None:
+    """Opens what was closed of the descriptors 0 to 2. Else the next file would get the number, and stderr's text."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _end(error: OSError) -> NoReturn:
+    """Ends the program if the reader of stdout has gone. Raises PrintError for other faults."""
+    _drop_the_rest(sys.stdout)
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(CLOSED)
+    raise PrintError(f"stdout cannot be written ({error.strerror}): send it somewhere else.")
+
+
+def _drop_the_rest(stream: TextIO) -> None:
+    """Discards what is still buffered: Python would try to write it again when it ends, and exit with 120."""
+    with suppress(OSError, ValueError):  # io.UnsupportedOperation is both
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+
+
 class Page(Console):
     """Stdout without rich's markup, so that a token `[/INST]` is printed as it stands."""
 
@@ -26,51 +105,20 @@ class Page(Console):
         """As wide as the terminal."""
         super().__init__(markup=False)
 
-    def on_broken_pipe(self) -> None:
-        """Leaves it to `printing`. rich would end the program with 1, which means a finding here."""
-        raise BrokenPipeError
-
 
 class Notices(Console):
-    """Stderr. If nobody reads it any more, the run continues without it."""
+    """Stderr."""
 
     def __init__(self, soft_wrap: bool = False) -> None:
         """soft_wrap: lines are not wrapped, so that programs can search them."""
         super().__init__(stderr=True, highlight=False, soft_wrap=soft_wrap)
 
-    def on_broken_pipe(self) -> None:
-        """Prints no more: a run of minutes must not be lost for a line of progress."""
-        self.quiet = True
-
-
-def replace_unknown_signs() -> None:
-    """Makes stdout print `?` for a character that its encoding lacks, instead of failing after the run."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
 
 @contextmanager
 def printing() -> Iterator[Console]:
-    """For a block that prints results. Ends the program if the pipe is closed; raises PrintError for other faults."""
-    try:
-        yield Page()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_the_rest(sys.stdout)
-        try:
-            sys.stderr.flush()
-        except OSError:  # the same pipe, with a line of progress still in it
-            _drop_the_rest(sys.stderr)
-        raise SystemExit(CLOSED) from None
-    except OSError as error:
-        _drop_the_rest(sys.stdout)
-        raise PrintError(f"stdout cannot be written ({error.strerror}): send it somewhere else.") from None
-
-
-def _drop_the_rest(stream: TextIO) -> None:
-    """Discards what is still buffered: Python would try to write it again when it ends, and exit with 120."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """For a block that prints results. A fault shows when it ends, not when Python does."""
+    yield Page()
+    sys.stdout.flush()
 
 
 stderr = Notices(soft_wrap=True)

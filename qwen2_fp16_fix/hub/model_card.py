@@ -1,6 +1,5 @@
 """The model card of an exported checkpoint, from the template `model_card.md`: how to load, pin and trust it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -10,9 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..checkpoints.config import STRICT
 from ..errors import ExportError
+from ..files.reading import read_utf8
 from ..patches.version_map import SUPPORTED
-from ..results import Result
-from ..verification.saved import read_saved
 from .export_config import heads_of
 
 TASKS = {
@@ -30,8 +28,6 @@ LICENCES = (
     ("Qwen RESEARCH LICENSE", {"license": "other", "license_name": "qwen-research"}),
     ("Qwen LICENSE", {"license": "other", "license_name": "qwen"}),
 )
-MEASURED = ("name", "dtype", "fixed", "finite", "perplexity", "kl_mean", "kl_max", "top1_agreement")
-
 CARD = "\n" + (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
 
 
@@ -83,8 +79,9 @@ def source_metadata(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     card = folder / "README.md"
     if card.is_file():
+        text = read_utf8(card, "another checkpoint", ExportError)
         try:
-            found = dict(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.__dict__)
+            found = dict(ModelCard(text, ignore_metadata_errors=True).data.__dict__)
         except Exception as error:  # errors of yaml and of the Hub's client have no common base
             first = str(error).strip().partition("\n")[0]
             raise ExportError(
@@ -100,24 +97,10 @@ def _licence_of(folder: Path) -> dict[str, str]:
     file = folder / "LICENSE"
     if not file.is_file():
         return {}
-    start = file.read_text(encoding="utf-8", errors="replace")[:500].lower()
+    with file.open(encoding="utf-8", errors="replace") as text:
+        start = text.read(500).lower()
     known = next((data for begin, data in LICENCES if begin.lower() in start), {"license": "other"})
     return known if known["license"] != "other" else known | {"license_link": "LICENSE"}
-
-
-def read_verification(given: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """The result of `verify` as plain data, from itself or a file of JSON. Raises ExportError for anything else."""
-    name = "the verification" if isinstance(given, Result | Mapping) else str(given)
-    try:
-        found = read_saved(given, fields=("versions", "checkpoint", "settings", "verdict"), row=MEASURED)
-        _measured(found)
-    except OSError as error:
-        raise ExportError(f"{name} cannot be read ({error.strerror}): give what `verify --json` printed.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ExportError(f"{name} is not JSON: give what `verify --json` printed.") from None
-    except (TypeError, LookupError, ValueError, AttributeError):
-        raise ExportError(f"{name} is not what `verify` returns: give what `verify --json` printed.") from None
-    return found
 
 
 def _measured(verification: Mapping[str, Any] | None) -> str:

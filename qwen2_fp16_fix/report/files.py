@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import tempfile
+import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ScanError
-from ..files import write_whole
+from ..files.writing import check_writable, write_whole
 from ..scanning.result import ScanResult
 from ..scanning.scan import check_switch, scan
 from ..verification.saved import read_saved
@@ -46,7 +45,7 @@ class ScanFiles:
         """The result of `verify`, if a file with one is named. Raises ScanError if a file would fail after the run."""
         asked = {"report": self.report, "json": self.json, "png": self.png}
         named = {kind: path for kind, path in asked.items() if path is not None}
-        if len({path.resolve() for path in named.values()}) < len(named):
+        if len({os.path.realpath(path) for path in named.values()}) < len(named):
             raise ScanError("two of the files asked for have the same name: give each its own.")
         for kind, path in named.items():
             self._check_extra(kind)
@@ -59,7 +58,7 @@ class ScanFiles:
             return None
         if self.report is None:
             raise ScanError("a verification goes into a report: add --report OUT.html.")
-        return read_verification(self.verification)
+        return read_saved(self.verification, ScanError)
 
     def write(self, scans: Sequence[ScanResult], verification: dict[str, Any] | None) -> list[Path]:
         """Writes the files that were asked for and returns their paths. scans: stock's, fixed's, or both."""
@@ -88,17 +87,9 @@ class ScanFiles:
 
     def _check_path(self, path: Path, force: bool) -> None:
         """Raises ScanError if the file cannot be written, or would be overwritten."""
-        try:
-            if path.is_dir():
-                raise ScanError(f"{path} is a folder: name a file in it.")
-            if path.exists() and not force:
-                raise ScanError(f"{path} exists: name another file, or add {self.asked.force} to overwrite it.")
-            with suppress(FileNotFoundError):
-                path.lstat()  # raises for a name that is too long; from Python 3.14 `exists` returns False
-            with tempfile.NamedTemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise ScanError(f"{path} cannot be written ({error.strerror}): name another file.") from None
+        file = check_writable(path, "another file", ScanError)
+        if file.exists() and not force:
+            raise ScanError(f"{path} exists: name another file, or add {self.asked.force} to overwrite it.")
 
 
 def scan_to_files(
@@ -141,15 +132,3 @@ def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **
 def _write(path: Path, make: Callable[[Path], object]) -> Path:
     write_whole(path, make, "another file", ScanError)
     return path
-
-
-def read_verification(path: Path) -> dict[str, Any]:
-    """The data that `verify --json` printed. Raises ScanError for anything else."""
-    wanted = {"name", "finite", "perplexity", "drift", "kl_mean", "kl_max", "top1_agreement", "first_overflow"}
-    wanted |= {"largest_logit_difference"}
-    try:
-        return read_saved(path, settings=("tokens", "window"), row=wanted)
-    except (OSError, ValueError, LookupError):
-        raise ScanError(
-            f"{path} holds no result of verify: write one with qwen2-fp16-fix verify PATH --json."
-        ) from None

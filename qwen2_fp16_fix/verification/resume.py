@@ -2,54 +2,76 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import VerificationError
-from ..files import write_whole
+from ..files.reading import read_json
+from ..files.schema import problem
+from ..files.writing import check_writable, write_whole
 from .result import MeasuredRow
+
+WANTED = "another file to resume from"
+
+
+class Saved(TypedDict):
+    """The file. key: what the rows depend on."""
+
+    key: dict[str, Any]
+    rows: list[MeasuredRow]
 
 
 class FinishedRows:
     """Rows by name, written to the file after each. Without a file they are only kept in memory."""
 
-    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
-        """key: what the rows depend on. Raises VerificationError for a file made under another key, or unusable."""
-        self.path, self.key = path, key
+    def __init__(self, path: Path | None) -> None:
+        """Raises VerificationError for a file that is no such file, or cannot be written."""
+        self.path = path
         self.rows: dict[str, MeasuredRow] = {}
-        if path is not None:
-            if path.exists():
-                self.rows = self._read(path)
-            self._write(path)  # before the first row, so that hours of work are not lost to a typing error
+        self.key: dict[str, Any] | None = None  # of the file; None without one
+        if path is not None and check_writable(path, WANTED, VerificationError).exists():
+            self._read(path)
+
+    def begin(self, key: dict[str, Any]) -> None:
+        """Says what the rows depend on. Raises VerificationError for a file whose rows depend on something else."""
+        for field, wanted in key.items() if self.key is not None else ():
+            if (self.key or {}).get(field) != wanted:
+                raise VerificationError(
+                    f"{self.path} was made with another {field}: delete it or name another file to resume from."
+                )
+        self.key = key
+        self._write()
 
     def add(self, row: MeasuredRow) -> None:
         """Keeps a row."""
         self.rows[row.name] = row
-        if self.path is not None:
-            self._write(self.path)
+        self._write()
 
-    def _read(self, path: Path) -> dict[str, MeasuredRow]:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            key, rows = found["key"], [MeasuredRow(**row) for row in found["rows"]]
-            rows = [replace(row, first_differences=tuple(row.first_differences)) for row in rows]
-        except (OSError, ValueError, TypeError, KeyError):
-            raise VerificationError(
-                f"{path} holds no finished rows of verify: delete it or name another file to resume from."
-            ) from None
-        for field, wanted in self.key.items():
-            if not isinstance(key, dict) or key.get(field) != wanted:
-                raise VerificationError(
-                    f"{path} was made with another {field}: delete it or name another file to resume from."
-                )
-        return {row.name: row for row in rows}
+    def _read(self, path: Path) -> None:
+        found = read_json(path, WANTED, VerificationError)
+        wrong = problem(found, Saved) or next(_impossible(found["rows"]), None)
+        if wrong is not None:
+            raise VerificationError(f"{path} holds no finished rows of verify ({wrong}): delete it or name {WANTED}.")
+        names = [field.name for field in fields(MeasuredRow)]
+        rows = [MeasuredRow(**{name: row[name] for name in names}) for row in found["rows"]]
+        self.key = found["key"]
+        self.rows = {row.name: replace(row, first_differences=tuple(row.first_differences)) for row in rows}
 
-    def _write(self, path: Path) -> None:
+    def _write(self) -> None:
+        if self.path is None:
+            return
         rows = [row.to_dict() for row in self.rows.values()]
         text = json.dumps({"key": self.key, "rows": rows}, indent=2, allow_nan=False)
-        wanted = "another file to resume from"
-        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), wanted, VerificationError)
+        write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"), WANTED, VerificationError)
+
+
+def _impossible(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Perplexities that no loss gives, from which no drift can be told."""
+    for number, row in enumerate(rows):
+        if row["perplexity"] is not None and row["perplexity"] < 1:
+            yield f"rows[{number}].perplexity is {row['perplexity']}, not a number from 1"
 
 
 def digest_of(files: list[Path]) -> str:

@@ -1,33 +1,70 @@
 """Reads back a result of `verify`, or the JSON that `verify --json` has printed, for a report or a model card."""
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ..files.reading import read_json, to_path
+from ..files.schema import problem
+from ..patches.errors import Qwen2FP16FixError
 from ..results import Result
 
+WANTED = "what `qwen2-fp16-fix verify PATH --json` printed"
 
-def read_saved(
-    given: Result | Mapping[str, Any] | str | Path,
-    *,
-    fields: Collection[str] = (),
-    settings: Collection[str] = (),
-    row: Collection[str] = (),
-) -> dict[str, Any]:
+
+class SavedVersions(TypedDict):
+    """What is read of the versions."""
+
+    transformers: str
+    torch: str
+
+
+class SavedSettings(TypedDict):
+    """What is read of the settings."""
+
+    tokens: int
+    window: int
+    device: str
+
+
+class SavedRow(TypedDict):
+    """What is read of a row."""
+
+    name: str
+    dtype: str
+    fixed: bool
+    finite: bool
+    perplexity: float | None
+    drift: float | None
+    kl_mean: float | None
+    kl_max: float | None
+    top1_agreement: float | None
+    largest_logit_difference: float | None
+    first_overflow: str | None
+
+
+class Saved(TypedDict):
+    """What is read of a verification. It has more."""
+
+    versions: SavedVersions
+    checkpoint: str
+    settings: SavedSettings
+    rows: list[SavedRow]
+    verdict: str
+
+
+def read_saved(given: Result | Mapping[str, Any] | str | Path, refusal: type[Qwen2FP16FixError]) -> dict[str, Any]:
     """The verification as plain data. given: the result, the same as plain data, or a file with it as JSON.
 
-    fields, settings, row: the keys that must be there, at the top, among the settings and in every row.
-    Raises OSError or ValueError for a file that is no readable JSON, LookupError if a key or all rows are missing.
+    Raises `refusal` for a file that cannot be read, and for data that is not as `Saved` says.
     """
-    found: Any = given.to_dict() if isinstance(given, Result) else given
-    if isinstance(found, str | Path):
-        found = json.loads(Path(found).read_text(encoding="utf-8"))
-    try:
-        whole = {*fields} <= {*found} and {*settings} <= {*found["settings"]}
-        whole = whole and bool(found["rows"]) and all({*row} <= {*each} for each in found["rows"])
-    except (TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise LookupError("not what verify returns")
-    return dict(found)
+    if isinstance(given, Result | Mapping):
+        name = "the verification"
+        found = given.to_dict() if isinstance(given, Result) else dict(given)
+    else:
+        path = to_path(given, refusal)
+        name, found = str(path), read_json(path, WANTED, refusal)
+    wrong = problem(found, Saved) or ("it has no rows" if not found["rows"] else None)
+    if wrong is not None:
+        raise refusal(f"{name} is no result of verify ({wrong}): name {WANTED}.")
+    return found

@@ -24,6 +24,7 @@ from ..checkpoints.folder import FolderSource, open_checkpoint
 from ..checkpoints.loaded_model import saved
 from ..checkpoints.tokenizer import read_text, tokens_of
 from ..errors import CheckpointError, VerificationError
+from ..files.reading import to_path
 from ..model_status import status
 from ..patches.lock import is_switched_off
 from ..progress import Progress, console_of
@@ -74,7 +75,7 @@ def verify(  # noqa: PLR0913  # the options of the command
         device=device,
         max_kl=max_kl,
         max_ppl_drift=max_ppl_drift,
-        resume=None if resume is None else Path(resume),
+        resume=None if resume is None else to_path(resume, VerificationError),
         console=console_of(progress),
     )
     request.check_thresholds()
@@ -83,11 +84,12 @@ def verify(  # noqa: PLR0913  # the options of the command
             raise CheckpointError("a loaded model has no tokenizer: pass tokenizer=, or verify its folder.")
         with saved(model_or_path) as folder:
             return _verify(folder, type(model_or_path).__qualname__, request)
-    return _verify(Path(model_or_path), str(model_or_path), request)
+    return _verify(to_path(model_or_path, CheckpointError), str(model_or_path), request)
 
 
 def _verify(folder: Path, name: str, request: Request) -> VerificationResult:
     started = time.monotonic()
+    finished = FinishedRows(request.resume)
     passage = read_text(request.text)
     source = open_checkpoint(folder)
     settings = request.settings(source.shape.positions)
@@ -95,7 +97,7 @@ def _verify(folder: Path, name: str, request: Request) -> VerificationResult:
     settings = replace(settings, tokens=tokens.shape[1])
     planned = planned_rows(torch.device(settings.device))
     key = {} if request.resume is None else _key(folder, source, passage, tokens, settings, request.console)
-    finished = FinishedRows(request.resume, key)
+    finished.begin(key)
     missing = [row for row in planned if row.name not in finished.rows]
     if missing:
         _fill(finished, missing, folder, source, tokens, settings, request.console)
@@ -129,7 +131,7 @@ def _key(
     gpu = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else ""
     numbers = hashlib.sha256(str(tokens.tolist()).encode()).hexdigest()
     return {
-        "checkpoint": digest_of([*own, *set(source.files.values())]),
+        "checkpoint": digest_of([*own, *source.files]),
         "text": hashlib.sha256(passage.encode()).hexdigest(),
         "tokenizer": numbers,  # by what it made of the text
         "window": settings.window,

@@ -17,6 +17,7 @@ from qwen2_fp16_fix.hub import model_card
 def findings() -> dict[str, Any]:
     """As `verify` returns them; tests/test_verify.py holds its real answer against the card."""
     row = {"dtype": "float16", "fixed": True, "finite": True, "perplexity": 18.8372, "kl_mean": 1.2e-6, "kl_max": 9e-5}
+    row |= {"drift": 1e-5, "largest_logit_difference": 0.1, "first_overflow": None}
     broken = {"finite": False, "perplexity": None, "kl_mean": None, "kl_max": None, "top1_agreement": None}
     return {
         "versions": {"transformers": "5.0.0", "torch": "2.13.0"},
@@ -57,7 +58,7 @@ def test_the_card_does_not_say_where_it_was_measured(place: str, tmp_path: Path)
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(findings() | {"rows": []}), '{"rows": [{"name": 1}]}'])
 def test_another_file_is_no_verification(text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text)
-    with pytest.raises(ExportError, match="verify --json"):
+    with pytest.raises(ExportError, match="verify PATH --json"):
         qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out", verification=tmp_path / "file")
     with pytest.raises(ExportError, match="cannot be read"):
         qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out", verification=tmp_path / "nothing")

@@ -17,15 +17,17 @@ from PIL import Image
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import SITES
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.errors import ScanError
+from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.report import picture, style
 from qwen2_fp16_fix.report.charts import charts
-from qwen2_fp16_fix.report.files import ScanFiles, read_verification
+from qwen2_fp16_fix.report.files import ScanFiles
 from qwen2_fp16_fix.report.page import figures, page
 from qwen2_fp16_fix.report.style import PALETTE
 from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import CacheLosses, ScannedPrompt, ScanResult
 from qwen2_fp16_fix.verification import rows, verify
+from qwen2_fp16_fix.verification.saved import read_saved
 from tests.scanning.planted import with_tokens
 from tests.stress import TINY, build, random_prompt
 
@@ -401,4 +403,4 @@ def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rows, "NEW_TOKENS", 2)
     found = qwen2_fp16_fix.verify(DEMO_CHECKPOINT, window=16, stride=8, tokens=17, device="cpu")
     (tmp_path / "verify.json").write_text(json.dumps(found.to_dict()))
-    assert read_verification(tmp_path / "verify.json") == found.to_dict()
+    assert read_saved(tmp_path / "verify.json", ScanError) == found.to_dict()

@@ -48,7 +48,7 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
     assert "there.html exists: name another file, or add --force" in refused(folder, "--report", there)
     assert there.read_text() == "mine"
     assert "cannot be written (No such file" in refused(folder, "--json", tmp_path / "no" / "x.json")
-    assert "is a folder: name a file in it" in refused(folder, "--png", tmp_path)
+    assert "it is a folder" in refused(folder, "--png", tmp_path)
     assert "cannot be written (Not a directory" in refused(folder, "--json", there / "x.json")
     with monkeypatch.context() as later:
         later.setattr(Path, "is_dir", lambda path: False)  # as from Python 3.14
@@ -65,7 +65,9 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
         '{"rows": [{}], "settings": {"tokens": 1, "window": 1}}',
     ):
         there.write_text(content)
-        assert "holds no result of verify" in refused(folder, "--report", report, "--verification", there)
+        assert "`qwen2-fp16-fix verify PATH --json` printed" in refused(
+            folder, "--report", report, "--verification", there
+        )
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     wanted = 'needs plotly and jinja2: run pip install "qwen2-fp16-fix[report]"'
     assert wanted in refused(folder, "--report", report)

@@ -1,6 +1,7 @@
 """A verification that was cut off is resumed from its file, and from no other."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.verification import rows, verify
+from qwen2_fp16_fix.verification.result import MeasuredRow
+from qwen2_fp16_fix.verification.resume import FinishedRows
+from tests.files.damage import damaged
 from tests.verification.letters import SHORT, TEXT, table, tokenizer
 
 
@@ -68,10 +72,6 @@ def test_a_resume_file_of_another_run_is_refused(
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(refused, match="another checkpoint: "):
         table(checkpoint, resume=file)
-    for content in ("", "[]", '{"key": {}}', '{"key": {}, "rows": [1]}', "\xff"):
-        file.write_text(content, encoding="latin-1")
-        with pytest.raises(refused, match="holds no finished rows"):
-            table(checkpoint, resume=file)
     monkeypatch.setattr(verify, "measure", lambda *_: pytest.fail("hours of work before the file is tried"))
     with pytest.raises(refused, match="cannot be written"):
         table(checkpoint, resume=tmp_path / "no folder" / "rows.json")
@@ -82,3 +82,26 @@ def test_a_resume_file_that_cannot_be_written_is_one_sentence(checkpoint: Path, 
     (tmp_path / "file").touch()
     with pytest.raises(qwen2_fp16_fix.VerificationError, match=r"cannot be written \(Not a directory"):
         table(checkpoint, resume=tmp_path / "file" / "rows.json")
+
+
+def test_a_file_that_is_damaged_anywhere_is_refused_before_the_run(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was missing, or a text for a number, was a traceback once the rows had run."""
+    file, whole = tmp_path / "rows.json", FinishedRows(tmp_path / "rows.json")
+    whole.begin({"window": 4})
+    whole.add(MeasuredRow("stock", "float16", "eager", False, True, 2.5, *[0.0] * 4, None, (None, 3), 1, 5))
+    assert FinishedRows(file).rows == whole.rows
+    monkeypatch.setattr(verify, "tokens_of", lambda *_: pytest.fail("ran before the file was read"))
+    refused, data = qwen2_fp16_fix.VerificationError, json.loads(file.read_text())
+    for broken, place in damaged(data):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(refused, match=f"holds no finished rows.*{re.escape(place)}"):
+            FinishedRows(file)
+    with pytest.raises(refused, match="holds no finished rows"):
+        table(checkpoint, resume=file)
+    data["rows"][0]["perplexity"] = 0
+    for content in ("", "[]", "\xff", "[" * 10**5, json.dumps(data)):
+        file.write_text(content, encoding="latin-1")
+        with pytest.raises(refused, match=r"rows\.json is not|perplexity is 0, not a number from 1"):
+            FinishedRows(file)

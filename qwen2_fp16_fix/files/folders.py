@@ -1,7 +1,4 @@
-"""Reads and writes the files and folders that a user names. Each is written whole or not at all.
-
-An error is one sentence. The paths of the packaged data are here as well.
-"""
+"""Writes a folder that a user names, whole or not at all. An error is one sentence."""
 
 import errno
 import glob
@@ -11,47 +8,20 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .patches.errors import Qwen2FP16FixError
+from ..patches.errors import Qwen2FP16FixError
+from .writing import settle, sync
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
-DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
-PASSAGE = DEMO_CHECKPOINT / "held_out.txt"  # a text that the demo checkpoint was not trained on
 HOST = re.sub(r"\W", "_", platform.node())[:32]
-
-
-def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
-    """The text of a file. wanted: the kind of file to name instead, as "a text file".
-
-    Raises `refusal` if the file cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark, which is no part of the text
-    except UnicodeDecodeError:
-        raise refusal(f"{path} is not UTF-8: convert it, or name another file.") from None
-    except OSError as error:
-        raise refusal(f"{path} cannot be read ({error.strerror}): name {wanted}.") from None
-
-
-def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal: type[Qwen2FP16FixError]) -> None:
-    """Calls `make(part)` with a temporary path beside `path`, and renames that file to `path`.
-
-    So `path` is the old file or the whole new one. wanted: the kind of file to name instead, as "another file".
-    Raises `refusal` if the file cannot be written.
-    """
-    part = path.with_name(f".qwen2-fp16-fix-{os.getpid()}.part")  # short, however long the name of the file is
-    try:
-        make(part)
-        part.replace(path)
-    except OSError as error:
-        raise refusal(f"{path} cannot be written ({error.strerror}): name {wanted}.") from None
-    finally:
-        with suppress(OSError):  # a part that could not be made cannot be removed either
-            part.unlink()
 
 
 @contextmanager
@@ -68,16 +38,17 @@ def whole_folder(out: Path, refusal: type[Qwen2FP16FixError]) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out, prefix)
         written.mkdir()
-        yield written
-        flush(written)
-        if os.name == "nt" and out.is_dir():
-            out.rmdir()  # there, a rename does not replace an empty folder
-        written.rename(out)
-        _sync(out.parent)
+        with _marked_as_ours(written):
+            yield written
+            flush(written)
+            if os.name == "nt" and out.is_dir():
+                out.rmdir()  # there, a rename does not replace an empty folder
+            written.rename(out)
     except OSError as error:
         raise refusal(_sentence(error, out)) from error
     finally:
         shutil.rmtree(written, ignore_errors=True)
+    settle(out.parent)
 
 
 def _check_place(out: Path, refusal: type[Qwen2FP16FixError]) -> None:
@@ -91,7 +62,8 @@ def _check_place(out: Path, refusal: type[Qwen2FP16FixError]) -> None:
 def _remove_leftovers(out: Path, prefix: str) -> None:
     """Removes the folders of killed exports to `out`, and names those that a running export may still write to."""
     for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.exporting-*")):
-        if path.name.startswith(prefix) and not _is_running(path.name.removeprefix(prefix).partition("-")[0]):
+        ours = path.name.startswith(prefix)
+        if ours and not _is_running(path.name.removeprefix(prefix).partition("-")[0]) and not _is_marked(path):
             shutil.rmtree(path)
             logger.warning("removed %s, which an interrupted export had left", path)
         else:
@@ -111,21 +83,42 @@ def _is_running(process: str) -> bool:
     return True
 
 
+@contextmanager
+def _marked_as_ours(folder: Path) -> Iterator[None]:
+    """Locks the folder while the block runs. Two containers may share a host's name and not see each other's processes.
+
+    A file system that has no locks is left without one. Windows renames no folder that is open.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_marked(folder: Path) -> bool:
+    """Whether another export has locked the folder. True if that cannot be found out."""
+    if sys.platform == "win32":
+        return True
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def flush(folder: Path) -> None:
     """Waits until the whole folder is on the disk. Otherwise a rename may reach the disk before the files do."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk. Windows opens no folder, and syncs only a file opened to write."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _sentence(error: OSError, out: Path) -> str:

@@ -1,0 +1,94 @@
+"""The certificate: whether any prompt can make a checkpoint overflow in float16. The weights alone decide it.
+
+A checkpoint is read layer by layer. No model is built.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoints.folder import FolderSource
+from ..checkpoints.loaded_model import ModelSource
+from ..patches.swap import layers_of
+from ..progress import Progress, with_bar
+from .assumptions import EPSILON, Assumptions, dropout_of, residual_obstacles, unbounded_settings
+from .casting import casting_losses
+from .ends import certify_ends
+from .in_memory import by_token, changed_parts, obstacles
+from .layer import certify_layer
+from .result import Certificate, LayerCertificate
+from .text import verdict_of
+
+
+def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) -> Certificate:
+    """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
+
+    model_or_path: a loaded model with a Qwen2Model inside, a checkpoint folder, or a .safetensors file with config.json
+    beside it. progress: True for a bar on stderr, or a rich Console to show it on.
+    Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
+    Raises CheckpointError for a folder or file that cannot be read whole, NotQwen2Error for another architecture.
+    """
+    started = time.monotonic()
+    source: FolderSource | ModelSource = (
+        ModelSource(model_or_path) if isinstance(model_or_path, nn.Module) else FolderSource(Path(model_or_path))
+    )
+    if isinstance(source, FolderSource):
+        source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
+    losses: dict[str, Counter[str]] = {}
+
+    def cast(name: str, stored: Tensor) -> Tensor:
+        losses.setdefault(name, Counter()).update(casting_losses(stored) | {"total": stored.numel()})
+        return stored.half()
+
+    config, unbounded = settings_of(source)
+    assumed = Assumptions(source.shape.positions, dropout_of(config))
+    logits, residual, reasons = certify_ends(source, cast)
+    layers = []
+    for number in with_bar(range(source.layers), "bounding layers", progress):
+        layer, residual = certify_layer(number, source, cast, residual)
+        layers.append(layer)
+    casting = {name: dict(lost) for name, lost in losses.items() if len(+lost) > 1}  # more than its total
+    reasons += [*unbounded, *(residual_obstacles(residual, source.shape.hidden))]
+    reasons += in_memory(source, layers) if isinstance(source, ModelSource) else []
+    reasons += [f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons]
+    for kind, what in (("overflow", "pass 65504"), ("nonfinite", "are NaN or infinite")):
+        reasons += [f"{name}: {lost[kind]} weights {what}" for name, lost in casting.items() if lost[kind]]
+    exponents = [max(layer.exponents.values(), default=0) for layer in layers]
+    scaled = sum(exponent > 0 for exponent in exponents)
+    return Certificate(
+        proven=not reasons,
+        verdict=verdict_of(reasons, assumed, len(layers), scaled),
+        reasons=reasons,
+        assumes=assumed.sentences(),
+        layers=layers,
+        logits=logits if logits is not None and math.isfinite(logits) else None,
+        casting=casting,
+        scaled_layers=scaled,
+        max_exponent=max(exponents, default=0),
+        config=asdict(source.shape) | {"layers": source.layers, "intermediate": source.intermediate},
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def settings_of(source: FolderSource | ModelSource) -> tuple[Mapping[str, Any], list[str]]:
+    """The config, and a sentence for each setting of it whose numbers the weights do not bound."""
+    if isinstance(source, ModelSource):
+        return source.base.config.to_dict(), list(obstacles(source.base))
+    epsilon = source.config.get("rms_norm_eps")
+    return source.config, unbounded_settings(source.config, [EPSILON if epsilon is None else epsilon])
+
+
+def in_memory(source: ModelSource, layers: list[LayerCertificate]) -> Iterator[str]:
+    """What keeps the layers of a loaded model from running as the bounds have it, for layers that are proven."""
+    unplanned = by_token(source.base)
+    for found, layer in zip(layers, layers_of(source.base), strict=True):
+        if found.proven:
+            reasons = [unplanned[found.layer]] if found.layer in unplanned else []
+            reasons += changed_parts(layer, found.exponents, source.shape.activation)
+            yield from (f"layer {found.layer}: {reason}" for reason in reasons)
