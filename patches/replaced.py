@@ -69,11 +69,16 @@ def foreign_part(code: Any) -> Any:
     return None if home.startswith(HOMES) else code
 
 
+def home_of(code: Any) -> str:
+    """The module of a function or a class. A wrapper takes over that of what it wraps, but not its globals."""
+    home = str(getattr(code, "__module__", None))
+    return str(getattr(code, "__globals__", {}).get("__name__", home)) if home.startswith(HOMES) else home
+
+
 def name_of(code: Any) -> str:
-    """Module and name of a function or a class. A wrapper takes over the name of what it wraps, but not in its code."""
-    home = getattr(code, "__globals__", {}).get("__name__") or getattr(code, "__module__", None)
+    """Module and name of a function or a class. In its code a wrapper has a name of its own."""
     name = getattr(getattr(code, "__code__", None), "co_qualname", None) or getattr(code, "__qualname__", None)
-    return f"{home}.{name or type(code).__qualname__}"
+    return f"{home_of(code)}.{name or type(code).__qualname__}"
 
 
 def notice_replaced(normed: Tensor) -> None:
