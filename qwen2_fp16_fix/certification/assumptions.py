@@ -15,7 +15,7 @@ EPSILONS = (2.0**-100, 1e30)
 FP32_MAX = 2.0**128
 BY_TOKEN = (
     "every layer has its weights whole and keeps its exponents: layers that are offloaded, sharded, quantised, adapted "
-    "or in training scale by token, which is not proven"
+    "or trained scale by token, which is not proven"
 )
 
 
