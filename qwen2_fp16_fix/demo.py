@@ -131,7 +131,8 @@ def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstrati
 def save(folder: Path) -> None:
     """Copies the checkpoint to a new folder, for commands that take one. Raises ExportError if that fails."""
     with whole_folder(to_path(folder, ExportError).absolute(), ExportError) as written:
-        shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
+        for file in CHECKPOINT.iterdir():  # shutil.copytree does not say why it failed
+            shutil.copyfile(file, written / file.name)
 
 
 def _as_promised(rows: list[DemoRow]) -> bool:
