@@ -4,6 +4,7 @@ Attribution tools and kernels put functions of their own on transformers' classe
 model computes with its own norm, MLP, rotation and eager attention, so such a tool has no effect on it, or half of one.
 """
 
+import operator
 import types
 import warnings
 from typing import Any
@@ -17,6 +18,7 @@ from .errors import PatchConflictWarning
 #: Functions of transformers' module that a fixed attention has its own code for. eager_attention_forward is there from
 #: 4.48 on.
 FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv", "rotate_half")
+FORWARD = operator.attrgetter("forward")
 #: Where stock's code, and what it may be decorated with, is defined.
 HOMES = ("transformers.", "torch.", "kernels.")
 #: The end of the sentence about a tool. To fix the model before the tool comes is no way out: it would have no effect.
@@ -34,7 +36,7 @@ class Watched:
         self.module: Any = None
         self.kinds: tuple[Any, ...] = ()
         self.first: dict[str, Any] = {}  # the functions at import
-        self.seen: tuple[Any, ...] = ()  # what the last forward found
+        self.seen: list[Any] = []  # what the last forward found
 
     def begin(self, module: Any, kinds: tuple[type, ...]) -> None:
         """module: transformers' Qwen2 module; kinds: the stock classes that have a fixed class."""
@@ -42,10 +44,9 @@ class Watched:
         self.first = {name: getattr(module, name, None) for name in FUNCTIONS}
         self.seen = self.now()
 
-    def now(self) -> tuple[Any, ...]:
+    def now(self) -> list[Any]:
         """The forwards and functions as they are."""
-        found = vars(self.module)
-        return (*[kind.forward for kind in self.kinds], *[found.get(name) for name in FUNCTIONS])
+        return [*map(FORWARD, self.kinds), *map(vars(self.module).get, FUNCTIONS)]
 
     def foreign(self) -> list[str]:
         """A text for each that is not transformers' own."""
@@ -68,11 +69,16 @@ def foreign_part(code: Any) -> Any:
     return None if home.startswith(HOMES) else code
 
 
+def home_of(code: Any) -> str:
+    """The module of a function or a class. A wrapper takes over that of what it wraps, but not its globals."""
+    home = str(getattr(code, "__module__", None))
+    return str(getattr(code, "__globals__", {}).get("__name__", home)) if home.startswith(HOMES) else home
+
+
 def name_of(code: Any) -> str:
-    """Module and name of a function or a class. A wrapper takes over the name of what it wraps, but not in its code."""
-    home = getattr(code, "__globals__", {}).get("__name__") or getattr(code, "__module__", None)
+    """Module and name of a function or a class. In its code a wrapper has a name of its own."""
     name = getattr(getattr(code, "__code__", None), "co_qualname", None) or getattr(code, "__qualname__", None)
-    return f"{home}.{name or type(code).__qualname__}"
+    return f"{home_of(code)}.{name or type(code).__qualname__}"
 
 
 def notice_replaced(normed: Tensor) -> None:

@@ -25,10 +25,11 @@ from .errors import CheckpointError, ExportError
 from .files.folders import whole_folder
 from .files.packaged import DEMO_CHECKPOINT as CHECKPOINT
 from .files.reading import to_path
-from .model_status import Status, status
+from .model_status import status
 from .patches.range_plan import FLOAT16_MAX
 from .progress import Progress, console_of
 from .results import Record, Result
+from .status_result import Status
 
 PROMPT = "And the LORD said unto Moses,"
 NEW_TOKENS = 48

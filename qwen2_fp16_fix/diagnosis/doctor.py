@@ -15,11 +15,12 @@ import transformers
 from .. import locking
 from ..errors import CheckpointError
 from ..files.reading import to_path
-from ..model_status import Status, status
+from ..model_status import status
 from ..patches.errors import Qwen2FP16FixError, UnsupportedTransformersError
 from ..patches.lock import VARIABLE
 from ..patches.version_map import range_for
 from ..progress import Progress, console_of
+from ..status_result import Status
 from .advice import Recommendation, recommend
 from .checkpoint import config_of, examine_checkpoint
 from .devices import devices, examine_devices

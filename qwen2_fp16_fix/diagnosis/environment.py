@@ -1,6 +1,5 @@
 """The environment of a model: other tools that change Qwen2, and settings of torch that change its numbers."""
 
-import inspect
 import os
 import re
 import sys
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..patches.replaced import FUNCTIONS, foreign_part, home_of
 from ..results import Record
 from ..translations import DOCTOR_TEXTS
 from .devices import Device
@@ -55,7 +55,7 @@ def tools() -> list[Tool]:
 
 
 def replaced_classes() -> dict[str, str]:
-    """Classes of transformers' Qwen2 that another module has replaced or patched: their names and that module."""
+    """Classes and functions of transformers' Qwen2 that another module has replaced or patched, with that module."""
     try:
         stock = import_module(QWEN2_MODULE)
     except ImportError:  # transformers before 4.37
@@ -63,10 +63,13 @@ def replaced_classes() -> dict[str, str]:
     found = {}
     for name, part in vars(stock).items():
         if isinstance(part, type) and RELIED_ON.fullmatch(name):
-            forward = inspect.unwrap(getattr(part, "forward", part))
-            foreign = [thing.__module__ for thing in (part, forward) if not thing.__module__.startswith(OURS)]
-            if foreign:
-                found[name] = foreign[0]
+            by = part if not part.__module__.startswith(OURS) else foreign_part(getattr(part, "forward", None))
+        elif name in FUNCTIONS:
+            by = foreign_part(part)
+        else:
+            continue
+        if by is not None:
+            found[name] = home_of(by)
     return found
 
 

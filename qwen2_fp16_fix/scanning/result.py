@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ScanError
 from ..files.reading import to_path
-from ..model_status import Status
 from ..results import Record, Result
+from ..status_result import Status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

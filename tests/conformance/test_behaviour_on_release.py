@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
+from transformers.models.qwen2 import modeling_qwen2
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
@@ -172,3 +173,34 @@ def test_a_fused_step_ends_every_plan() -> None:
     assert torch.isfinite(logits(model)).all()
     assert all(layer.plan is not None for layer in model.model.layers)
     assert qwen2_fp16_fix.status(model).model.fixed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@in_one_arithmetic
+def test_a_model_built_on_the_meta_device_runs_once_it_has_weights(dtype: torch.dtype) -> None:
+    """No checkpoint holds its frequencies: stock has none then, and raises."""
+    source = stress(STRESS)
+    with torch.device("meta"):
+        model = qwen2_fp16_fix.Qwen2ForCausalLM(source.config).to(dtype).eval()
+    model.load_state_dict({name: weight.to(dtype) for name, weight in source.state_dict().items()}, assign=True)
+    assert kl(logits(source), logits(model)) < CLOSE
+    found = qwen2_fp16_fix.status(model).model
+    assert found.fixed
+    assert all(row.mlp != "by token" and row.keys == "centred" for row in found.ranges)
+
+
+@pytest.mark.parametrize("name", ["norm", "MLP", "rotation"])
+@in_one_arithmetic
+def test_code_replaced_after_the_fix_is_told_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As attribution tools replace it: a fixed model does not run it, so what they compute is wrong."""
+    model = fixed_half(STRESS)
+    logits(model)
+    owner, place = {
+        "norm": (STOCK.Qwen2RMSNorm, "forward"),
+        "MLP": (STOCK.Qwen2MLP, "forward"),
+        "rotation": (modeling_qwen2, "apply_rotary_pos_emb"),
+    }[name]
+    monkeypatch.setattr(owner, place, lambda *args, **kwargs: None)
+    with pytest.warns(qwen2_fp16_fix.PatchConflictWarning, match=place):
+        logits(model)
+    assert "replaced" in qwen2_fp16_fix.status(model).model.problem

@@ -45,6 +45,12 @@ def test_a_forward_replaced_by_another_tool_is_seen(monkeypatch: pytest.MonkeyPa
     assert environment.replaced_classes() == {"Qwen2Attention": "unsloth.models.qwen2"}
 
 
+def test_a_function_replaced_by_another_tool_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed model rotates by itself, so the tool has no effect on it."""
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", lambda *heads: heads)
+    assert environment.replaced_classes() == {"apply_rotary_pos_emb": __name__}
+
+
 def test_our_own_registration_is_no_other_tool() -> None:
     """It wraps the constructor of transformers' Qwen2Model."""
     with qwen2_fp16_fix.registered():

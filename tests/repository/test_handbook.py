@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import typer.main
 import yaml
 from PIL import Image
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import benchmarks.__main__
@@ -126,6 +128,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(qwen2_fp16_fix.export(DEMO, tmp_path_factory.mktemp("hub") / "exported"))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
 @pytest.mark.parametrize("block", PYTHON, ids=name_of)
 def test_python_runs_as_it_stands(
     block: Block, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -138,6 +141,29 @@ def test_python_runs_as_it_stands(
     if "model" in variables:
         found = qwen2_fp16_fix.status(variables["model"]).model
         assert found.fixed, found
+
+
+def test_what_troubleshooting_warns_of_happens() -> None:
+    """Each of these entries is found by its message, which therefore is what a user gets."""
+    headings = re.findall(r"^## (.+)$", read(DOCS / "troubleshooting.md"), re.M)
+    with qwen2_fp16_fix.registered():
+        model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float16)
+    ids, layers = torch.arange(1, 33)[None], model.model.layers
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        assert not states[-2].half().isfinite().all()  # of a layer in the middle, and in a buffer of the model's dtype
+        with pytest.raises(RuntimeError) as caught:
+            torch.nn.Linear(model.config.hidden_size, 2).half()(states[-2])
+        assert any(heading in str(caught.value) for heading in headings)
+        hook = layers[-1].register_forward_hook(lambda layer, inputs, output: output.half())
+        model(ids)
+        with pytest.warns(qwen2_fp16_fix.StalePlanWarning) as warned:
+            model(ids)
+        hook.remove()
+    assert any(heading.lower() in str(warned[0].message) for heading in headings)
+    with pytest.raises(qwen2_fp16_fix.NotQwen2Error) as refused:
+        qwen2_fp16_fix.fix(torch.nn.Linear(2, 2))
+    assert any(heading in str(refused.value) for heading in headings)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason], ids=name_of)

@@ -53,4 +53,11 @@ MUTATIONS = (
         "rounded = None\n        return",
         "tests/patches/test_two_part_keys.py::test_queries_may_be_spiked_as_well[a GPU's-sdpa]",
     ),
+    Mutation(
+        "a tool's function around stock's eager attention counts as its own",
+        FILE,
+        'return "wrapped" if any(',
+        'return "own" if any(',
+        "tests/registration/test_attention_functions.py::test_stocks_eager_inside_something_else_is_refused[closure]",
+    ),
 )

@@ -53,4 +53,11 @@ MUTATIONS = (
         "return False",
         "tests/patches/test_exponents.py::test_what_asks_for_an_exponent_is_proven_and_exact[eager-wide post_norm]",
     ),
+    Mutation(
+        "code that a tool has replaced goes unnoticed",
+        FILE,
+        "notice_replaced(normed)",
+        "pass",
+        "tests/registration/test_refusals.py::test_code_replaced_after_the_fix_is_told_of[forward-fast]",
+    ),
 )
