@@ -116,7 +116,8 @@ def _bytecode_differs(module: types.ModuleType, source: Source) -> bool:
         kept = importlib.util.cache_from_source(path)
     except NotImplementedError:  # a Python that keeps none
         return False
-    return not _keeps(path, source, _state(path), _state(kept))
+    state = _state(kept)
+    return state is not None and not _keeps(path, source, _state(path), state)
 
 
 def _state(path: str) -> tuple[int, ...] | None:

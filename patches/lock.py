@@ -59,7 +59,7 @@ def check_lock(path: str) -> None:
         here["patches"] = _as_copied(here["patches"], lock["patches"])
     else:
         here["package_files"] = package_files()
-    found = differences(lock, here)
+    found = [*differences(lock, here), *(() if IS_REMOTE else strays())]
     if found:
         raise drift(path, found)
 

@@ -17,6 +17,7 @@ from .architecture import QWEN2
 from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401
 from .attention_form import claim_keys  # noqa: F401
+from .autocast import is_full_precision  # noqa: F401
 from .autograd import backward_through  # noqa: F401
 from .blocks import COMMON_PARTS  # noqa: F401
 from .cache_origin import Witness  # noqa: F401

@@ -28,7 +28,7 @@ def code_digests(folder: Path) -> dict[str, str]:
     """The digest of every file in `folder` and below that Python could import, by its path inside `folder`.
 
     folder: may lie inside a zip file, from which Python imports as well.
-    Raises LockFileError if one cannot be read.
+    Raises LockFileError if one cannot be read, or if there are no files, as in a program that was packed into one.
     """
     try:
         found = dict(_on_disk(os.fspath(folder), "") if folder.is_dir() else _in_zip(folder))
@@ -72,10 +72,12 @@ def _digest_of(path: str, seen: tuple[int, ...]) -> str:
 
 
 def _in_zip(folder: Path) -> Iterator[tuple[str, str]]:
-    """As `_on_disk`, of a folder inside a zip file; nothing if there is no such file."""
+    """As `_on_disk`, of a folder inside a zip file. Raises LockFileError if there is no such file."""
     archive = next((parent for parent in folder.parents if parent.is_file()), None)
     if archive is None or not zipfile.is_zipfile(archive):
-        return
+        raise LockFileError(
+            f"{folder} is neither a folder nor in a zip file: the code of such a program is not locked."
+        )
     inside = folder.relative_to(archive).as_posix() + "/"
     with zipfile.ZipFile(archive) as opened:
         for name in opened.namelist():

@@ -46,8 +46,9 @@ def _named_modules(module: types.ModuleType) -> set[str]:
 
 def _decorating_modules(module: types.ModuleType) -> set[str]:
     """Names of the modules of transformers whose functions wrap those of this module or its classes."""
-    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    things = [thing for holder in (module, *own) for thing in vars(holder).values()]
+    named = list(vars(module).values())  # another thread may import meanwhile
+    own = [kind for kind in named if isinstance(kind, type) and kind.__module__ == module.__name__]
+    things = [*named, *(thing for kind in own for thing in list(vars(kind).values()))]
     wrappers = [thing for thing in things if isinstance(thing, types.FunctionType) and hasattr(thing, "__wrapped__")]
     found = {str(wrapper.__globals__.get("__name__")) for wrapper in wrappers}
     return {name for name in found if name.startswith(NAME) and name in sys.modules}
@@ -83,7 +84,9 @@ def upstream_digests(modules: Mapping[str, types.ModuleType]) -> dict[str, str]:
     stock = modules.get("transformers.models.qwen2.modeling_qwen2")
     if stock is None:
         return {}
-    found = {name: source_digest(own) for name, thing in vars(stock).items() if (own := stock_code(thing)) is not None}
+    found = {
+        name: source_digest(own) for name, thing in list(vars(stock).items()) if (own := stock_code(thing)) is not None
+    }
     for module in sorted({stock.__name__, *_named_modules(stock)}):
         for name, entry in _entries(modules.get(module, stock)):
             own = stock_code(entry)

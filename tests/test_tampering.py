@@ -162,6 +162,9 @@ def test_a_change_anywhere_in_the_package_is_named(locked: Path, package: Path, 
     ]
     with pytest.raises(q.LockError) as caught:
         q.register(lock=locked)
+    with pytest.raises(q.LockError) as asked:
+        lock.check_lock(str(locked))  # where the environment names it
+    assert str(asked.value) == str(caught.value)
     assert str(caught.value) == (
         f"this is not what {locked} locks: {' '.join(found[:3])} And 4 more: `qwen2-fp16-fix check {locked}` lists "
         "all. Install what is locked, or lock anew."
