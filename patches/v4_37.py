@@ -66,11 +66,12 @@ class RotaryEmbedding(nn.Module):
     stock_names: ClassVar = {"cos_cached", "sin_cached", "base", "dim"}
     dim: int
     base: float
+    cos_cached: Tensor
     exact_tables: tuple[Tensor, Tensor] | None = None  # not buffers: a cast of the model must not reach them
 
     def forward(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin (seq_len, D) in fp32, on the device of `x`; fp32 models get stock's."""
-        if is_full_precision(x) and not self.get_buffer("cos_cached").is_meta:  # no checkpoint holds the tables
+        if is_full_precision(x) and not self.cos_cached.is_meta:  # no checkpoint holds the tables
             stock: tuple[Tensor, Tensor] = super().forward(x, seq_len)
             return stock
         tables = self.exact_tables
