@@ -1,5 +1,5 @@
 """Importing this module registers the fix, for programs to which only an import can be added."""
 
-from .registration.register import register
+from . import register
 
 register()
