@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .certificate import certify
+    from .certification.certify import certify
     from .diagnosis.doctor import doctor
     from .errors import CheckpointError, ExportError, PublishError, ScanError, VerificationError
     from .hub.export import export
@@ -105,7 +105,7 @@ _HOME = {
     "status": "model_status",
     "is_fixed": "model_status",
     "stock_models": "patches.modeling_qwen2_fp16",
-    "certify": "certificate",
+    "certify": "certification.certify",
     "verify": "verification.verify",
     "export": "hub.export",
     "push": "hub.push",

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .activations.extremes import Magnitudes, overflow_lines
 from .checkpoints.loading import forward, load, quiet
 from .errors import CheckpointError, ExportError
-from .files import DEMO_CHECKPOINT as CHECKPOINT
-from .files import whole_folder
+from .files.packaged import DEMO_CHECKPOINT as CHECKPOINT
+from .files.writing import whole_folder
 from .model_status import Status, status
 from .patches.range_plan import FLOAT16_MAX
 from .progress import Progress, console_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from ._version import __version__
-from .files import write_whole
+from .files.writing import write_whole
 from .patches.errors import LockFileError
 from .patches.lock import (
     FORMAT,

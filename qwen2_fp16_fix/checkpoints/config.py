@@ -1,6 +1,5 @@
 """The config.json of a checkpoint, checked: which model it is of, its sizes, and the code that loads it."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 from packaging.version import Version
 
 from ..errors import CheckpointError
+from ..files import reading
 from ..patches.architecture import QWEN2
 from ..patches.errors import NotQwen2Error
 from ..patches.range_bounds import LayerShape
@@ -36,24 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file with a JSON object. Raises CheckpointError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text, parse_constant=_finite_number, parse_float=_finite_number)
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} is not valid JSON ({error}).") from None
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object.")
-    return found
-
-
-def _finite_number(text: str) -> float:
-    """Raises ValueError for NaN and infinity: Python's JSON reads them, no other JSON does."""
-    found = float(text)
-    if not math.isfinite(found):
-        raise ValueError(f"{text} is no finite number")
-    return found
+    return reading.read_json(path, "another checkpoint", CheckpointError, name=path.name)
 
 
 @contextmanager

@@ -1,19 +1,19 @@
-"""A checkpoint folder: its configuration, and the tensors of its safetensors shards by name, read when asked for."""
+"""A checkpoint folder: its configuration, and its tensors by name, checked by the headers and read when asked for."""
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..patches.architecture import QWEN2
 from ..patches.range_bounds import layer_shapes
 from ..patches.version_map import NUMERICS
-from .config import foreign_code, generates, is_exported, reachable, read_config, read_json, read_shape, read_size
+from .config import foreign_code, generates, is_exported, reachable, read_config, read_shape, read_size
+from .stored import FLOATS, Stored, opened, prefix_of, stored_tensors
 from .weights import (
     LINEARS,
     OUTPUT_LAYERS,
@@ -25,9 +25,8 @@ from .weights import (
     weight_names,
 )
 
-PREFIXES = ("model.", "", "transformer.")
 LM_HEAD = "lm_head.weight"
-Shapes = dict[str, tuple[int, ...]]  # by the names of tensors
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class FolderSource:
@@ -53,8 +52,17 @@ class FolderSource:
         self.layers = read_size(self.config, "num_hidden_layers")
         self.intermediate = read_size(self.config, "intermediate_size")
         self.shape = read_shape(self.config)
-        self.files = shards(path, folder)
-        self.prefix = next((p for p in PREFIXES if f"{p}{QWEN2.final_norm()}.weight" in self.files), "model.")
+        with reachable(path):
+            self.stored = stored_tensors(path, self.config)
+        self.prefix = prefix_of(self.stored, self.config)
+        held = {found[1] for name in self.stored if (found := LAYER.search(name))}
+        if self.layers > len(held):
+            raise CheckpointError(f"config.json has num_hidden_layers = {self.layers}, the weights {len(held)} layers.")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({found.file for found in self.stored.values()})
 
     @property
     def tied(self) -> bool:
@@ -65,29 +73,31 @@ class FolderSource:
         """Raises CheckpointError if a tensor of a Qwen2 is missing, or has another shape than its config asks for.
 
         head: the weight of the output layer that must be there; an lm_head may be tied. A quantised checkpoint has
-        tensors of other names: there only the index is checked, whose tensors the shards must hold.
+        tensors of other names: there nothing more is checked.
         """
-        wanted = {} if self.config.get("quantization_config") else self._wanted_shapes(head)
-        held: dict[Path, Shapes] = {}
-        for name in (*wanted, *self.files):
-            file = self._file(name)
-            if file not in held:
-                held[file] = stored_shapes(file)
-            if name not in held[file]:
-                raise CheckpointError(f"{file.name} does not hold {name}, which its index says: it is another's.")
-            compare_shapes(name, held[file][name], wanted.get(name) or held[file][name])
+        if self.config.get("quantization_config"):
+            return
+        for name, shape in self._wanted_shapes(head):
+            found = self._stored(name)
+            if found.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{name} is stored as {found.dtype}, and config.json has no quantization_config that says how to "
+                    "read it: restore that, or give the original checkpoint."
+                )
+            if shape is not None:
+                compare_shapes(name, found.shape, shape)
 
-    def _wanted_shapes(self, head: str | None) -> dict[str, tuple[int, ...] | None]:
+    def _wanted_shapes(self, head: str | None) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """The tensors that must be there and their shapes, None for a shape that the config does not say."""
         hidden, rows = self.shape.hidden, (read_size(self.config, "vocab_size"), self.shape.hidden)
         layer = layer_shapes(self.shape, self.intermediate)
-        ends = {"embed_tokens.weight": rows, f"{QWEN2.final_norm()}.weight": (hidden,)}
-        found: dict[str, tuple[int, ...] | None] = {f"{self.prefix}{name}": size for name, size in ends.items()}
+        yield f"{self.prefix}embed_tokens.weight", rows
+        yield f"{self.prefix}{QWEN2.final_norm()}.weight", (hidden,)
         for number in range(self.layers):
-            found |= {f"{self.prefix}layers.{number}.{name}": layer[name] for name in self.layer_names(number)}
-        if head and not (head == LM_HEAD and self.tied):
-            found[head] = rows if head == LM_HEAD else None  # a classifier's rows are its labels
-        return found
+            for name in self.layer_names(number):
+                yield f"{self.prefix}layers.{number}.{name}", layer[name]
+        if head and (self.has(head) or not (head == LM_HEAD and self.tied)):
+            yield head, rows if head == LM_HEAD else None  # a classifier's rows are its labels
 
     def layer_names(self, number: int) -> list[str]:
         """Norms, linears and the biases that a Qwen2 has: a checkpoint without one of them is incomplete."""
@@ -104,15 +114,16 @@ class FolderSource:
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has such a tensor."""
-        return name in self.files
+        return name in self.stored
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """A tensor, some rows at a time."""
-        with opened(self._file(name)) as tensors:
+        found = self._readable(name)
+        if len(found.shape) != 2:
+            raise CheckpointError(f"{name} has shape {list(found.shape)}, not rows and columns.")
+        with opened(found.file) as tensors:
             stored = tensors.get_slice(name)
-            if len(stored.get_shape()) != 2:
-                raise CheckpointError(f"{name} has shape {stored.get_shape()}, not rows and columns.")
-            for start in range(0, stored.get_shape()[0], ROWS_READ):
+            for start in range(0, found.shape[0], ROWS_READ):
                 yield check_values(name, stored[start : start + ROWS_READ])
 
     def read(self, name: str) -> Tensor:
@@ -123,15 +134,22 @@ class FolderSource:
             raise UnboundedWeightError(
                 f"the checkpoint is quantised ({method or 'unnamed method'}): its kernels are not bounded"
             )
-        with opened(self._file(name)) as tensors:
+        with opened(self._readable(name).file) as tensors:
             return check_values(name, tensors.get_tensor(name))
 
-    def _file(self, name: str) -> Path:
-        if name not in self.files:
+    def _readable(self, name: str) -> Stored:
+        """A tensor of a type that torch computes with."""
+        found = self._stored(name)
+        if found.dtype not in FLOATS:  # of some types safetensors gives no slice, of others torch has none
+            raise UnboundedWeightError(f"{name} is stored as {found.dtype}: quantised weights are not bounded")
+        return found
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self.stored:
             raise CheckpointError(
                 f"the checkpoint has no tensor {name}: it is incomplete, or its config.json another's."
             )
-        return self.files[name]
+        return self.stored[name]
 
 
 def open_checkpoint(folder: Path) -> FolderSource:
@@ -143,56 +161,24 @@ def open_checkpoint(folder: Path) -> FolderSource:
     source = FolderSource(folder)
     if source.config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised: there is no fp32 to compare with, give the original checkpoint.")
-    check_no_adapter(folder)
+    if source.prefix == "transformer.":
+        raise CheckpointError(f"{folder} answers questions: give a checkpoint of a Qwen2ForCausalLM.")
     source.check_complete()
+    if source.tied and source.has(LM_HEAD):
+        pairs = zip(source.rows(LM_HEAD), source.rows(f"{source.prefix}embed_tokens.weight"), strict=True)
+        if not all(torch.equal(head, embedding) for head, embedding in pairs):
+            raise CheckpointError(
+                f"{folder} holds another {LM_HEAD} than the embedding, to which its config.json ties it, and releases "
+                "of transformers differ in which they use: set tie_word_embeddings to false, or remove the one."
+            )
     return source
-
-
-def check_no_adapter(folder: Path) -> None:
-    """Raises CheckpointError if the folder holds a PEFT adapter."""
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
-
-
-def shards(path: Path, folder: Path) -> dict[str, Path]:
-    """Tensor name to the shard that holds it. path: the folder, or one file in it. Raises CheckpointError."""
-    index = folder / "model.safetensors.index.json"
-    if path.is_dir() and index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise CheckpointError(f"{index.name} has no weight_map from tensors to files: it is damaged.")
-        return {name: folder / file for name, file in listed.items()}
-    file = path if path.is_file() else folder / "model.safetensors"
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"{file.name} is no .safetensors file: convert the checkpoint to safetensors.")
-    if not file.is_file():
-        hint = " (it has .bin files: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
-        raise CheckpointError(f"{folder} has no model.safetensors and no index of shards{hint}.")
-    return dict.fromkeys(stored_shapes(file), file)
-
-
-def stored_shapes(file: Path) -> Shapes:
-    """The shapes of the tensors in a shard, from its header. Raises CheckpointError."""
-    with opened(file) as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, for reading. Raises CheckpointError if it is missing or damaged."""
-    try:
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except FileNotFoundError:
-        raise CheckpointError(f"the shard {file.name} is missing: the download is unfinished.") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error}): it is damaged or half written.") from None
 
 
 def numerics_of_export(folder: Path, config: Mapping[str, Any]) -> int | None:
     """The version of the arithmetic of the code in an exported folder; None if there is none, or it does not say."""
+    file = folder / "version_map.py"
     try:
-        text = (folder / "version_map.py").read_text(encoding="utf-8") if is_exported(config) else ""
+        text = file.read_text(encoding="utf-8") if is_exported(config) and file.is_file() else ""
     except (OSError, ValueError):
         return None
     found = re.search(r"^NUMERICS = (\d+)$", text, re.MULTILINE)

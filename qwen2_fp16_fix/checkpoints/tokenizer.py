@@ -8,7 +8,8 @@ import transformers
 from torch import Tensor
 
 from ..errors import CheckpointError, VerificationError, first_line
-from ..files import PASSAGE, read_utf8
+from ..files.packaged import PASSAGE
+from ..files.reading import read_utf8
 from .folder import FolderSource
 from .loading import quiet
 

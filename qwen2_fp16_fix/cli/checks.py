@@ -36,9 +36,9 @@ def certify(
     as_json: AsJson = False,
 ) -> None:
     """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
-    from .. import certificate
+    from ..certification import certify as certification
 
-    found = certificate.certify(path, progress=Notices())
+    found = certification.certify(path, progress=Notices())
     show(found.to_dict(), found, as_json)
     raise typer.Exit(0 if found.proven else 1)
 

@@ -1,11 +1,11 @@
 """Facts of a checkpoint, from its config.json and the headers of its shards. Only a quick proof reads weights."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from rich.console import Console
 
 from ..checkpoints.config import (
@@ -139,21 +139,11 @@ def code_warnings(facts: dict[str, Any]) -> list[Remark]:
 
 def sizes(source: FolderSource) -> dict[str, Any]:
     """Bytes, parameters, and parameters by stored dtype, from the headers of the shards."""
-    stored, parameters = Counter[str](), 0
-    for file in sorted(set(source.files.values())):
-        try:
-            with safetensors.safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
-                    header = tensors.get_slice(name)
-                    count = 1
-                    for length in header.get_shape():
-                        count *= length
-                    parameters += count
-                    stored[header.get_dtype()] += count
-        except (OSError, safetensors.SafetensorError):
-            raise CheckpointError(f"{file.name} cannot be read: it is missing, damaged or half written.") from None
-    size = sum(file.stat().st_size for file in set(source.files.values()))
-    return {"bytes": size, "parameters": parameters, "stored": dict(stored.most_common())}
+    stored = Counter[str]()
+    for found in source.stored.values():
+        stored[found.dtype] += math.prod(found.shape)
+    size = sum(file.stat().st_size for file in source.files)
+    return {"bytes": size, "parameters": stored.total(), "stored": dict(stored.most_common())}
 
 
 def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) -> Remark:
@@ -163,7 +153,7 @@ def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) ->
     if facts["bytes"] > QUICK:
         seconds = f"{facts['bytes'] / BYTES_A_SECOND:.0f}"
         return remark("checkpoint.certify", command="qwen2-fp16-fix certify PATH", seconds=seconds)
-    from ..certificate import certify
+    from ..certification.certify import certify
 
     found = certify(path, progress)
     facts["proven"] = found.proven

@@ -6,6 +6,7 @@ An export loads with `trust_remote_code=True`, without this package. Its code is
 import errno
 import fnmatch
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,9 +16,10 @@ import huggingface_hub
 
 from .. import locking
 from ..checkpoints.config import reachable, read_config, read_json
-from ..checkpoints.folder import FolderSource, check_no_adapter
+from ..checkpoints.folder import FolderSource
+from ..checkpoints.stored import INDEX
 from ..errors import CheckpointError, ExportError
-from ..files import whole_folder
+from ..files.writing import whole_folder
 from ..patches import errors as patches_errors
 from ..results import Result
 from . import model_card
@@ -25,7 +27,6 @@ from .export_config import check_foreign_code, exported_config, heads_to_check
 
 PATCHES = Path(patches_errors.__file__).parent
 CODE_FILES = tuple(sorted(path.name for path in PATCHES.glob("*.py")))
-INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
 CARRIED = (
     "tokenizer*.json",
@@ -119,12 +120,15 @@ def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
     folder = Path(path_or_repo)
     with reachable(folder):
         if folder.is_dir():
-            return folder.resolve(), _cached_repo(folder.resolve())
+            real = Path(os.path.realpath(folder))
+            return real, _cached_repo(real)
         if folder.exists():
             raise CheckpointError(f"{folder} is a file: give the folder it lies in.")
     if isinstance(path_or_repo, Path) or not is_repo_id(path_or_repo):
         raise CheckpointError(f"there is no {path_or_repo}: give a checkpoint folder, or OWNER/NAME on the Hub.")
-    wanted = ["config.json", "README.md", *CARRIED, *((INDEX, "*.safetensors") if weights != "none" else ())]
+    wanted = ["config.json", "README.md", *CARRIED]
+    if weights != "none":
+        wanted += [INDEX, "*.safetensors", "adapter_config.json"]  # the last to see that it is there
     try:
         found = huggingface_hub.snapshot_download(path_or_repo, allow_patterns=wanted)
     except Exception as error:  # of the Hub, of its HTTP client, which has changed three times, or of the cache
@@ -132,7 +136,7 @@ def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
         raise CheckpointError(
             f"there is no folder {path_or_repo}, nor a repository on the Hub ({type(error).__name__}{offline})."
         ) from None
-    return Path(found).resolve(), path_or_repo
+    return Path(os.path.realpath(found)), path_or_repo
 
 
 def _cached_repo(folder: Path) -> str | None:
@@ -143,7 +147,7 @@ def _cached_repo(folder: Path) -> str | None:
 
 
 def _check_apart(folder: Path, target: Path) -> None:
-    place = target.parent.resolve() / target.name
+    place = Path(os.path.realpath(target.parent), target.name)  # Path.resolve raises for a link to itself, to 3.12
     if place == folder or folder in place.parents:
         raise ExportError(f"{target} lies inside {folder}, which would be exported into itself: name a folder outside.")
     if place in folder.parents:
@@ -154,18 +158,10 @@ def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Pa
     """The shards and their index. Checked: nothing is missing, and transformers would load these files."""
     if weights == "none":
         return []
-    check_no_adapter(folder)
-    source = FolderSource(folder)
-    shards, index = set(source.files.values()), folder / INDEX
-    for shard in shards:
-        if shard.parent != folder:
-            raise ExportError(f"{INDEX} names {shard}, which is not beside it: it is damaged.")
-    single = folder / "model.safetensors"
-    if index.is_file() and single.is_file() and single not in shards:
-        raise ExportError(f"{folder} has model.safetensors and shards beside it: remove the one that is out of date.")
+    source, index = FolderSource(folder), folder / INDEX
     for head in heads_to_check(config):
         source.check_complete(head)
-    return sorted(shards | ({index} if index.is_file() else set()))
+    return [*source.files, *([index] if index.is_file() else [])]
 
 
 def _tokenizer_class(folder: Path) -> str | None:
@@ -187,7 +183,7 @@ def _carried_files(folder: Path) -> list[Path]:
 
 def _check_inside(file: Path, folder: Path) -> None:
     """Raises ExportError for a link out of the checkpoint. A snapshot may link to the blobs of its repository."""
-    real = file.resolve()
+    real = Path(os.path.realpath(file))
     allowed = [folder]
     if _cached_repo(folder) is not None:
         allowed.append(folder.parents[1] / "blobs")
@@ -195,8 +191,10 @@ def _check_inside(file: Path, folder: Path) -> None:
         raise ExportError(
             f"{file} is a link to {real}, outside the checkpoint: put the file itself there if it belongs to it."
         )
-    if not real.is_file():
+    if not file.exists():
         raise CheckpointError(f"{file} is a link to nothing: the download is unfinished.")
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no regular file: remove it, or put the file itself there.")
 
 
 def _place(file: Path, target: Path, link: bool) -> None:

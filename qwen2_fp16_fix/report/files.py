@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ScanError
-from ..files import write_whole
+from ..files.writing import write_whole
 from ..scanning.result import ScanResult
 from ..scanning.scan import check_switch, scan
 from ..verification.saved import read_saved

@@ -9,7 +9,7 @@ import torch
 
 from ..activations.extremes import Break, Extremes, TokenPlace
 from ..activations.sites import SCORES, SitePlace, execution_order
-from ..certificate import Certificate
+from ..certification.result import Certificate
 from ..patches.architecture import QWEN2
 from ..patches.range_plan import FLOAT16_MAX, LIMIT
 from .measurements import LINEAR_INPUTS, Measurements

@@ -1,6 +1,5 @@
 """The prompts of a scan as token ids, and the model and the device that run them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProv
 from ..checkpoints.loading import default_device, device_problem, quiet
 from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import CheckpointError, ScanError, first_line
-from ..files import read_utf8
+from ..files.reading import parse_json, read_utf8
 from ..patches.modeling_qwen2_fp16 import STOCK, check_modules
 from ..patches.swap import base_models, check_weights
 
@@ -45,14 +44,9 @@ def _read_file(path: Path) -> list[Any]:
     text = read_utf8(path, "a file of prompts", ScanError)
     if path.suffix != ".json":
         return [line for line in text.splitlines() if line.strip()]
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ScanError(f"{path} is not valid JSON ({error}).") from None
+    found = parse_json(text, str(path), "another file of prompts", ScanError)
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
         raise ScanError(f'{path} is not a list of texts: write ["first prompt", "second prompt"].')
-    if any("\ud800" <= letter <= "\udfff" for prompt in found for letter in prompt):
-        raise ScanError(f"{path} has a surrogate without its other half, which is no letter: escape both, or write it.")
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..activations.extremes import Break
 from ..activations.layerwise import LayerwiseRun
 from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
-from ..certificate import certify
+from ..certification.certify import certify
 from ..checkpoints.folder import open_checkpoint
 from ..errors import ScanError
 from ..model_status import status

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VerificationError
-from ..files import write_whole
+from ..files.writing import write_whole
 from .result import MeasuredRow
 
 

@@ -129,7 +129,7 @@ def _key(
     gpu = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else ""
     numbers = hashlib.sha256(str(tokens.tolist()).encode()).hexdigest()
     return {
-        "checkpoint": digest_of([*own, *set(source.files.values())]),
+        "checkpoint": digest_of([*own, *source.files]),
         "text": hashlib.sha256(passage.encode()).hexdigest(),
         "tokenizer": numbers,  # by what it made of the text
         "window": settings.window,

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import files
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.errors import ExportError
+from qwen2_fp16_fix.files import writing
 from qwen2_fp16_fix.hub import export
 from tests.hub.examples import contents
 
@@ -106,7 +106,7 @@ def test_kill_leaves_nothing_or_a_whole_folder(
 
 def test_only_leftovers_of_ended_exports_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The temporary folder of an export that still runs, here or on another machine, must not be taken from it."""
-    prefix = f".out.exporting-{files.HOST}-"
+    prefix = f".out.exporting-{writing.HOST}-"
     done = 2**22 + 1  # past the largest number of a process
     dead, alive, other = f"{prefix}{done}-abc", f"{prefix}{os.getppid()}-abc", ".out.exporting-elsewhere-1-abc"
     for name in (dead, alive, other):

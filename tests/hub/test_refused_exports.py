@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix import files
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.errors import CheckpointError, ExportError
+from qwen2_fp16_fix.files import writing
 from qwen2_fp16_fix.patches.errors import NotQwen2Error
 from tests.hub.examples import change_config, contents
 
@@ -113,7 +113,7 @@ def test_a_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
 def test_shards_beside_a_single_file_are_refused(sharded: Path, tmp_path: Path) -> None:
     """transformers would load the one, the index says the others."""
     shutil.copy(CHECKPOINT / "model.safetensors", sharded)
-    with pytest.raises(ExportError, match="out of date"):
+    with pytest.raises(CheckpointError, match="out of date"):
         qwen2_fp16_fix.export(sharded, tmp_path / "out")
 
 
@@ -121,7 +121,7 @@ def test_an_index_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> 
     index = sharded / "model.safetensors.index.json"
     shutil.copy(sharded / "model-00001-of-00004.safetensors", tmp_path / "secret.safetensors")
     index.write_text(index.read_text().replace("model-00001-of-00004", "../secret"))
-    with pytest.raises(ExportError, match="not beside it"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file beside it"):
         qwen2_fp16_fix.export(sharded, tmp_path / "out")
 
 
@@ -176,7 +176,7 @@ def test_a_folder_that_fills_meanwhile_is_left_alone(tmp_path: Path, monkeypatch
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
 
-    monkeypatch.setattr(files, "flush", fill)
+    monkeypatch.setattr(writing, "flush", fill)
     with pytest.raises(ExportError, match="something else is there"):
         qwen2_fp16_fix.export(CHECKPOINT, tmp_path / "out")
     assert contents(tmp_path) == {"out/theirs": b""}

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import qwen2_fp16_fix
 from benchmarks.cost import cost_of
-from qwen2_fp16_fix import certificate
 from qwen2_fp16_fix.diagnosis import self_test
 from qwen2_fp16_fix.patches import numerics
 from qwen2_fp16_fix.scanning import quantisation
@@ -130,8 +129,8 @@ def test_a_plan_is_made_on_a_device_without_fp64() -> None:
     here, there = qwen2_fp16_fix.fix(build(TINY, KINDS).half()), build(TINY, KINDS).half()
     with OnMps():
         qwen2_fp16_fix.fix(there)
-        proof = certificate.certify(there)
-    assert replace(proof, seconds=0) == replace(certificate.certify(here), seconds=0)
+        proof = qwen2_fp16_fix.certify(there)
+    assert replace(proof, seconds=0) == replace(qwen2_fp16_fix.certify(here), seconds=0)
     assert qwen2_fp16_fix.status(there).model == qwen2_fp16_fix.status(here).model
     for one, other in zip(here.model.layers, there.model.layers, strict=True):
         assert torch.equal(one.self_attn.shift, other.self_attn.shift)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import SITES
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.report import picture, style
 from qwen2_fp16_fix.report.files import ScanFiles, read_verification
 from qwen2_fp16_fix.report.page import page

@@ -159,7 +159,7 @@ USED = (
     "qwen2_fp16_fix/__init__.py",
     "qwen2_fp16_fix/code_copies.py",
     "qwen2_fp16_fix/errors.py",
-    "qwen2_fp16_fix/files.py",
+    "qwen2_fp16_fix/files/writing.py",
     "qwen2_fp16_fix/hub/export.py",
     "qwen2_fp16_fix/hub/export_config.py",
     "qwen2_fp16_fix/hub/model_card.py",

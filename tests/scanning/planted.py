@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.cli import commands
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.scanning.result import MeasuredSite, ScanResult
 from tests import stress
 from tests.stress import TINY, random_prompt

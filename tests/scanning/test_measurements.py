@@ -17,7 +17,7 @@ from qwen2_fp16_fix.activations.extremes import Extremes, ScoreExtremes
 from qwen2_fp16_fix.activations.layerwise import LayerwiseRun
 from qwen2_fp16_fix.activations.sites import Attended
 from qwen2_fp16_fix.activations.weights_on_demand import ModelOnDisk
-from qwen2_fp16_fix.certificate import Certificate, LayerCertificate
+from qwen2_fp16_fix.certification.result import Certificate, LayerCertificate
 from qwen2_fp16_fix.checkpoints.folder import FolderSource
 from qwen2_fp16_fix.checkpoints.loading import forward, load
 from qwen2_fp16_fix.scanning.measurements import Measurements

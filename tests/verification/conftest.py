@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.verification import rows, verify
 from qwen2_fp16_fix.verification.result import VerificationResult
 from tests.verification.letters import tiny

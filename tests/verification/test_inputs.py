@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints.loading import load
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from tests.stress import TINY, build
 from tests.verification.letters import TEXT, table, tokenizer
 

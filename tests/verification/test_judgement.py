@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from qwen2_fp16_fix.cli import commands
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.hub.model_card import read_verification
 from qwen2_fp16_fix.verification import verify
 from qwen2_fp16_fix.verification.judgement import shortcomings

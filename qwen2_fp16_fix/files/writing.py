@@ -1,7 +1,4 @@
-"""Reads and writes the files and folders that a user names. Each is written whole or not at all.
-
-An error is one sentence. The paths of the packaged data are here as well.
-"""
+"""Writes the files and folders that a user names, each whole or not at all. An error is one sentence."""
 
 import errno
 import glob
@@ -15,26 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .patches.errors import Qwen2FP16FixError
+from ..patches.errors import Qwen2FP16FixError
 
 logger = logging.getLogger("qwen2_fp16_fix")
 
-DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
-PASSAGE = DEMO_CHECKPOINT / "held_out.txt"  # a text that the demo checkpoint was not trained on
 HOST = re.sub(r"\W", "_", platform.node())[:32]
-
-
-def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
-    """The text of a file. wanted: the kind of file to name instead, as "a text file".
-
-    Raises `refusal` if the file cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark, which is no part of the text
-    except UnicodeDecodeError:
-        raise refusal(f"{path} is not UTF-8: convert it, or name another file.") from None
-    except OSError as error:
-        raise refusal(f"{path} cannot be read ({error.strerror}): name {wanted}.") from None
 
 
 def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal: type[Qwen2FP16FixError]) -> None:
