@@ -1,4 +1,4 @@
-"""What is damaged: a small healthy checkpoint, whole and in shards, its export, and the files that the commands write."""
+"""What is damaged: a small healthy checkpoint, whole and in shards, its export, and what the commands write."""
 
 import atexit
 import functools

@@ -90,7 +90,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def change_tree(tree: Any, chosen: random.Random) -> Any:
-    """The tree with one to three places changed: another value, nothing, a neighbour's value, a key with another name."""
+    """The tree with one to three places changed: another value, none, a neighbour's, or a key of another name."""
     for _ in range(chosen.choice((1, 1, 1, 2, 3))):
         where = places(tree)
         if not where:

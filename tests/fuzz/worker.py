@@ -25,6 +25,7 @@ MEMORY = 2 * 2**30  # bytes that the process may hold at its peak
 SHARE = 100  # inputs that one fork runs
 LONGEST = 1500  # letters of a sentence
 GRACE = 15  # seconds after which a fork that its own alarm did not stop is killed
+LOGGED = re.compile(r"^\[transformers\].*?(?=^(?:qwen2-fp16-fix: |\[transformers\]))", re.MULTILINE | re.DOTALL)
 GOOD, REFUSALS = (0, 1), (2, 3)
 
 
@@ -76,10 +77,11 @@ def complaints(code: int, err: str) -> Iterator[str]:
 
 
 def _complaints_of_sentence(err: str) -> Iterator[str]:
-    """What is wrong with what a refusal has written to stderr: progress (a bar, or lines that end with "…") and a sentence."""
-    err = re.sub(
-        r"^\[transformers\].*?(?=^(?:qwen2-fp16-fix: |\[transformers\]))", "", err, flags=re.MULTILINE | re.DOTALL
-    )
+    """What is wrong with what a refusal has written to stderr: its progress, what transformers logs, and a sentence.
+
+    Progress is a bar, or a line that ends with "…".
+    """
+    err = LOGGED.sub("", err)
     *before, last = err.strip("\n").split("\n")
     if not last.startswith("qwen2-fp16-fix: "):
         yield f"no sentence at the end of stderr: {last[:60]}"
