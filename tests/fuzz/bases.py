@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qwen2_fp16_fix.files import DEMO_CHECKPOINT
+from qwen2_fp16_fix.demo import CHECKPOINT
 from tests.fuzz.worker import call
 
 VOCABULARY = 1024  # that of the demo's tokenizer
@@ -68,7 +68,7 @@ def healthy() -> Path:
     (path / "config.json").write_text(config())
     save_file(tensors(), path / "model.safetensors", {"format": "pt"})
     for name in TOKENIZER:
-        shutil.copyfile(DEMO_CHECKPOINT / name, path / name)
+        shutil.copyfile(CHECKPOINT / name, path / name)
     return path
 
 
