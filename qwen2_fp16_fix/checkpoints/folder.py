@@ -70,7 +70,7 @@ class FolderSource:
         return bool(self.config.get("tie_word_embeddings", False))
 
     def check_complete(self, head: str | None = LM_HEAD) -> None:
-        """Raises CheckpointError if a tensor of a Qwen2 is missing, or has another shape than its config asks for.
+        """Raises CheckpointError if a tensor of a Qwen2 is missing, or is not what its config asks for.
 
         head: the weight of the output layer that must be there; an lm_head may be tied. A quantised checkpoint has
         tensors of other names: there nothing more is checked.
@@ -78,14 +78,29 @@ class FolderSource:
         if self.config.get("quantization_config"):
             return
         for name, shape in self._wanted_shapes(head):
-            found = self._stored(name)
-            if found.dtype not in FLOATS:
-                raise CheckpointError(
-                    f"{name} is stored as {found.dtype}, and config.json has no quantization_config that says how to "
-                    "read it: restore that, or give the original checkpoint."
-                )
-            if shape is not None:
-                compare_shapes(name, found.shape, shape)
+            self._check_header(name, shape)
+        if self.tied and self.has(LM_HEAD):
+            self._check_tied()
+
+    def _check_header(self, name: str, shape: tuple[int, ...] | None) -> None:
+        """Raises CheckpointError if the tensor is missing, or of another type or shape. None stands for any shape."""
+        found = self._stored(name)
+        if found.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{name} is stored as {found.dtype}, and config.json has no quantization_config that says how to read "
+                "it: restore that, or give the original checkpoint."
+            )
+        compare_shapes(name, found.shape, found.shape if shape is None else shape)
+
+    def _check_tied(self) -> None:
+        """Raises CheckpointError if the head is not the embedding: some releases take both, some one for the other."""
+        embedding = f"{self.prefix}embed_tokens.weight"
+        self._check_header(LM_HEAD, self._stored(embedding).shape)
+        if not all(torch.equal(*rows) for rows in zip(self.rows(LM_HEAD), self.rows(embedding), strict=True)):
+            raise CheckpointError(
+                f"{LM_HEAD} is not {embedding}, to which config.json ties it, and releases of transformers differ in "
+                "which they use: set tie_word_embeddings to false, or remove the one."
+            )
 
     def _wanted_shapes(self, head: str | None) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """The tensors that must be there and their shapes, None for a shape that the config does not say."""
@@ -96,7 +111,7 @@ class FolderSource:
         for number in range(self.layers):
             for name in self.layer_names(number):
                 yield f"{self.prefix}layers.{number}.{name}", layer[name]
-        if head and (self.has(head) or not (head == LM_HEAD and self.tied)):
+        if head and not (head == LM_HEAD and self.tied):
             yield head, rows if head == LM_HEAD else None  # a classifier's rows are its labels
 
     def layer_names(self, number: int) -> list[str]:
@@ -104,7 +119,7 @@ class FolderSource:
         return weight_names() + [f"{linear.name}.bias" for linear in QWEN2.linears if linear.bias]
 
     def heads(self) -> list[str]:
-        """The weights of the output layers. With tied embeddings and a head, releases differ in which one they use."""
+        """The weights of the output layers."""
         found = [f"{name}.weight" for name in OUTPUT_LAYERS if self.has(f"{name}.weight")]
         if self.tied:
             found.append(f"{self.prefix}embed_tokens.weight")
@@ -164,13 +179,6 @@ def open_checkpoint(folder: Path) -> FolderSource:
     if source.prefix == "transformer.":
         raise CheckpointError(f"{folder} answers questions: give a checkpoint of a Qwen2ForCausalLM.")
     source.check_complete()
-    if source.tied and source.has(LM_HEAD):
-        pairs = zip(source.rows(LM_HEAD), source.rows(f"{source.prefix}embed_tokens.weight"), strict=True)
-        if not all(torch.equal(head, embedding) for head, embedding in pairs):
-            raise CheckpointError(
-                f"{folder} holds another {LM_HEAD} than the embedding, to which its config.json ties it, and releases "
-                "of transformers differ in which they use: set tie_word_embeddings to false, or remove the one."
-            )
     return source
 
 

@@ -1,11 +1,10 @@
 """The tensors that transformers loads from a checkpoint folder: their files, their names, and what the headers say.
 
-Every supported release loads the same from what is accepted here. A folder is refused where releases differ, or where
-two tensors would be loaded as one parameter.
+Every supported release loads the same from what is accepted here; only a model that answers questions has other names
+before 4.48. A folder is refused where releases differ, or where two tensors would be loaded as one parameter.
 """
 
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
+from ..files.reading import not_a_file
 from ..patches.architecture import QWEN2
 from .config import read_json
 from .weights import OUTPUT_LAYERS, weight_names
@@ -87,14 +87,15 @@ def prefix_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file, for reading. Raises CheckpointError if it is missing, damaged, or no file."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for a writer
-            raise CheckpointError(f"{file.name} is no regular file: put the weights themselves there.")
+        if (other := not_a_file(file.stat().st_mode)) is not None:  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{file.name} is {other}: put the weights themselves there.")
         with safetensors.safe_open(file, framework="pt") as tensors:
             yield tensors
     except FileNotFoundError:
         raise CheckpointError(f"the shard {file.name} is missing: the download is unfinished.") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error}): it is damaged or half written.") from None
+        reason = first_line(error)
+        raise CheckpointError(f"{file.name} cannot be read ({reason}): it is damaged or half written.") from None
 
 
 def _check_beside(folder: Path, config: Mapping[str, Any]) -> None:
@@ -118,6 +119,13 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         with opened(file) as tensors:
+            if (made_by := (tensors.metadata() or {}).get("format")) in (
+                "tf",
+                "flax",
+            ):  # transposed by releases before 5
+                raise CheckpointError(
+                    f"{file.name} has the weights of another framework ({made_by}): save them by torch."
+                )
             for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
                 if name in found:
                     raise CheckpointError(f"{name!r} is in {found[name].file.name} and in {file.name}: remove one.")

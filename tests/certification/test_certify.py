@@ -247,12 +247,14 @@ def test_a_quantised_checkpoint_is_not_proven(folder: Path) -> None:
     assert "quantised (gptq)" in qwen2_fp16_fix.certify(folder).verdict
 
 
-def test_tied_embeddings_are_bounded_beside_a_stored_head(folder: Path) -> None:
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(folder: Path) -> None:
     """Releases differ in which of the two they use."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    edit(folder, lambda t: t["model.embed_tokens.weight"].fill_(6e4))
-    assert "logits" in qwen2_fp16_fix.certify(folder).verdict
+    with pytest.raises(qwen2_fp16_fix.CheckpointError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        qwen2_fp16_fix.certify(folder)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert qwen2_fp16_fix.certify(folder).proven
 
 
 @pytest.mark.parametrize("part", ["model.norm", "lm_head", "model.layers.1.mlp.up_proj"])

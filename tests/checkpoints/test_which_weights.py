@@ -183,7 +183,7 @@ CHANGES: dict[str, Callable[[Folder], None]] = {
 }
 #: Changes that the opener takes, by themselves.
 TAKEN = ["files of other sorts", "tensors of other names", "float64", "fewer layers", "no architecture", "shards"]
-TAKEN += ["index of one", "a name that begins like the prefix", "base model's names", "tied", "no head"]
+TAKEN += ["index of one", "a name that begins like the prefix", "base model's names", "no head"]
 
 
 def loaded(path: Path, name: str) -> dict[str, Tensor]:
