@@ -58,7 +58,7 @@ def many(kind: str, numbers: Sequence[int]) -> int:
     notes: collections.Counter[str] = collections.Counter()
     slowest: dict[str, Any] = {"seconds": 0.0, "number": None}
     peak, wrong, done = 0, 0, 0
-    kinds.prepare(kind)
+    kinds.prepare(kind, numbers)
     for found in worker.run(kind, numbers, kinds.attempt(kind)):
         done += 1
         wrong += bool(found["faults"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from tests.fuzz import bases, proofs
@@ -132,6 +133,11 @@ def changed(chosen: random.Random) -> str:
 
 #: What is run beside `certify`, and how often.
 BESIDE = ((0.70, None), (0.82, "export"), (0.90, "doctor"), (0.97, "scan"), (1.0, "verify"))
+
+
+def prepare(numbers: Sequence[int]) -> None:
+    """Makes the checkpoint."""
+    bases.healthy()
 
 
 def attempt(trial: Trial) -> None:

@@ -1,9 +1,10 @@
 """Every JSON file that the package reads, damaged or exchanged for another one, and the commands that read it."""
 
 import json
+import random
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from qwen2_fp16_fix.patches import lock as patches_lock
 from qwen2_fp16_fix.patches.errors import Qwen2FP16FixError
 from tests.fuzz import bases, proofs
 from tests.fuzz.damage import change_file, change_text, change_tree, dumps
-from tests.fuzz.worker import Trial, cause_of
+from tests.fuzz.worker import SHARE, Trial, cause_of
 
 COUNT = 6000
 LOCK = "qwen2_fp16_fix.lock.json"
@@ -145,10 +146,17 @@ STRANGERS += (bases.prompts, lambda: bases.healthy() / "config.json", lambda: ba
 STRANGERS += (lambda: bases.sharded() / bases.INDEX, lambda: bases.healthy() / "tokenizer.json")
 
 
-def prepare() -> None:
-    """Makes all documents."""
-    for make in (*(reader.base for reader in READERS), *STRANGERS):
+def prepare(numbers: Sequence[int]) -> None:
+    """Makes the documents that these inputs damage. Some take a run of `verify`; the rest is made where it is read."""
+    for make in dict.fromkeys(reader_of(Trial("jsons", number, Path()).random).base for number in numbers):
         make()
+    for make in STRANGERS if len(numbers) > SHARE else ():
+        make()
+
+
+def reader_of(chosen: random.Random) -> Reader:
+    """The reader of an input, by its first random number."""
+    return chosen.choices(READERS, [each.weight for each in READERS])[0]
 
 
 def damage(trial: Trial, file: Path, written: bool) -> str:
@@ -171,7 +179,7 @@ def damage(trial: Trial, file: Path, written: bool) -> str:
 
 def attempt(trial: Trial) -> None:
     """Damages one file, and runs what reads it."""
-    reader = trial.random.choices(READERS, [each.weight for each in READERS])[0]
+    reader = reader_of(trial.random)
     base = reader.base()
     target = bases.placed(base, trial.folder, "checkpoint" if reader.inside else f"{base.stem}.json")
     file = target / reader.inside if reader.inside else target

@@ -1,5 +1,6 @@
 """The kinds of input by their names."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -28,6 +29,6 @@ def attempt(kind: str) -> Attempt:
     return found
 
 
-def prepare(kind: str) -> None:
-    """Makes what the inputs of the kind are damaged copies of, once, before the forks."""
-    getattr(module(kind), "prepare", lambda: None)()
+def prepare(kind: str, numbers: Sequence[int]) -> None:
+    """Makes what these inputs of the kind are damaged copies of, once, before the forks."""
+    module(kind).prepare(numbers)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def build(folder: Path, chosen: random.Random, seed: int) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **settings}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def prepare(numbers: Sequence[int]) -> None:
+    """Nothing: each model is made anew."""
 
 
 def attempt(trial: Trial) -> None:

@@ -24,9 +24,9 @@ SECONDS = 25  # that one input may take
 MEMORY = 2 * 2**30  # bytes that the process may hold at its peak
 SHARE = 100  # inputs that one fork runs
 LONGEST = 1500  # letters of a sentence
-GRACE = 15  # seconds after which a fork that its own alarm did not stop is killed
+GRACE = 60  # seconds more after which a fork that its own alarm did not stop is killed
 LOGGED = re.compile(r"^\[transformers\].*?(?=^(?:qwen2-fp16-fix: |\[transformers\]))", re.MULTILINE | re.DOTALL)
-GOOD, REFUSALS = (0, 1), (2, 3)
+GOOD, REFUSALS, CRASH = (0, 1), (2, 3), 70
 
 
 class Hang(BaseException):
@@ -68,10 +68,12 @@ Attempt = Callable[[Trial], None]
 
 def complaints(code: int, err: str) -> Iterator[str]:
     """What is wrong with how a command has ended."""
-    if "Traceback (most recent call last)" in err or code == main.CRASH:
+    if "Traceback (most recent call last)" in err or code == CRASH:
         yield f"exit code {code}, {cause_of(err)}"
     elif code not in (*GOOD, *REFUSALS):
         yield f"exit code {code}"
+    elif "not enough memory" in err:
+        yield "more memory than the limit"
     elif code in REFUSALS:
         yield from _complaints_of_sentence(err)
 
@@ -90,7 +92,7 @@ def _complaints_of_sentence(err: str) -> Iterator[str]:
     elif not last.endswith((".", "`")):
         yield f"no whole sentence: {last[:80]}"
     for line in before:
-        if not line.rstrip().endswith("…") and "━" not in line:
+        if line.strip() and not line.rstrip().endswith("…") and "━" not in line:
             yield f"more than a sentence on stderr: {line[:60]}"
             break
 
@@ -117,7 +119,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
             code = end.code
         except Exception:  # what main.main() itself lets through
             traceback.print_exc()
-            code = main.CRASH
+            code = CRASH
         finally:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
@@ -141,14 +143,13 @@ def _redirected(descriptor: int, file: Any) -> Iterator[None]:
         os.close(kept)
 
 
-def attempt(kind: str, number: int, make: Attempt, seconds: float = SECONDS) -> dict[str, Any]:
+def attempt(kind: str, number: int, make: Attempt) -> dict[str, Any]:
     """Runs one input in this process and says how it went, as plain data."""
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="qwen2-fp16-fix-fuzz-"))
     trial = Trial(kind, number, folder)
     _forget_peak()
-    signal.signal(signal.SIGALRM, _hang)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    _set_alarm(SECONDS)
     try:
         make(trial)
     except Hang:
@@ -164,8 +165,23 @@ def attempt(kind: str, number: int, make: Attempt, seconds: float = SECONDS) -> 
     return found | {"peak": peak, "seconds": round(time.monotonic() - started, 3)}
 
 
-def _hang(*_: Any) -> None:
-    raise Hang
+def _set_alarm(seconds: float) -> None:
+    """Raises Hang in this many seconds. The time for which this process waits for a core does not count."""
+    ends = time.monotonic() + seconds - _queued()
+
+    def ring(*_: Any) -> None:
+        left = ends + _queued() - time.monotonic()
+        if left <= 0.01:
+            raise Hang
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _queued() -> float:
+    """Seconds for which this process could have run but for others on its cores."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
 def _status(name: str) -> int:
