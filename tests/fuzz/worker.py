@@ -24,7 +24,7 @@ SECONDS = 25  # that one input may take
 MEMORY = 2 * 2**30  # bytes that the process may hold at its peak
 SHARE = 100  # inputs that one fork runs
 LONGEST = 1500  # letters of a sentence
-GRACE = 60  # seconds more after which a fork that its own alarm did not stop is killed
+GRACE = 275  # seconds more after which a fork that its own alarm did not stop is killed
 LOGGED = re.compile(r"^\[transformers\].*?(?=^(?:qwen2-fp16-fix: |\[transformers\]))", re.MULTILINE | re.DOTALL)
 GOOD, REFUSALS, CRASH = (0, 1), (2, 3), 70
 
