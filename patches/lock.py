@@ -1,6 +1,6 @@
 """What the environment says: whether the fix is switched off, and which lock must hold.
 
-A lock lists everything that decides a fixed model's numbers. This file reads one and says how an environment differs.
+A lock lists everything that decides a fixed model's numbers. This file says how an environment differs from one.
 
 With QWEN2_FP16_FIX_LOCK=FILE in the environment nothing is fixed and no fixed model is built if anything differs from
 FILE. That guards against accidents and drift, not against an attacker: whoever can edit the files beside this one can
@@ -8,39 +8,32 @@ edit this one. Against an attacker pin the commit, or check from outside (`qwen2
 """
 
 import functools
-import hashlib
-import importlib.machinery
-import inspect
-import json
 import os
-import types
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from .errors import LockError, LockFileError
+from .errors import LockError
+from .loaded_code import other_code
+from .lock_file import read_lock
+from .source_files import code_digests, sha256, tree_digest
+from .upstream_code import FOLDER, entered_modules, file_of, unlike_record, upstream_digests
 from .version_map import NUMERICS
 
-FORMAT = 1
 VARIABLE = "QWEN2_FP16_FIX_LOCK"
 SWITCH = "QWEN2_FP16_FIX"
 HERE = Path(__file__).parent
 
-#: What a lock must hold to be one.
-FIELDS: dict[str, type] = {
-    "package": str,
-    "numerics": int,
-    "transformers": str,
-    "torch": str,
-    "patches": dict,
-    "upstream": dict,
-}
+#: Whether these files are remote code, which came with a model: the package around them may not be there at all.
+IS_REMOTE = __name__.startswith("transformers_modules.")
+#: The package whose code this is.
+OWN = str(__package__) if IS_REMOTE else str(__package__).rpartition(".")[0]
 
-#: transformers' tables of functions that its Qwen2 uses: attention implementations and RoPE variants.
-TABLES = ("ALL_ATTENTION_FUNCTIONS", "ROPE_INIT_FUNCTIONS")
+SHOWN = 3  # differences in an error; `check` lists all of them
 
 
 def is_switched_off() -> bool:
@@ -57,11 +50,16 @@ def check_when_asked() -> None:
 
 @functools.cache  # one check a process for each path; errors are not cached
 def check_lock(path: str) -> None:
-    """Raises LockError if the files beside this one, transformers or torch differ from the lock at `path`."""
+    """Raises LockError if the code of this fix, transformers or torch differ from the lock at `path`.
+
+    As remote code, of this fix only the files beside this one are compared. The error says so.
+    """
     lock, here = read_lock(path), describe()
-    if __name__.startswith("transformers_modules."):
+    if IS_REMOTE:
         here["patches"] = _as_copied(here["patches"], lock["patches"])
-    found = differences(lock, here)
+    else:
+        here["package_files"] = package_files()
+    found = [*differences(lock, here), *(() if IS_REMOTE else strays())]
     if found:
         raise drift(path, found)
 
@@ -76,100 +74,56 @@ def _as_copied(files: Mapping[str, str], locked: Mapping[str, str]) -> dict[str,
 
 
 def drift(path: str | Path, found: Sequence[str]) -> LockError:
-    """The error for these differences from the lock at `path`."""
-    return LockError(f"this is not what {path} locks: {' '.join(found)} Install what is locked, or lock anew.")
+    """The error for these differences from the lock at `path`: the first ones, and how many there are."""
+    left = len(found) - SHOWN
+    more = f" And {left} more: `qwen2-fp16-fix check {path}` lists all." if left > 0 else ""
+    limits = " Of the fix, only the files that came with the model were compared." if IS_REMOTE else ""
+    return LockError(
+        f"this is not what {path} locks: {' '.join(found[:SHOWN])}{more}{limits} Install what is locked, or lock anew."
+    )
 
 
-def describe(folder: Path = HERE) -> dict[str, Any]:
-    """The part of a lock on patches, by default those beside this file, and on the transformers and torch that run."""
+def describe(folder: Path | None = None) -> dict[str, Any]:
+    """What a lock holds, but for the package: on the patches in `folder`, and on the transformers and torch that run.
+
+    folder: by default the one with this file; then the functions in it are compared with their source as well.
+    `all_files`, the digest of every file of transformers, goes into no lock.
+    """
+    upstream = entered_modules()
+    all_files = code_digests(FOLDER)
+    own = {name: each for name, each in list(sys.modules.items()) if f"{name}.".startswith(f"{OWN}.")}
     return {
         "numerics": NUMERICS,
         "transformers": transformers.__version__,
         "torch": str(torch.__version__),
-        "patches": hash_files(folder),
-        "upstream": upstream_digests(),
+        "patches": hash_files(folder or HERE),
+        "upstream": upstream_digests(upstream),
+        "upstream_files": {name: all_files[name] for name in map(file_of, upstream.values()) if name in all_files},
+        "upstream_tree": tree_digest(all_files),
+        "other_code": other_code(upstream if folder else upstream | own),
+        "all_files": all_files,
     }
 
 
-def read_lock(path: str | Path) -> dict[str, Any]:
-    """The lock at `path`. Raises LockFileError for anything else."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise LockFileError(
-            f"{path} cannot be read as a lock ({reason}): make one with `qwen2-fp16-fix lock`."
-        ) from None
-    if not isinstance(found, dict) or "format" not in found:
-        raise LockFileError(f"{path} is no lock: make one with `qwen2-fp16-fix lock`.")
-    if found["format"] != FORMAT:
-        raise LockFileError(
-            f"{path} is a lock of format {found['format']!r}, and this version reads {FORMAT}: lock anew, or install "
-            "the version that made it."
-        )
-    broken = [name for name, kind in FIELDS.items() if not isinstance(found.get(name), kind) or not found[name]]
-    if broken:
-        raise LockFileError(f"{path} is a lock without {', '.join(broken)}: make it anew with `qwen2-fp16-fix lock`.")
-    return found
-
-
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in `folder` that Python could import, by its name."""
-    return {path.name: sha256(path.read_bytes()) for path in sorted(folder.iterdir()) if is_importable(path)}
+    """The digest of every file in `folder` that Python could import, by its name."""
+    return {name: digest for name, digest in code_digests(folder).items() if "/" not in name}
 
 
-def is_importable(path: Path) -> bool:
-    """Whether Python could import this file. Extension modules count: Python prefers them to a source beside them."""
-    return path.name.endswith(tuple(importlib.machinery.all_suffixes())) and path.is_file()
+def strays(folder: Path | None = None) -> Iterator[str]:
+    """Importable files in folders inside `folder`. A lock lists none, and Python prefers a folder to a file."""
+    for name in code_digests(folder or HERE):
+        if "/" in name:
+            yield f"{name} is not in the lock."
 
 
-def sha256(content: bytes) -> str:
-    """The digest in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def upstream_digests() -> dict[str, str]:
-    """A digest of each class and function of transformers that its Qwen2 module defines, imports or has in a table.
-
-    The fix overrides fewer, but masks, caches and generation decide the numbers too.
-    """
-    try:
-        from transformers.models.qwen2 import modeling_qwen2 as stock
-    except ImportError:  # a release before Qwen2
-        return {}
-    named = dict(vars(stock))
-    for table in TABLES:
-        named |= {f"{table}[{key}]": value for key, value in dict(getattr(stock, table, {})).items()}
-    return {name: source_digest(own) for name in sorted(named) if (own := upstream_code(named[name])) is not None}
-
-
-def upstream_code(thing: Any) -> Any:
-    """A class or function of transformers, or the stock class of a drop-in class; None for anything else."""
-    for candidate in getattr(thing, "__mro__", (thing,)):
-        is_code = isinstance(candidate, (type, types.FunctionType))
-        if is_code and str(candidate.__module__).startswith("transformers.") and candidate.__name__ == thing.__name__:
-            return candidate
-    return None
-
-
-@functools.cache  # it searches source files; a class or function does not change once it is imported
-def source_digest(thing: Any) -> str:
-    """SHA-256 of the source of a class or function, or of its compiled code if the source is not installed."""
-    try:
-        return sha256(inspect.getsource(thing).encode())
-    except (OSError, TypeError):
-        return "code " + sha256(_compiled(thing).encode())
-
-
-def _compiled(thing: Any) -> str:
-    """A class, function, code object or constant as text; the text is the same in each process of a Python version."""
-    if isinstance(thing, type):
-        return repr([(name, _compiled(f)) for name, f in sorted(vars(thing).items()) if inspect.isfunction(f)])
-    if isinstance(thing, types.FunctionType):
-        return _compiled(inspect.unwrap(thing).__code__)
-    if isinstance(thing, types.CodeType):
-        return repr((thing.co_code, thing.co_names, thing.co_varnames, [_compiled(c) for c in thing.co_consts]))
-    return repr(sorted(map(repr, thing))) if isinstance(thing, frozenset) else repr(thing)
+def package_files() -> dict[str, str]:
+    """The digest of every file of the installed package that Python could import, without those of `patches/`."""
+    return {
+        f"{OWN}/{name}": digest
+        for name, digest in code_digests(HERE.parent).items()
+        if not name.startswith(f"{HERE.name}/")
+    }
 
 
 def differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -180,22 +134,25 @@ def differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
             sentences.append(f"{title} {found[name]} is installed, {lock[name]} is locked.")
     if "numerics" in found and found["numerics"] != lock["numerics"]:
         sentences.append(f"The numerics are version {found['numerics']}, {lock['numerics']} is locked.")
-    return [*sentences, *file_differences(lock["patches"], found["patches"]), *_upstream_differences(lock, found)]
+    sentences += file_differences(lock["patches"], found["patches"])
+    if "package_files" in found:
+        sentences += file_differences(lock["package_files"], found["package_files"])
+    return [*sentences, *_upstream_differences(lock, found), *_other_code(lock["other_code"], found["other_code"])]
 
 
-def file_differences(locked: Mapping[str, str], found: Mapping[str, str]) -> Iterable[str]:
-    """A sentence for each file that differs from the lock, is missing, or is not in the lock."""
+def file_differences(locked: Mapping[str, str], found: Mapping[str, str], of: str = "") -> Iterable[str]:
+    """A sentence for each file that differs from the lock, is missing, or is not in the lock. of: whose files."""
     for name in sorted({*locked, *found}):
         if name not in found:
-            yield f"{name} is locked and missing."
+            yield f"{name}{of} is locked and missing."
         elif name not in locked:
-            yield f"{name} is not in the lock."
+            yield f"{name}{of} is not in the lock."
         elif found[name] != locked[name]:
-            yield f"{name} is not the file that was locked."
+            yield f"{name}{of} is not the file that was locked."
 
 
-def _upstream_differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[str]:
-    """One sentence for another transformers release; for the locked one, a sentence for each class that differs."""
+def _upstream_differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for another transformers release; for the locked one, a sentence for each thing that differs."""
     locked, there = lock["upstream"], found["upstream"]
     changed = [name for name in locked if there.get(name) != locked[name]]
     if lock["transformers"] != found["transformers"]:
@@ -204,3 +161,32 @@ def _upstream_differences(lock: Mapping[str, Any], found: Mapping[str, Any]) -> 
         return
     for name in changed:
         yield f"{name} of transformers {'is not the code that was locked' if name in there else 'is not there'}."
+    named = lock["upstream_files"]
+    beside = {_importable_as(name) for name in named}
+    near = {name: digest for name, digest in found["all_files"].items() if _importable_as(name) in beside}
+    sentences = list(file_differences(named, near, " of transformers"))
+    yield from sentences
+    if lock["upstream_tree"] != found["upstream_tree"]:
+        yield from _other_files(found["all_files"], {*named, *near}, bool(sentences))
+
+
+def _importable_as(name: str) -> str:
+    """The module that a file would be imported as, as a path: an extension or a folder may hide a source."""
+    return name.partition(".")[0].removesuffix("/__init__")
+
+
+def _other_files(files: Mapping[str, str], named: set[str], is_explained: bool) -> Iterator[str]:
+    """A sentence on changed files that a lock does not list, where pip can name them or where nothing else differs."""
+    others = [name for name in unlike_record(files) if name not in named]
+    more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+    if others:
+        yield f"Other files of transformers are not as they were installed: {', '.join(others[:SHOWN])}{more}."
+    elif not is_explained:
+        yield "Some file of transformers is not the one that was locked, and pip's record does not say which."
+
+
+def _other_code(locked: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each function that runs other code than its source, unless the lock says the same of it."""
+    for place, whose in found.items():
+        if locked.get(place) != whose:
+            yield f"{place} is not what its source says: in its place is {whose}."

@@ -28,7 +28,9 @@ from .errors import Qwen2FP16FixError  # noqa: F401
 from .key_centring import CentredKeys  # noqa: F401
 from .layer_plan import Plan  # noqa: F401
 from .linears import load_problem, note_made_up  # noqa: F401
+from .loaded_code import other_code  # noqa: F401
 from .lock import check_when_asked, is_switched_off
+from .lock_file import read_lock  # noqa: F401
 from .numerics import rotate  # noqa: F401
 from .overflow import OverflowWatch  # noqa: F401
 from .planning import expect_plans, plan_layers
@@ -40,11 +42,13 @@ from .replaced import WATCHED
 from .rotary import RotaryEmbedding  # noqa: F401
 from .scaling import Scaled  # noqa: F401
 from .sdpa import sdpa_attention  # noqa: F401
+from .source_files import code_digests  # noqa: F401
 from .stock_wanted import stock_is_wanted, stock_models
 from .structure import check_structure, warn_if_untested
 from .swap import NAME_BEFORE, base_models, check_model, exchange, exchange_all, known_class, layers_of
 from .symbolic import is_symbolic  # noqa: F401
 from .two_part_keys import Split  # noqa: F401
+from .upstream_code import upstream_digests  # noqa: F401
 from .v4_37 import PARTS as PARTS_4_37
 from .v4_45 import PARTS as PARTS_4_45
 from .v4_48 import PARTS as PARTS_4_48

@@ -24,10 +24,12 @@ from .checkpoints.loading import forward, load, quiet
 from .errors import CheckpointError, ExportError
 from .files.folders import whole_folder
 from .files.packaged import DEMO_CHECKPOINT as CHECKPOINT
-from .model_status import Status, status
+from .files.reading import to_path
+from .model_status import status
 from .patches.range_plan import FLOAT16_MAX
 from .progress import Progress, console_of
 from .results import Record, Result
+from .status_result import Status
 
 PROMPT = "And the LORD said unto Moses,"
 NEW_TOKENS = 48
@@ -128,8 +130,9 @@ def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstrati
 
 def save(folder: Path) -> None:
     """Copies the checkpoint to a new folder, for commands that take one. Raises ExportError if that fails."""
-    with whole_folder(folder.absolute(), ExportError) as written:
-        shutil.copytree(CHECKPOINT, written, dirs_exist_ok=True)
+    with whole_folder(to_path(folder, ExportError).absolute(), ExportError) as written:
+        for file in CHECKPOINT.iterdir():  # shutil.copytree does not say why it failed
+            shutil.copyfile(file, written / file.name)
 
 
 def _as_promised(rows: list[DemoRow]) -> bool:

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from ._version import __version__
+from .files.reading import read_bytes, read_json, to_path
 from .files.writing import write_whole
 from .patches.errors import LockFileError
 from .patches.lock import (
-    FORMAT,
-    HERE,
     describe,
     differences,
     drift,
     file_differences,
     hash_files,
-    is_importable,
-    read_lock,
+    package_files,
+    strays,
 )
+from .patches.lock_file import FORMAT, LIMIT, read_lock
 from .patches.version_map import range_for
 from .results import Result
 
@@ -37,13 +37,14 @@ class LockCheck(Result):
     """The result of `check`."""
 
     lock: str  # the file
+    folder: str | None  # an exported folder that was compared, and not the installed files
     differences: list[str]  # a sentence each
     passed: bool  # there are none
 
     def summary(self) -> str:
         """The first difference, and their number."""
         if self.passed:
-            return f"nothing differs from {self.lock}"
+            return f"nothing differs from {self.lock}{self._limits()}"
         noun = "difference" if len(self.differences) == 1 else "differences"
         return f"{len(self.differences)} {noun} from {self.lock}, first: {self.differences[0]}"
 
@@ -51,20 +52,27 @@ class LockCheck(Result):
         """The differences, one below the other."""
         from rich.text import Text
 
-        return Text("\n".join(self.differences) or f"Nothing differs from {self.lock}.")
+        return Text("\n".join(self.differences) or f"Nothing differs from {self.lock}{self._limits()}.")
+
+    def _limits(self) -> str:
+        """What was not compared, to go on with in a sentence."""
+        return "" if self.folder is None else f"; of the fix, only the files in {self.folder} were compared"
 
 
 def make_lock() -> dict[str, Any]:
-    """The lock of this installation: versions, and a SHA-256 of every patch file and of all code it relies on.
+    """The lock of this installation: versions, and SHA-256 of the code of this package and of what it relies on.
 
-    Raises UnsupportedTransformersError for a transformers that is not supported.
+    Raises UnsupportedTransformersError for a transformers that is not supported, and LockFileError if a file of code
+    cannot be read.
     """
     range_for(transformers.__version__)
-    return {"format": FORMAT, **_installed()}
+    found = _installed()
+    del found["all_files"]
+    return {"format": FORMAT, **found}
 
 
 def _installed() -> dict[str, Any]:
-    return {"package": __version__, **describe()}
+    return {"package": __version__, "package_files": package_files(), **describe()}
 
 
 def lock(path: str | Path, force: bool = False) -> Path:
@@ -73,9 +81,10 @@ def lock(path: str | Path, force: bool = False) -> Path:
     Raises LockFileError if it cannot be written, or if `path` holds anything else and `force` is not given, and
     UnsupportedTransformersError for a transformers that is not supported.
     """
-    path, content = Path(path), as_text(make_lock()).encode()
+    path = to_path(path, LockFileError)
+    content = as_text(make_lock()).encode()
     try:
-        there = path.read_bytes() if path.exists() and not force else None
+        there = read_bytes(path, "another file", LockFileError, LIMIT) if path.exists() and not force else None
     except OSError as error:
         raise LockFileError(f"{path} cannot be written ({error.strerror}): name another file.") from None
     if there is None:
@@ -94,30 +103,31 @@ def check(lock: str | Path, folder: str | Path | None = None) -> LockCheck:
     """Compares this installation with the lock in the file `lock`.
 
     folder: an exported folder, whose files are then compared instead of the installed ones. None of its code runs.
-    Sources are compared, not the bytecode that Python keeps of them.
     Returns a LockCheck: `passed`, and in `differences` a sentence for each difference.
     Raises LockFileError if the file is no lock, or the folder is not there.
     """
-    found = find_differences(lock, None if folder is None else Path(folder))
-    return LockCheck(lock=str(lock), differences=found, passed=not found)
+    found = find_differences(lock, None if folder is None else to_path(folder, LockFileError))
+    return LockCheck(
+        lock=str(lock), folder=None if folder is None else str(folder), differences=found, passed=not found
+    )
 
 
 def find_differences(lock: str | Path, folder: Path | None = None) -> list[str]:
     """The differences that `check` reports, a sentence each."""
-    locked = read_lock(lock)
+    locked = read_lock(to_path(lock, LockFileError))
     if folder is None:
-        return [*differences(locked, _installed()), *_strays(HERE)]
+        return [*differences(locked, _installed()), *strays()]
     if not folder.is_dir():
         raise LockFileError(f"{folder} is no folder: name one that `qwen2-fp16-fix export` has made.")
     found = describe(folder)
     del found["numerics"]  # of this package, not of the folder
-    return [*differences(locked, found), *_strays(folder), *_foreign_code(folder, locked["patches"])]
+    return [*differences(locked, found), *strays(folder), *_foreign_code(folder, locked["patches"])]
 
 
 def changed_files(folder: Path) -> list[str]:
     """The differences of an exported folder's code from the lock in it. Installed versions are not compared."""
     locked = read_lock(folder / FILE_NAME)["patches"]
-    return [*file_differences(locked, hash_files(folder)), *_strays(folder), *_foreign_code(folder, locked)]
+    return [*file_differences(locked, hash_files(folder)), *strays(folder), *_foreign_code(folder, locked)]
 
 
 def require_lock(lock: str | Path) -> None:
@@ -127,23 +137,15 @@ def require_lock(lock: str | Path) -> None:
         raise drift(lock, found)
 
 
-def _strays(folder: Path) -> Iterator[str]:
-    """Importable files in folders inside `folder`. A lock lists none, and Python prefers a folder to a file."""
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if len(inside.parts) > 1 and "__pycache__" not in inside.parts and is_importable(path):
-            yield f"{inside.as_posix()} is not in the lock."
-
-
 def _foreign_code(folder: Path, locked: Mapping[str, str]) -> Iterator[str]:
     """Code that the configurations in `folder` make transformers run, if the lock lacks it."""
     for path in sorted(folder.glob("*config.json")):
         try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            content = read_json(path, "another file", LockFileError)
+        except LockFileError:
             yield f"{path.name} cannot be read."
             continue
-        for reference in _strings(content.get("auto_map") if isinstance(content, dict) else None):
+        for reference in _strings(content.get("auto_map")):
             if f"{reference.rpartition('.')[0]}.py" not in locked:
                 named = reference.rpartition("--")[2]  # without the repository's owner: doctor's report is published
                 yield f"{path.name} names {named}, which is not in the lock."

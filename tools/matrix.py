@@ -88,7 +88,7 @@ def run_suite(environments: Environments, version: str, threads: int, **variable
     path = os.pathsep.join(map(str, (release, layer)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "QWEN2_"))}
     environment |= {"PYTHONPATH": path, "QWEN2_FP16_FIX_MATRIX": version, "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    environment |= {"OMP_NUM_THREADS": str(threads), **variables}
     command = [str(environments.python), "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider"]
     command += ["-o", "filterwarnings=default", f"--junitxml={report}"]  # old releases warn about much in a new torch
     try:

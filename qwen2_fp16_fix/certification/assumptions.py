@@ -15,33 +15,37 @@ EPSILONS = (2.0**-100, 1e30)
 FP32_MAX = 2.0**128
 BY_TOKEN = (
     "every layer has its weights whole and keeps its exponents: layers that are offloaded, sharded, quantised, adapted "
-    "or in training scale by token, which is not proven"
+    "or trained scale by token, which is not proven"
 )
+
+
+#: Of a config: of the attention weights, and of what a head for tokens reads.
+DROPOUTS = ("attention_dropout", "classifier_dropout", "hidden_dropout")
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """What a proof rests on beside the weights."""
 
-    positions: int  # tokens, those of the cache included
-    dropout: float  # of the attention weights, in training
+    positions: int  # tokens, those of the answer included
+    dropouts: tuple[str, ...]  # what training drops, in sentences
 
     def sentences(self) -> list[str]:
         """Each in a sentence."""
-        found = [f"no prompt is longer than {self.positions:,} tokens, its answer included", BY_TOKEN]
-        return found + ([f"it is not in training: {dropout_text(self.dropout)}"] if self.dropout else [])
+        longest = f"prompt and answer together are no longer than {self.positions:,} tokens"
+        return [longest, BY_TOKEN, *(f"it is not in training: {dropout}" for dropout in self.dropouts)]
 
 
-def dropout_text(dropout: float) -> str:
-    """What dropout does to the values of attention."""
-    factor = f"{1 / (1 - dropout):.3g} times as large" if dropout < 1 else "0"
-    return f"its attention_dropout of {dropout:g} makes the attention weights that it keeps {factor}"
+def assumptions_of(config: Mapping[str, Any], positions: int) -> Assumptions:
+    """What a proof assumes of a model with that config."""
+    return Assumptions(positions, tuple(text for name in DROPOUTS if (text := dropout_text(name, config.get(name)))))
 
 
-def dropout_of(config: Mapping[str, Any]) -> float:
-    """The share of attention weights that a config drops in training; 0 for a value that is no share."""
-    found = config.get("attention_dropout")
-    return float(found) if isinstance(found, int | float) and 0 < found <= 1 else 0.0
+def dropout_text(name: str, share: Any) -> str | None:
+    """What dropout does in training to the numbers that it keeps. None if it drops nothing."""
+    if not isinstance(share, int | float) or not 0 < share < 1:  # with a share of 1 nothing is left but zeros
+        return None
+    return f"its {name} of {share:g} makes what it keeps {1 / (1 - share):.3g} times as large"
 
 
 def unbounded_settings(config: Mapping[str, Any], epsilons: Iterable[Any]) -> list[str]:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ..checkpoints.folder import FolderSource
 from ..checkpoints.loaded_model import ModelSource
+from ..errors import CheckpointError
+from ..files.reading import to_path
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
-from .assumptions import EPSILON, Assumptions, dropout_of, residual_obstacles, unbounded_settings
+from .assumptions import EPSILON, assumptions_of, residual_obstacles, unbounded_settings
 from .casting import casting_losses
 from .ends import certify_ends
-from .in_memory import by_token, changed_parts, obstacles
+from .in_memory import by_token, changed_parts, obstacles, unfixable
 from .layer import certify_layer
 from .result import Certificate, LayerCertificate
 from .text import verdict_of
@@ -36,7 +38,9 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
     """
     started = time.monotonic()
     source: FolderSource | ModelSource = (
-        ModelSource(model_or_path) if isinstance(model_or_path, nn.Module) else FolderSource(Path(model_or_path))
+        ModelSource(model_or_path)
+        if isinstance(model_or_path, nn.Module)
+        else FolderSource(to_path(model_or_path, CheckpointError))
     )
     if isinstance(source, FolderSource):
         source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
@@ -47,7 +51,7 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
         return stored.half()
 
     config, unbounded = settings_of(source)
-    assumed = Assumptions(source.shape.positions, dropout_of(config))
+    assumed = assumptions_of(config, source.shape.positions)
     logits, residual, reasons = certify_ends(source, cast)
     layers = []
     for number in with_bar(range(source.layers), "bounding layers", progress):
@@ -86,6 +90,8 @@ def settings_of(source: FolderSource | ModelSource) -> tuple[Mapping[str, Any], 
 
 def in_memory(source: ModelSource, layers: list[LayerCertificate]) -> Iterator[str]:
     """What keeps the layers of a loaded model from running as the bounds have it, for layers that are proven."""
+    if conflict := unfixable(source.base):
+        yield conflict
     unplanned = by_token(source.base)
     for found, layer in zip(layers, layers_of(source.base), strict=True):
         if found.proven:

@@ -45,7 +45,8 @@ def read_final_norm(source: WeightSource, cast: Cast) -> tuple[Tensor, list[str]
     """The gain (hidden,) of the final norm, infinite if it cannot be read, and the obstacles to a proof."""
     hidden, name = source.shape.hidden, f"{source.prefix}norm.weight"
     try:
-        gain = check_shape(name, cast(name, source.read(name)), (hidden,))
+        gain = check_shape(name, source.read(name), (hidden,))  # in fp32 it is not rounded under autocast
+        cast(name, gain)
     except UnboundedWeightError as reason:
         return torch.full((hidden,), math.inf, dtype=torch.float32, device="cpu"), [str(reason)]
     bound = bound_norm(gain)

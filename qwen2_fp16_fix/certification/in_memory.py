@@ -6,15 +6,16 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..code_copies import code_of, is_plain_linear, sibling, stock_classes
+from ..code_copies import code_of, is_plain_linear, own_errors, sibling, stock_classes
 from ..patches.architecture import QWEN2
-from ..patches.errors import PatchConflictError
+from ..patches.attention import is_stock_eager
+from ..patches.errors import PatchConflictError, Qwen2FP16FixError
 from ..patches.layer_plan import can_scale_input, holds_gradients
 from ..patches.linears import is_only_hooked, is_watched
 from ..patches.planning import boundable_weights
 from ..patches.range_bounds import CONTRACTIONS
 from ..patches.swap import base_models, layers_of, module_at
-from .assumptions import FP32_MAX, dropout_of, dropout_text, unbounded_settings
+from .assumptions import FP32_MAX, dropout_text, unbounded_settings
 
 ATTENTION, MLP = QWEN2.path("attention"), QWEN2.path("mlp")
 STALE = "its exponents were planned for other weights and have been dropped, so it scales by token: fix the model again"
@@ -63,8 +64,8 @@ def obstacles(base: Any) -> Iterator[str]:
     """Sentences about a Qwen2Model as it is now, whatever its weights are."""
     yield from unbounded_settings(base.config.to_dict(), epsilons_of(base))
     shares = {getattr(getattr(layer, ATTENTION), "attention_dropout", 0) for layer in layers_of(base) if layer.training}
-    for dropout in filter(None, (dropout_of({"attention_dropout": share}) for share in shares)):
-        yield f"it is in training, where {dropout_text(dropout)}: call eval()"
+    for dropout in filter(None, (dropout_text("attention_dropout", share) for share in shares)):
+        yield f"it is in training, where {dropout}: call eval()"
     for name, buffer in base.named_buffers():
         if name.endswith("inv_freq") and not buffer.is_meta:
             farthest = float(buffer.abs().max()) * base.config.max_position_embeddings
@@ -81,6 +82,18 @@ def uncovered(model: nn.Module) -> list[str]:
             found.append(f"{count} of {len(layers)} layers scale by token, which no certificate covers")
         found += obstacles(base)
     return found
+
+
+def unfixable(base: Any) -> str | None:
+    """Why the fix cannot be applied to a Qwen2Model, or is not whole any more; None if it can be, or is."""
+    code = code_of(base)
+    try:
+        with own_errors():
+            code.check_modules(base)
+            is_stock_eager(getattr(base.config, "_attn_implementation", None))  # raises if its scores are float16
+    except Qwen2FP16FixError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def changed_parts(layer: Any, exponents: Mapping[str, int], activation: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.weights import UnboundedWeightError, WeightSource, check_shape
+from ..patches.architecture import QWEN2
 from ..patches.range_bounds import LayerShape, layer_shapes
 from ..patches.range_plan import (
     FLOAT16_MAX,
@@ -22,6 +23,8 @@ from .casting import Cast
 from .result import LayerCertificate
 from .text import unproven_reason
 
+GAINS = tuple(f"{norm}.weight" for norm in QWEN2.norms())
+
 
 def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float) -> tuple[LayerCertificate, float]:
     """The bounds of one layer and the bound of the residual after it. residual: its bound before the layer."""
@@ -30,7 +33,9 @@ def certify_layer(number: int, source: WeightSource, cast: Cast, residual: float
         weights = {}
         for name in source.layer_names(number):
             full = f"{source.prefix}layers.{number}.{name}"
-            weights[name] = check_shape(full, cast(full, source.read(full)), wanted[name])
+            stored = check_shape(full, source.read(full), wanted[name])
+            half = cast(full, stored)
+            weights[name] = stored if name in GAINS else half  # a gain in fp32 is not rounded under autocast
         planned = plan_layer(weights, source.shape)
     except UnboundedWeightError as reason:
         return LayerCertificate(number, {}, {}, {}, False, {}, False, [str(reason)]), math.inf

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..patches.range_plan import PlannedLayer, headroom_bits
-from .assumptions import Assumptions, dropout_text
+from .assumptions import Assumptions
 from .result import Certificate, LayerCertificate
 
 
@@ -48,7 +48,7 @@ def verdict_of(reasons: list[str], assumed: Assumptions, layers: int, scaled: in
     """The result in one sentence. layers, scaled: how many there are, and how many have an exponent above 0."""
     if reasons:
         return f"Not provable: {reasons[0]}" + (f", and {len(reasons) - 1} more." if len(reasons) > 1 else ".")
-    dropout = f"; in training also {dropout_text(assumed.dropout)}" if assumed.dropout else ""
+    dropout = "".join(f"; in training {sentence}" for sentence in assumed.dropouts)
     return (
         f"Proven: with the fix, no prompt of up to {assumed.positions:,} tokens can make this checkpoint overflow in "
         f"float16 ({layers} layers, {scaled} of them with an exponent above 0). This does not cover layers that are "

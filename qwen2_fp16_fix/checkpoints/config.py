@@ -19,6 +19,8 @@ MODEL_TYPES = QWEN2.model_types
 STRICT = MODEL_TYPES[1]  # of an export that loads with its own code only
 #: The files of this project that an export's auto_map names.
 OWN_CODE = ("modeling_qwen2_fp16", "configuration_qwen2_fp16")
+#: By these every release reads another file, or one setting for another.
+ELSEWHERE = ("configuration_files", "attribute_map")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -31,6 +33,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") not in MODEL_TYPES:
         raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
     check_architectures(config)
+    for key in ELSEWHERE:
+        if config.get(key):
+            raise CheckpointError(
+                f"config.json has {key}, so transformers takes other settings: remove it, set them here."
+            )
     return config
 
 

@@ -48,8 +48,8 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     single, index = path / SINGLE, path / INDEX
     if not index.is_file():
         if not single.is_file():
-            hint = " (it has .bin files: convert them to safetensors)" if list(path.glob("*.bin")) else ""
-            raise CheckpointError(f"{path} has no {SINGLE} and no index of shards{hint}.")
+            hint = ": load the model from its .bin files and save it, to convert them to safetensors"
+            raise CheckpointError(f"{path} has no {SINGLE} and no index of shards{hint if has_pickles(path) else ''}.")
         return _headers([single])
     listed = _weight_map(index)
     names = sorted(set(listed.values()))
@@ -81,6 +81,11 @@ def prefix_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
             raise CheckpointError(f"{name} and {right} would be loaded as one parameter: remove the wrong one.")
         raise CheckpointError(f"{name} must be named {right}: not every release of transformers loads it as that.")
     return prefix
+
+
+def has_pickles(folder: Path) -> bool:
+    """Whether the weights are there as .bin files, whole or in shards. Nothing here reads these."""
+    return any(folder.glob("pytorch_model*.bin"))
 
 
 @contextmanager
@@ -119,16 +124,15 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         with opened(file) as tensors:
-            if (made_by := (tensors.metadata() or {}).get("format")) in (
-                "tf",
-                "flax",
-            ):  # transposed by releases before 5
+            framework = (tensors.metadata() or {}).get("format")
+            if framework in ("tf", "flax"):  # releases before 5 read these otherwise
                 raise CheckpointError(
-                    f"{file.name} has the weights of another framework ({made_by}): save them by torch."
+                    f"{file.name} has weights of another framework ({framework}): save them by torch."
                 )
             for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
                 if name in found:
-                    raise CheckpointError(f"{name!r} is in {found[name].file.name} and in {file.name}: remove one.")
+                    other = found[name].file.name
+                    raise CheckpointError(f"{name!r} is in {other} and in {file.name}: one is another's.")
                 header = tensors.get_slice(name)
                 found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, VerificationError, first_line
 from ..files.packaged import PASSAGE
-from ..files.reading import read_utf8
+from ..files.reading import SURROGATE, read_utf8
 from .folder import FolderSource
 from .loading import quiet
 
@@ -23,6 +23,8 @@ def read_text(text: str | Path | None) -> str:
     else:
         path = PASSAGE if text is None else text
         found, name = read_utf8(path, "a text file", VerificationError), str(path)
+    if SURROGATE.search(found):
+        raise VerificationError(f"{name} has a surrogate without its other half, which is no letter: leave it out.")
     if not found.strip():
         raise VerificationError(f"{name} is empty: give a text of at least two tokens.")
     return found

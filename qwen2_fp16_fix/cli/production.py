@@ -76,7 +76,7 @@ def lock(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it says something else.")] = False,
 ) -> None:
-    """Write down what decides the numbers here: versions, and hashes of the patches and of what they rely on."""
+    """Write down what decides the numbers here: versions, and hashes of the code of the fix and of transformers."""
     from .. import locking
 
     if output is None:
@@ -93,7 +93,7 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what has drifted from a lock, a sentence each: patch files, transformers and its Qwen2, torch."""
+    """Say what has drifted from a lock, a sentence each: the code of the fix, transformers and its Qwen2, torch."""
     from .. import locking
 
     found = locking.check(file, folder)

@@ -18,6 +18,7 @@ from ..checkpoints.config import (
     read_json,
 )
 from ..checkpoints.folder import LM_HEAD, FolderSource
+from ..checkpoints.stored import has_pickles
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
 from ..results import Record
@@ -170,4 +171,4 @@ def _quantised(method: str | None) -> list[Remark]:
 
 
 def _only_pickles(path: Path) -> bool:
-    return path.is_dir() and not any(path.glob("*.safetensors*")) and any(path.glob("*.bin"))
+    return path.is_dir() and not any(path.glob("*.safetensors*")) and has_pickles(path)

@@ -13,11 +13,14 @@ from typing import Any
 import transformers
 
 from .. import locking
-from ..model_status import Status, status
+from ..errors import CheckpointError
+from ..files.reading import to_path
+from ..model_status import status
 from ..patches.errors import Qwen2FP16FixError, UnsupportedTransformersError
 from ..patches.lock import VARIABLE
 from ..patches.version_map import range_for
 from ..progress import Progress, console_of
+from ..status_result import Status
 from .advice import Recommendation, recommend
 from .checkpoint import config_of, examine_checkpoint
 from .devices import devices, examine_devices
@@ -39,7 +42,9 @@ def doctor(path: str | Path | None = None, *, language: str = "en", progress: Pr
     may break, `advice` how to run a Qwen2 on each device. `to_dict()` is the same as plain data.
     Raises CheckpointError if `path` holds no checkpoint.
     """
-    place = None if path is None else Path(path).absolute()  # so that the redaction finds it in every sentence
+    place = (
+        None if path is None else to_path(path, CheckpointError).absolute()
+    )  # so that the redaction finds it in every sentence
     if place is not None:
         config_of(place)  # before the self-test: a wrong path is said at once
     console = console_of(progress)

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 from ..patches.errors import Qwen2FP16FixError
 
-#: Bytes of a JSON file. The longest index of shards has 3 MiB. Parsed, a text takes up to 25 times its size.
-LARGEST_JSON = 32 * 2**20
-#: Bytes of a text or of prompts. Tokenizing takes some hundred times that in memory, and minutes.
+#: Bytes of a JSON file. The index of a Qwen2 has 100 KiB at most. Parsed, a text takes up to 25 times its size.
+LARGEST_JSON = 8 * 2**20
+#: Bytes of a text or of prompts: some million tokens. Tokenising takes a hundred times that in memory.
 LARGEST_TEXT = 16 * 2**20
 #: Brackets within brackets. The files of a checkpoint have up to ten, and Python cannot follow thousands.
 DEEPEST = 64

@@ -20,6 +20,7 @@ from ..checkpoints.folder import FolderSource
 from ..checkpoints.stored import INDEX
 from ..errors import CheckpointError, ExportError
 from ..files.folders import whole_folder
+from ..files.reading import to_path
 from ..patches import errors as patches_errors
 from ..results import Result
 from ..verification.saved import read_saved
@@ -70,7 +71,7 @@ def export(
     code_name, code_revision = _code_repo(code_repo, weights)
     findings = None if verification is None else read_saved(verification, ExportError)
     folder, base_model = _source(path_or_repo, weights)
-    target = Path(out).absolute()
+    target = to_path(out, ExportError).absolute()
     _check_apart(folder, target)
     config = read_config(folder)
     exported = exported_config(config, strict, code_name, _tokenizer_class(folder))
@@ -118,10 +119,10 @@ def is_repo_id(name: str) -> bool:
 
 def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
     """The checkpoint's folder, absolute, and the repository that it came from, if that is known."""
-    folder = Path(path_or_repo)
+    folder = to_path(path_or_repo, CheckpointError)
     with reachable(folder):
         if folder.is_dir():
-            real = Path(os.path.realpath(folder))
+            real = to_path(os.path.realpath(folder), CheckpointError)  # the card says its name
             return real, _cached_repo(real)
         if folder.exists():
             raise CheckpointError(f"{folder} is a file: give the folder it lies in.")

@@ -4,7 +4,6 @@ The Hub keeps files that have arrived, so an interrupted push continues where it
 loadable come last. The token is left to the Hub's client: nothing here reads, passes or prints it.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -20,9 +19,10 @@ from .._version import __version__
 from ..checkpoints.config import builds_own_model, reachable, read_config
 from ..checkpoints.folder import FolderSource
 from ..errors import CheckpointError, PublishError
+from ..files.reading import read_json, to_path
 from ..locking import FILE_NAME as LOCK
 from ..patches.errors import LockFileError
-from ..patches.lock import read_lock
+from ..patches.lock_file import read_lock
 from ..patches.version_map import SUPPORTED
 from .export import CODE_FILES, is_repo_id
 from .export_config import has_own_code, heads_to_check
@@ -57,7 +57,7 @@ def push(
     `deleted` (files of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
     Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, PublishError for everything else.
     """
-    folder = Path(folder)
+    folder = to_path(folder, CheckpointError)
     files = check_export(folder)
     if not is_repo_id(repo_id):
         raise PublishError(f"{repo_id!r} is no repository: give OWNER/NAME.")
@@ -154,10 +154,10 @@ def _is_ours(api: HfApi, repo: str, revision: str | None, files: list[str]) -> b
         return False
     file = Path(api.hf_hub_download(repo, "config.json", revision=revision))
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        config = read_json(file, "another repository", PublishError)
+    except PublishError:
         return False
-    return isinstance(config, dict) and builds_own_model(config)
+    return builds_own_model(config)
 
 
 def _is_loaded(path: str) -> bool:

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def page(scans: Sequence[ScanResult], verification: dict[str, Any] | None = None
         js=Markup((TEMPLATE / "report.js").read_text(encoding="utf-8")),
         plotly=packed_plotly(),
         data=Markup(_json({"palette": stand_ins(), "figures": figures(drawn), "tooOld": texts["too_old"]})),
-        name=Path(first.checkpoint).resolve().name,  # of ".", too
+        name=page_name(first.checkpoint),
         verdicts=[{"finite": scan.finite, "sentence": verdict(scan, lang)} for scan in scans],
         facts=facts(first, lang),
         consequences=consequences(first, lang),
@@ -49,6 +50,11 @@ def page(scans: Sequence[ScanResult], verification: dict[str, Any] | None = None
         versions=first.versions,
         version_list=versions(scans, lang),
     )
+
+
+def page_name(checkpoint: str) -> str:
+    """The name of the checkpoint's folder, of "." too. What is not UTF-8 in it is replaced: a page is."""
+    return os.path.basename(os.path.realpath(checkpoint)).encode("utf-8", "replace").decode()
 
 
 def ticked(text: str) -> Markup:

@@ -11,7 +11,7 @@ from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProv
 from ..checkpoints.loading import default_device, device_problem, quiet
 from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import CheckpointError, ScanError, first_line
-from ..files.reading import parse_json, read_utf8
+from ..files.reading import SURROGATE, parse_json, read_utf8
 from ..patches.modeling_qwen2_fp16 import STOCK, check_modules
 from ..patches.swap import base_models, check_weights
 
@@ -36,6 +36,8 @@ def read_prompts(prompts: Prompts | None) -> list[str | Sequence[int] | Tensor]:
     name = str(prompts) if isinstance(prompts, Path) else "prompts"
     if not found or any(isinstance(prompt, str) and not prompt.strip() for prompt in found):
         raise ScanError(f"{name} holds no prompt, or an empty one: give at least one, and text in each.")
+    if any(isinstance(prompt, str) and SURROGATE.search(prompt) for prompt in found):
+        raise ScanError(f"{name} has a surrogate without its other half, which is no letter: write the letter itself.")
     return found
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..model_status import Status
+from ..errors import ScanError
+from ..files.reading import to_path
 from ..results import Record, Result
+from ..status_result import Status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -240,14 +242,14 @@ class ScanResult(Result):
         Raises ScanError if the extra is not installed, the file cannot be written, or it exists and `force` is False.
         """
         verified = None if verification is None else verification.to_dict()
-        _report_files().save(self, verified, force, report=Path(path), lang=lang)
+        _report_files().save(self, verified, force, report=to_path(path, ScanError), lang=lang)
 
     def save_png(self, path: str | Path, *, lang: str = "en", force: bool = False) -> None:
         """Writes the picture that `scan --png` writes, for this scan alone. Needs the extra `report`.
 
         Raises ScanError if the extra is not installed, the file cannot be written, or it exists and `force` is False.
         """
-        _report_files().save(self, None, force, png=Path(path), lang=lang)
+        _report_files().save(self, None, force, png=to_path(path, ScanError), lang=lang)
 
 
 def headroom(site: MeasuredSite) -> float:

@@ -19,7 +19,8 @@ from ..activations.layerwise import LayerwiseRun
 from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certification.certify import certify
 from ..checkpoints.folder import open_checkpoint
-from ..errors import ScanError
+from ..errors import CheckpointError, ScanError
+from ..files.reading import to_path
 from ..model_status import status
 from ..patches.lock import is_switched_off
 from ..progress import Progress, console_of, with_bar
@@ -67,7 +68,7 @@ def scan(
         attention = str(getattr(weights.base.config, "_attn_implementation", attention))
     else:
         fixed, name = bool(fixed), str(model_or_path)
-        weights = _open_folder(Path(model_or_path), fixed, attention, device)
+        weights = _open_folder(to_path(model_or_path, CheckpointError), fixed, attention, device)
     read = tokenise(asked, weights, tokenizer, tokens)
     measured, broken, spikes = measure_prompts(weights, read.ids, fixed, console)
     findings = Findings(measured, broken, spikes, read, fixed, attention)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import VerificationError
+from ..errors import VerificationError, first_line
 
 COMPARED = 2**22  # numbers compared at a time: 32 MiB in fp64
 
@@ -55,8 +55,14 @@ class OracleLogits:
         self.folder = folder
 
     def put(self, index: int, logits: Tensor) -> None:
-        """Keeps the logits (N, vocabulary) of one window's scored tokens, in fp32."""
-        torch.save(logits.float().cpu().clone(), self.folder / f"{index}.pt")
+        """Keeps the logits (N, vocabulary) of one window's scored tokens, in fp32. Raises VerificationError."""
+        try:
+            torch.save(logits.float().cpu().clone(), self.folder / f"{index}.pt")
+        except (OSError, RuntimeError) as error:  # torch's own error for a disk that has filled up since
+            raise VerificationError(
+                f"the oracle's logits cannot be written to {self.folder.parent} ({first_line(error)}): make room, or "
+                "set TMPDIR to a larger disk."
+            ) from None
 
     def get(self, index: int) -> Tensor:
         """The logits of a window, mapped from the file."""

@@ -7,8 +7,8 @@ None.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..model_status import Status
 from ..results import Record, Result
+from ..status_result import Status
 from .settings import Settings
 
 if TYPE_CHECKING:

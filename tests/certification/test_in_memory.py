@@ -52,6 +52,27 @@ def pruned() -> Any:
     return model
 
 
+def with_a_forward_of_its_own() -> Any:
+    model = build(TINY, ()).half()
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda hidden_states: forward(hidden_states) * 1e5
+    return model
+
+
+def with_a_forward_that_was_set_later() -> Any:
+    model = fixed()
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda hidden_states: forward(hidden_states) * 1e5
+    return model
+
+
+def with_a_class_of_its_own() -> Any:
+    model = build(TINY, ()).half()
+    mlp = model.model.layers[1].mlp
+    mlp.__class__ = type("Other", (type(mlp),), {"forward": lambda self, hidden_states: hidden_states * 1e5})
+    return model
+
+
 def in_training_with_dropout() -> Any:
     return fixed(attention_dropout=0.99).train()
 
@@ -89,6 +110,27 @@ def test_what_will_run_otherwise_is_not_proven(make: Callable[[], Any]) -> None:
     for found in (qwen2_fp16_fix.certify(model), qwen2_fp16_fix.certify(model)):
         assert not found.proven
         assert any((BY_TOKEN | OTHERWISE)[make] in reason for reason in found.reasons), found.reasons
+
+
+CONFLICTS = {
+    with_a_forward_of_its_own: "layers.1.mlp has a forward of its own",
+    with_a_forward_that_was_set_later: "layers.1.mlp has a forward of its own",
+    with_a_class_of_its_own: "layers.1.mlp is a ",
+}
+
+
+@pytest.mark.parametrize("make", CONFLICTS, ids=lambda make: make.__name__)
+def test_a_part_that_computes_something_else_is_named(make: Callable[[], Any]) -> None:
+    """Its weights were bounded, whatever it makes of them. The fix refuses such a model with the same sentence."""
+    assert CONFLICTS[make] in qwen2_fp16_fix.certify(make()).verdict
+
+
+def test_a_stock_part_in_a_fixed_layer_is_named() -> None:
+    """`status` ended in an AttributeError."""
+    model = fixed()
+    model.model.layers[1].mlp = build(TINY, ()).half().model.layers[1].mlp
+    assert not qwen2_fp16_fix.certify(model).proven
+    assert not qwen2_fp16_fix.status(model).model.fixed  # type: ignore[union-attr]
 
 
 FIXED = [make for make in BY_TOKEN | OTHERWISE if make is not a_stock_model_with_gradients]

@@ -69,8 +69,7 @@ def refusals(folder: Path) -> list[str]:
         with pytest.raises(CheckpointError) as caught:
             command()
         said.append(str(caught.value))
-    problems = doctor.examine(folder)[2]
-    return [*said, *(problem.values["problem"] for problem in problems)]
+    return [*said, *(problem.values["problem"] for problem in doctor.examine(folder)[2])]
 
 
 def check_refused(folder: Path, sentence: str) -> None:
@@ -136,10 +135,10 @@ def header(**changed: Any) -> Callable[[Path], None]:
     return change
 
 
-def layers(number: int, **others: Any) -> Callable[[Path], None]:
+def settings(**changed: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        settings = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": number} | others))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changed))
 
     return change
 
@@ -173,9 +172,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "offsets past the end": (header(norm={"data_offsets": [0, 2**40]}), "model.safetensors cannot be read"),
     "a size past the end": (header(norm={"shape": [2**40]}), "model.safetensors cannot be read"),
     "a line break": (header(**{"x\ny": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}), "cannot be read"),
-    "another framework": (header(__metadata__={"format": "tf"}), "the weights of another framework (tf)"),
-    "a million layers": (layers(10**6), "num_hidden_layers = 1000000, the weights 2 layers"),
-    "10^30 layers": (layers(10**30), "the weights 2 layers"),
+    "another framework": (header(__metadata__={"format": "tf"}), "has weights of another framework (tf)"),
+    "a million layers": (settings(num_hidden_layers=10**6), "num_hidden_layers = 1000000, the weights 2 layers"),
+    "another config": (settings(configuration_files=["config.4.0.0.json"]), "config.json has configuration_files"),
+    "other names": (settings(attribute_map={"rms_norm_eps": "eps"}, eps=1.0), "config.json has attribute_map"),
+    "10^30 layers": (settings(num_hidden_layers=10**30), "the weights 2 layers"),
 }
 
 
@@ -206,13 +207,13 @@ def test_numbers_that_need_scales_are_refused_without_them(dtype: str, name: str
     text = json.dumps(said).encode()
     (folder / FILE).write_bytes(struct.pack("<Q", len(text)) + text + data)
     check_refused(folder, f"{name} is stored as {dtype}, and config.json has no quantization_config")
-    layers(SMALL.layers, quantization_config={"quant_method": "fp8"})(folder)
+    settings(quantization_config={"quant_method": "fp8"})(folder)
     assert not qwen2_fp16_fix.certify(folder).proven
 
 
 def test_more_layers_than_a_quantised_file_has_are_refused(folder: Path) -> None:
     """Nothing else is checked of it, and a million layers were bounded one after the other."""
-    layers(10**6, quantization_config={"quant_method": "gptq"})(folder)
+    settings(num_hidden_layers=10**6, quantization_config={"quant_method": "gptq"})(folder)
     check_refused(folder, "the weights 2 layers")
 
 

@@ -140,24 +140,20 @@ def settings(**changed: Any) -> Callable[[Folder], None]:
     return lambda folder: folder.config.update(changed)
 
 
-def wider(folder: Folder) -> None:
-    folder.tensors |= {name: folder.tensors[name].double() for name in folder.tensors if "norm" in name}
-
-
-def of_other_names(folder: Folder) -> None:
+def other_types_and_names(folder: Folder) -> None:
+    """Float64 for some, and tensors that no Qwen2 has."""
+    folder.tensors |= {name: tensor.double() for name, tensor in folder.tensors.items() if "norm" in name}
     folder.tensors |= {"rotary_emb.inv_freq": torch.randn(4), "v_head.weight": torch.randn(2, 2)}
 
 
 #: Changes of tensors and of the config come first, those of files after them.
 CHANGES: dict[str, Callable[[Folder], None]] = {
-    "tensors of other names": of_other_names,
+    "other types and names": other_types_and_names,
     "base model's names": rename("model.", ""),
     "tied": settings(tie_word_embeddings=True),
     "no head": drop(HEAD),
-    "float64": wider,
     "fewer layers": settings(num_hidden_layers=1),
     "more layers": settings(num_hidden_layers=3),
-    "no architecture": settings(architectures=None),
     "for answers": settings(architectures=["Qwen2ForQuestionAnswering"]),
     "names for answers": rename("model.", "transformer."),
     "two prefixes": rename("model.", "model.model."),
@@ -182,8 +178,8 @@ CHANGES: dict[str, Callable[[Folder], None]] = {
     "not in the index": not_in_the_index,
 }
 #: Changes that the opener takes, by themselves.
-TAKEN = ["files of other sorts", "tensors of other names", "float64", "fewer layers", "no architecture", "shards"]
-TAKEN += ["index of one", "a name that begins like the prefix", "base model's names", "no head"]
+TAKEN = ["other types and names", "base model's names", "no head", "fewer layers", "files of other sorts"]
+TAKEN += ["a name that begins like the prefix", "index of one", "shards"]
 
 
 def loaded(path: Path, name: str) -> dict[str, Tensor]:

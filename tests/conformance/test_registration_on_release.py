@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import transformers
 from packaging.version import Version
 
 import qwen2_fp16_fix
+from qwen2_fp16_fix import locking
 from qwen2_fp16_fix.patches import errors, version_map
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import DROP_IN_OF, PARTS, RANGE, STOCK
-from tests.conformance.models import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, logits, stress
+from tests.conformance.models import DTYPE, PROMPT, RELEASE, expected_release, fixed_half, generate, logits, stress
 from tests.stress import TINY, config
 
 HEADS = {
@@ -80,6 +83,26 @@ def test_a_lock_made_here_checks_clean_until_something_differs(tmp_path: Path) -
     with pytest.raises(qwen2_fp16_fix.LockError):
         qwen2_fp16_fix.register(lock=path)
     assert not any(qwen2_fp16_fix.status().registered.values())
+
+
+def test_a_lock_lists_every_file_that_a_forward_enters() -> None:
+    """Held against a trace of what really runs: a change of a file that the list lacks would not be named."""
+    entered = set()
+
+    def note(frame: types.FrameType, event: str, argument: Any) -> None:
+        entered.add(frame.f_code.co_filename)
+
+    model = fixed_half(("scores",))
+    sys.setprofile(note)
+    try:
+        logits(model)
+        generate(model, do_sample=True, num_beams=2)
+    finally:
+        sys.setprofile(None)
+    folder = Path(transformers.__file__).parent
+    found = {Path(name).relative_to(folder).as_posix() for name in entered if Path(name).is_relative_to(folder)}
+    assert {"cache_utils.py", "generation/utils.py", "models/qwen2/modeling_qwen2.py"} <= found
+    assert found <= {*locking.make_lock()["upstream_files"]}
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -108,8 +108,9 @@ def test_what_cannot_be_used_is_a_finding(healthy: None, tmp_path: Path) -> None
     assert codes(found.findings) == ["checkpoint.broken"]
     assert found.exit_code == 1
     weights.unlink()
+    (damaged / "training_args.bin").write_bytes(b"")
     assert examine(damaged)[2] == ["checkpoint.broken"]
-    (damaged / "pytorch_model.bin").write_bytes(b"")
+    (damaged / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
     assert examine(damaged)[1:] == (["checkpoint.bin"], [])
 
 

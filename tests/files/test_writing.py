@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable
@@ -22,14 +23,17 @@ def write(path: Path, text: str = NEW) -> None:
     write_whole(path, lambda part: part.write_text(text), "another file", ScanError)
 
 
+CALLS = ("open", "close", "fsync", "replace", "rename", "unlink", "chmod", "stat", "lstat", "mkdir", "rmdir")
+
+
 class Faults:
     """Stands for the system: the call with the number `at` fails, all of them counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int, after: bool) -> None:
         self.error, self.at, self.after, self.calls = error, at, after, list[str]()
         for owner, name in (
-            *((os, name) for name in ("open", "close", "fsync", "replace", "unlink", "chmod", "stat", "lstat")),
-            *((Path, name) for name in ("write_text", "replace", "unlink", "chmod", "stat")),
+            *((os, name) for name in CALLS),
+            *((Path, name) for name in ("write_text", "replace", "rename", "unlink", "chmod", "stat", "mkdir")),
         ):
             monkeypatch.setattr(owner, name, self.failing(getattr(owner, name), name))
 
@@ -162,6 +166,37 @@ def test_a_file_keeps_its_rights(tmp_path: Path) -> None:
         path.chmod(mode)
         write(path)
         assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == (NEW, mode)
+
+
+@posix
+@pytest.mark.parametrize("fault", faults(), ids=lambda fault: getattr(fault, "strerror", None) or type(fault).__name__)
+def test_a_fault_of_any_call_leaves_no_folder_or_the_whole_one(
+    fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file: an export, or the demo's checkpoint."""
+    out, number, ended = tmp_path / "out", 0, False
+    while not ended:
+        for after in (False, True):
+            raised: BaseException | None = None
+            with monkeypatch.context() as patch:
+                made = Faults(patch, fault, number, after)
+                try:
+                    with folders.whole_folder(out, ScanError) as written:
+                        for name in ("a", "b"):
+                            (written / name).write_text(NEW)
+                except BaseException as error:
+                    raised = error
+            ended = number >= len(made.calls)
+            failed = "" if ended else made.calls[number]
+            whole = out.exists() and [(out / name).read_text() for name in ("a", "b")] == [NEW, NEW]
+            assert whole or (raised is not None and not out.exists()), made.calls
+            assert raised is None or isinstance(raised, ScanError if isinstance(fault, OSError) else type(fault))
+            left = [each for each in tmp_path.iterdir() if each != out]
+            assert not left or failed in ("unlink", "rmdir", "close", "lstat", "open", "mkdir"), (left, made.calls)
+            for each in tmp_path.iterdir():
+                shutil.rmtree(each)
+        number += 1
+    assert number > 15
 
 
 def test_a_folder_of_another_container_that_runs_is_left(

@@ -139,8 +139,7 @@ def test_gradients_reach_the_real_parameters(kind: str) -> None:
         assert torch.cosine_similarity(gradient, expected[name], dim=0) > 0.999, name  # 11 bits each
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "attention"), [*((kind, "eager") for kind in KINDS), ("LoRA", "sdpa")])
 def test_a_whole_graph_is_compiled(kind: str, attention: str) -> None:
     """Without a view made beforehand, too: Dynamo cannot make a class."""
     model = KINDS[kind]()

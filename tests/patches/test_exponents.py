@@ -7,7 +7,6 @@ import copy
 import functools
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -16,8 +15,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import qwen2_fp16_fix
@@ -25,9 +22,9 @@ from qwen2_fp16_fix.patches import planning
 from qwen2_fp16_fix.patches.architecture import QWEN2
 from qwen2_fp16_fix.patches.layer_plan import drop_plan
 from qwen2_fp16_fix.patches.range_bounds import Exponents
-from qwen2_fp16_fix.patches.range_plan import LIMIT, plan_layer
-from qwen2_fp16_fix.patches.range_sums import SPLITS, UNIT
+from qwen2_fp16_fix.patches.range_plan import plan_layer
 from tests.helpers import Quantised, kl_to
+from tests.patches.adversary import Float16Numbers, worst_inputs
 from tests.stress import TINY, build, random_prompt
 
 PROMPT, LAYERS = random_prompt(TINY, batch=2, length=24), 2
@@ -83,28 +80,6 @@ def planned(model: Any) -> Exponents:
     return exponents
 
 
-class Float16Numbers(TorchDispatchMode):
-    """While entered, holds every float16 tensor that torch computes to its limit."""
-
-    #: The matmuls, whose sums of magnitudes are below LIMIT; rounding can grow what is stored by no more than this.
-    SUMS = LIMIT * (1 + UNIT) ** (SPLITS + 1)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found, name = func(*args, **(kwargs or {})), str(func)
-        limit = self.SUMS if name.startswith(("aten.mm", "aten.addmm", "aten.bmm")) else 65504.0
-        for tensor in tree_leaves(found):
-            is_half = isinstance(tensor, Tensor) and tensor.dtype == torch.float16 and tensor.numel() > 0
-            if is_half and "empty" not in name:
-                largest = float(tensor.abs().max())
-                assert largest <= limit, (name, largest)
-                self.seen.append(name)
-        return found
-
-
 @LARGE
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_what_asks_for_an_exponent_is_proven_and_exact(grown: str, attention: str) -> None:
@@ -118,28 +93,6 @@ def test_what_asks_for_an_exponent_is_proven_and_exact(grown: str, attention: st
     assert {name for name, exponent in planned(model)._asdict().items() if exponent} == GROWN[grown][1]
     with torch.no_grad():
         assert kl_to(stock(PROMPT).logits, logits) < CLOSE
-
-
-def worst_inputs(stock: Any, site: Callable[[Any], Tensor]) -> Tensor:
-    """Embeddings (1, S, hidden) that gradient ascent has found to make the largest number at a site large.
-
-    stock: in fp64, the function of the weights that float16 rounds. site: of the first layer, what to hook.
-    """
-    seen: list[Tensor] = []
-    handle = site(stock.model.layers[0]).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    best, largest = torch.zeros(1, 8, TINY.hidden), 0.0
-    for restart in range(2):
-        embeddings = torch.randn(1, 8, TINY.hidden, generator=torch.Generator().manual_seed(restart)).double()
-        for _ in range(25):
-            embeddings.requires_grad_()
-            stock.model(inputs_embeds=embeddings, use_cache=False)
-            value = seen.pop().abs().max()
-            (slope,) = torch.autograd.grad(value, embeddings)
-            if value.item() > largest:
-                best, largest = embeddings.detach(), value.item()
-            embeddings = (embeddings + 0.3 * slope / slope.norm().clamp(min=1e-300) * embeddings.norm()).detach()
-    handle.remove()
-    return best
 
 
 @LARGE

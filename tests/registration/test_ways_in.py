@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.model_status import PartCount
 from qwen2_fp16_fix.patches.modeling_qwen2_fp16 import STOCK
+from qwen2_fp16_fix.status_result import PartCount
 from tests.stress import TINY, build, random_prompt
 
 PROMPT = random_prompt(TINY, batch=2, length=24)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.model_status import PartCount
+from qwen2_fp16_fix.status_result import PartCount
 from tests.registration.models import PROMPT
 from tests.stress import TINY
 

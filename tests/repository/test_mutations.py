@@ -91,7 +91,7 @@ def test_turns_red(mutation: Mutation, sources: Path, run_pytest: Callable[[str]
     assert "1 failed" in printed
 
 
-GUARDED = re.compile(r"\.float\(\)|\.to\((?!\w+\.device)|masked_fill|enabled=False|dtype=torch\.float32")
+GUARDED = re.compile(r"\.float\(\)|\.to\((?!(?:\w+\.)?device\b)|masked_fill|enabled=False|dtype=torch\.float32")
 
 
 def test_every_upcast_has_a_mutation() -> None:

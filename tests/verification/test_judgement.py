@@ -11,13 +11,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from qwen2_fp16_fix.cli import commands
+from qwen2_fp16_fix.errors import ExportError
 from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
-from qwen2_fp16_fix.hub.model_card import read_verification
 from qwen2_fp16_fix.verification import verify
 from qwen2_fp16_fix.verification.judgement import shortcomings
 from qwen2_fp16_fix.verification.result import MeasuredRow, VerificationResult, VerifiedRow
+from qwen2_fp16_fix.verification.saved import read_saved
 from tests.commands.in_process import run_command
 from tests.verification.letters import row
+
+QUICK = ("--tokens", "40", "--window", "32", "--device", "cpu")
 
 pytestmark = pytest.mark.xdist_group("verify")  # one worker runs the demo's table once, for all
 
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("verify")  # one worker runs the demo's tab
 def test_findings_are_json_and_are_rendered(findings: VerificationResult, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(json.dumps(findings.to_dict(), allow_nan=False)) == findings.to_dict()
     for given in (findings, findings.to_dict()):  # both go into the model card of an export
-        assert read_verification(given) == findings.to_dict()
+        assert read_saved(given, ExportError) == findings.to_dict()
     Console(width=80).print(findings)
     shown = capsys.readouterr().out
     assert "…" not in shown
@@ -109,7 +112,7 @@ def test_thresholds_decide_the_exit_code(
     findings: VerificationResult, monkeypatch: pytest.MonkeyPatch, extra: list[str], code: int
 ) -> None:
     monkeypatch.setattr(verify, "measure", lambda inputs, of: measured(row(findings, of.name)))
-    done = CliRunner().invoke(commands.app, ["verify", str(DEMO_CHECKPOINT), "--json", "--device", "cpu", *extra])
+    done = CliRunner().invoke(commands.app, ["verify", str(DEMO_CHECKPOINT), "--json", *QUICK, *extra])
     found = json.loads(done.stdout)
     assert (done.exit_code, found["passed"]) == (code, code == 0)
     assert found["verdict"].startswith("Not verified: fixed float16 eager has a mean KL" if code else "Verified: ")
@@ -120,8 +123,7 @@ def test_the_command_and_its_exit_codes(
     python: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The verdict in a process of its own; wrong usage from `main` on."""
-    quick = ("--tokens", "40", "--window", "32", "--device", "cpu")
-    done = python("-m", "qwen2_fp16_fix", "verify", str(DEMO_CHECKPOINT), *quick, "--max-ppl-drift", "0")
+    done = python("-m", "qwen2_fp16_fix", "verify", str(DEMO_CHECKPOINT), *QUICK, "--max-ppl-drift", "0")
     assert (done.returncode, "Not verified: fixed float16" in done.stdout) == (1, True), done.stderr
     assert "Traceback" not in done.stderr
     code, _, complaint = run_command(monkeypatch, capsys, "verify", str(tmp_path / "elsewhere"))

@@ -18,4 +18,11 @@ MUTATIONS = (
         '"value": largest(sums["v"])',
         "tests/patches/test_range_plan.py::test_a_bias_is_bounded_where_it_is_stored",
     ),
+    Mutation(
+        "a negative scale of cos and sin makes bounds negative",
+        FILE,
+        "abs(shape.rotation_scale)",
+        "shape.rotation_scale",
+        "tests/certification/test_assumptions.py::test_a_fixed_model_is_planned_for_the_magnitude_too",
+    ),
 )
