@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.reading import read_utf8
 from ..patches.architecture import QWEN2
 from ..patches.range_bounds import layer_shapes
 from ..patches.version_map import NUMERICS
@@ -186,8 +187,8 @@ def numerics_of_export(folder: Path, config: Mapping[str, Any]) -> int | None:
     """The version of the arithmetic of the code in an exported folder; None if there is none, or it does not say."""
     file = folder / "version_map.py"
     try:
-        text = file.read_text(encoding="utf-8") if is_exported(config) and file.is_file() else ""
-    except (OSError, ValueError):
+        text = read_utf8(file, "another checkpoint", CheckpointError) if is_exported(config) else ""
+    except CheckpointError:
         return None
     found = re.search(r"^NUMERICS = (\d+)$", text, re.MULTILINE)
     return int(found[1]) if found else None

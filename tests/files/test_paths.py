@@ -21,6 +21,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], object], type[Exception]]] = {
     "export verification": (lambda path: q.export(DEMO, "out", verification=path), q.ExportError),
     "push": (lambda path: q.push(path, "owner/name", dry_run=True), q.CheckpointError),
     "doctor": (q.doctor, q.CheckpointError),
+    "lock": (q.lock, q.LockFileError),
+    "check": (q.check, q.LockFileError),
     "demo save": (demo.save, q.ExportError),
 }
 

@@ -166,6 +166,8 @@ def test_a_file_keeps_its_rights(tmp_path: Path) -> None:
         path.chmod(mode)
         write(path)
         assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == (NEW, mode)
+    assert check_writable(path, "another file", ScanError) == path
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @posix
