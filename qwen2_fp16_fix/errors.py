@@ -11,6 +11,8 @@ All derive from Qwen2FP16FixError. The number is the exit code of the command li
     └── BrokenInstallationError 3
 """
 
+from typing import Any
+
 from .patches.errors import Qwen2FP16FixError
 
 
@@ -46,6 +48,12 @@ class ScanError(Qwen2FP16FixError):
 
 class BrokenInstallationError(Qwen2FP16FixError, ImportError):
     """torch or transformers is missing, or cannot be imported."""
+
+
+def quoted(value: Any) -> str:
+    """A value that a file holds, as a sentence quotes it: the first 80 letters of its repr."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.rotary import check_rotary, unusual_settings
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 
 EPSILON = 1e-6  # of a config that names none
 #: A norm divides by the root of a mean square plus epsilon, in fp32. Squares below 2^-126 may count as 0 there, which
@@ -61,8 +61,8 @@ def _epsilons(epsilons: Iterable[Any]) -> Iterator[str]:
     for found in epsilons:
         if type(found) not in (int, float) or not least <= found <= most:
             yield (
-                f"its rms_norm_eps is {found!r}, which fp32 does not hold as a positive number with room to spare: a "
-                f"norm of zeros may be NaN; from {least:.0e} on it is bounded"
+                f"its rms_norm_eps is {quoted(found)}, which fp32 does not hold as a positive number with room to "
+                f"spare: a norm of zeros may be NaN; from {least:.0e} on it is bounded"
             )
 
 
@@ -78,7 +78,7 @@ def _rotary(config: Mapping[str, Any]) -> Iterator[str]:
 def _window(config: Mapping[str, Any]) -> Iterator[str]:
     window = config.get("sliding_window")
     if config.get("use_sliding_window") and window is not None and not (type(window) is int and window > 0):
-        yield f"its sliding_window is {window!r}: attention to no token at all may be NaN"
+        yield f"its sliding_window is {quoted(window)}: attention to no token at all may be NaN"
 
 
 def residual_obstacles(residual: float, hidden: int) -> Iterator[str]:

@@ -68,8 +68,8 @@ def obstacles(base: Any) -> Iterator[str]:
         yield f"it is in training, where {dropout}: call eval()"
     for name, buffer in base.named_buffers():
         if name.endswith("inv_freq") and not buffer.is_meta:
-            farthest = float(buffer.abs().max()) * base.config.max_position_embeddings
-            if not farthest < FP32_MAX:
+            angles = buffer.abs() * base.config.max_position_embeddings
+            if not (angles < FP32_MAX).all():
                 yield f"{name} holds frequencies whose angles are not finite in fp32"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 from ..files import reading
 from ..patches.architecture import QWEN2
 from ..patches.errors import NotQwen2Error
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
     config = read_json(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
-        raise NotQwen2Error(f"{folder} holds a model of type {config.get('model_type')!r}, not 'qwen2'.")
+        raise NotQwen2Error(f"{folder} holds a model of type {quoted(config.get('model_type'))}, not 'qwen2'.")
     check_architectures(config)
     for key in ELSEWHERE:
         if config.get(key):
@@ -64,7 +64,7 @@ def check_architectures(config: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless they are a list of names, or none."""
     found = config.get("architectures")
     if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
-        raise CheckpointError(f"config.json has architectures = {found!r}, not a list of names.")
+        raise CheckpointError(f"config.json has architectures = {quoted(found)}, not a list of names.")
 
 
 def generates(config: Mapping[str, Any], unnamed: bool) -> bool:
@@ -119,7 +119,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int | None = None) -
     found = config.get(key)
     found = default if found is None else found
     if type(found) is not int or found < 1:
-        raise CheckpointError(f"config.json has {key} = {found!r}, not a whole number above 0.")
+        raise CheckpointError(f"config.json has {key} = {quoted(found)}, not a whole number above 0.")
     return found
 
 
@@ -134,7 +134,7 @@ def read_shape(config: Mapping[str, Any]) -> LayerShape:
     _check_number("rms_norm_eps", config.get("rms_norm_eps"))
     for group in groups(config):
         _check_number("rope_theta", group.get("rope_theta"))
-    check_rotary(config)
+    check_rotary(config, head_dim // 2)
     activation = str(config.get("hidden_act", "silu"))
     return LayerShape(hidden, heads, kv_heads, head_dim, positions, activation, rotation_scale(config))
 
@@ -142,4 +142,4 @@ def read_shape(config: Mapping[str, Any]) -> LayerShape:
 def _check_number(key: str, found: Any) -> None:
     """Raises CheckpointError for a number that would fail later, in a model's arithmetic. null means the default."""
     if found is not None and (type(found) not in (int, float) or not 0 <= found < math.inf):
-        raise CheckpointError(f"config.json has {key} = {found!r}, not a finite number from 0.")
+        raise CheckpointError(f"config.json has {key} = {quoted(found)}, not a finite number from 0.")

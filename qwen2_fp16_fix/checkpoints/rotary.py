@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 
 #: The kinds that releases know. Another one may be a user's own, which may do anything.
 KINDS = (None, "default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -24,7 +24,8 @@ ORDINARY = {
     "high_freq_factor": (1e-6, 1e6),
     "original_max_position_embeddings": (2.0, 1e12),
 }
-NUMBERS = (*ORDINARY, "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+OUTSIDE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")  # of the config itself
+NUMBERS = (*ORDINARY, "partial_rotary_factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 LISTS = ("short_factor", "long_factor")  # a number for each pair of channels
 
 
@@ -33,24 +34,33 @@ def groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
     Releases from 5.0 on may have a group for each type of layer inside. Raises CheckpointError for what is no group.
     """
-    outer = {key: config[key] for key in ("rope_theta", "original_max_position_embeddings") if key in config}
+    outer = {key: config[key] for key in OUTSIDE if key in config}
     yield outer
     for place in ("rope_scaling", "rope_parameters"):
         found = config.get(place) or {}
         if not isinstance(found, Mapping):
-            raise CheckpointError(f"config.json has {place} = {found!r}, which is no group of settings.")
+            raise CheckpointError(f"config.json has {place} = {quoted(found)}, which is no group of settings.")
         yield {**outer, **found}
         yield from ({**outer, **inner} for inner in found.values() if isinstance(inner, Mapping))
 
 
-def check_rotary(config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a setting that is no number where all releases take one. null means the default."""
+def check_rotary(config: Mapping[str, Any], pairs: int | None = None) -> None:
+    """Raises CheckpointError for a setting that is no number where all releases take one. null means the default.
+
+    pairs: of a head's channels, if known. longrope has a factor for each of them.
+    """
     for group in groups(config):
+        for name in LISTS if "longrope" in (group.get("rope_type"), group.get("type")) else ():
+            held = group.get(name)
+            if pairs is not None and isinstance(held, list) and len(held) != pairs:
+                raise CheckpointError(f"config.json has {len(held)} numbers in {name} for {pairs} pairs of channels.")
         for name in NUMBERS:
             values = group.get(name)
             for value in values if name in LISTS and isinstance(values, list) else [values]:
                 if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-                    raise CheckpointError(f"config.json has {name} = {value!r} in its rope settings, not a number.")
+                    raise CheckpointError(
+                        f"config.json has {name} = {quoted(value)} in its rope settings, not a number."
+                    )
 
 
 def rotation_scale(config: Mapping[str, Any]) -> float:
@@ -94,12 +104,15 @@ def unusual_settings(config: Mapping[str, Any]) -> Iterator[str]:
     for group in groups(config):
         for kind in (group.get("rope_type"), group.get("type")):
             if kind not in KINDS:
-                yield f"its rope settings are of type {kind!r}, whose rotation is not bounded here"
+                yield f"its rope settings are of type {quoted(kind)}, whose rotation is not bounded here"
         for name, (least, most) in ORDINARY.items():
             values = group.get(name)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and not least <= value <= most:
-                    yield f"its {name} is {value!r}, where rotary frequencies may not be finite in fp32"
+                    yield f"its {name} is {quoted(value)}, where rotary frequencies may not be finite in fp32"
+        if group.get("partial_rotary_factor") not in (None, 1):
+            share = quoted(group["partial_rotary_factor"])
+            yield f"its partial_rotary_factor is {share}: Qwen2 rotates all channels, and newer releases fail with it"
         low, high = group.get("low_freq_factor"), group.get("high_freq_factor")
         if low is not None and high is not None and not low < high:
             yield f"its low_freq_factor is {low!r}, which is not below its high_freq_factor, {high!r}"

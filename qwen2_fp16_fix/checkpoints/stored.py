@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, quoted
 from ..files.reading import not_a_file
 from ..patches.architecture import QWEN2
 from .config import read_json
@@ -109,8 +109,8 @@ def _check_beside(folder: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
     if config.get("transformers_weights") is not None:  # 4.51 does not know it
         raise CheckpointError(
-            f"config.json has transformers_weights = {config['transformers_weights']!r}, which older releases ignore: "
-            f"remove it, and name that file {SINGLE} or {INDEX}."
+            f"config.json has transformers_weights = {quoted(config['transformers_weights'])}, which older releases "
+            f"ignore: remove it, and name that file {SINGLE} or {INDEX}."
         )
     other = next((file.name for file in sorted(folder.iterdir()) if DISTRIBUTED.match(file.name)), None)
     if other is not None:
@@ -132,7 +132,7 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
             for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
                 if name in found:
                     other = found[name].file.name
-                    raise CheckpointError(f"{name!r} is in {other} and in {file.name}: one is another's.")
+                    raise CheckpointError(f"{quoted(name)} is in {other} and in {file.name}: one is another's.")
                 header = tensors.get_slice(name)
                 found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
     return found
@@ -145,7 +145,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index.name} has no weight_map from tensors to files: it is damaged.")
     for file in listed.values():
         if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
-            raise CheckpointError(f"{index.name} names {file!r}, which is no .safetensors file beside it.")
+            raise CheckpointError(f"{index.name} names {quoted(file)}, which is no .safetensors file beside it.")
     return listed
 
 
@@ -153,10 +153,12 @@ def _check_index(listed: Mapping[str, str], held: Mapping[str, Stored]) -> None:
     """Raises CheckpointError unless each shard holds what the index says: releases differ in which of them they ask."""
     for name, file in listed.items():
         if name not in held or held[name].file.name != file:
-            raise CheckpointError(f"{file} does not hold {name!r}, which its index says: it is another's.")
+            raise CheckpointError(f"{file} does not hold {quoted(name)}, which its index says: it is another's.")
     for name, found in held.items():
         if name not in listed:
-            raise CheckpointError(f"{found.file.name} holds {name!r}, which its index does not name: it is another's.")
+            raise CheckpointError(
+                f"{found.file.name} holds {quoted(name)}, which its index does not name: it is another's."
+            )
 
 
 def _parameter(name: str) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoints.config import OWN_CODE, STRICT
-from ..errors import ExportError
+from ..errors import ExportError, quoted
 from ..patches.architecture import QWEN2
 
 MODELS, CONFIGURATION = OWN_CODE
@@ -50,8 +50,8 @@ def heads_of(config: Mapping[str, Any]) -> list[str]:
         found = re.fullmatch(r"Qwen2(?:FP16)?(?:Strict)?(\w+)", str(architecture))
         if found is None or found[1] not in HEAD_WEIGHTS:
             raise ExportError(
-                f"config.json has the architecture {architecture!r}, which is not one of {', '.join(HEAD_WEIGHTS)} of "
-                "Qwen2: there is no fixed class for it."
+                f"config.json has the architecture {quoted(architecture)}, which is not one of "
+                f"{', '.join(HEAD_WEIGHTS)} of Qwen2: there is no fixed class for it."
             )
         heads.append(found[1])
     return heads
@@ -73,7 +73,7 @@ def check_foreign_code(config: Mapping[str, Any], name: str) -> None:
     for auto, value in auto_map.items() if isinstance(auto_map, dict) else [("?", auto_map)]:
         if _module(value) not in (MODELS, CONFIGURATION):
             raise ExportError(
-                f"{name} takes its {auto} from other code ({value!r}), which an export would lose: remove that "
+                f"{name} takes its {auto} from other code ({quoted(value)}), which an export would lose: remove that "
                 "auto_map if the model is a plain Qwen2 without it."
             )
 

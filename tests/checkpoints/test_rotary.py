@@ -59,6 +59,8 @@ def test_the_largest_scale_of_all_releases_counts(config: dict[str, Any], scale:
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0, 0.0]}}, "its short_factor is 0.0"),
         ({"rope_scaling": {"type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}}, "low_freq_factor is 4"),
         ({"rope_scaling": {"type": "YaRN"}}, "of type 'YaRN'"),
+        ({"partial_rotary_factor": 0}, "its partial_rotary_factor is 0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "its partial_rotary_factor is 0.5"),
         ({"rope_scaling": {"rope_type": "default", "type": ["yarn"]}}, "of type ['yarn']"),
     ],
 )
@@ -73,6 +75,22 @@ def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
         check_rotary({"rope_parameters": YARN | {name: value}})
     with pytest.raises(CheckpointError, match="no group of settings"):
         check_rotary({"rope_scaling": [YARN]})
+
+
+@pytest.mark.parametrize("held", [[], [1.0] * 15, [1.0] * 17])
+def test_longrope_has_a_factor_for_each_pair(held: list[float]) -> None:
+    """transformers builds the model and fails in its first forward."""
+    for name in ("short_factor", "long_factor"):
+        with pytest.raises(CheckpointError, match=f"has {len(held)} numbers in {name} for 16 pairs"):
+            check_rotary({"rope_scaling": {"type": "longrope", name: held}}, pairs=16)
+        check_rotary({"rope_scaling": {"type": "yarn", name: held}}, pairs=16)
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, ["x"] * 3000, {"x" * 5000: {}}])
+def test_what_a_config_says_is_quoted_in_short(value: Any) -> None:
+    with pytest.raises(CheckpointError) as error:
+        check_rotary({"rope_parameters": {"factor": value}})
+    assert len(str(error.value)) < 200
 
 
 def random_config(chooser: random.Random) -> dict[str, Any]:
