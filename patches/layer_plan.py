@@ -228,10 +228,10 @@ def unloaded_weight(layer: Any) -> str | None:
     """The name of a plain weight that is on the meta device and that nothing will load during a forward, or None."""
     for path in (*QWEN2.norms(), *(linear.name for linear in QWEN2.linears)):
         part: Any = module_at(layer, path)
-        is_loaded_later = hasattr(part, "_hf_hook") or part._forward_pre_hooks or "forward" in part.__dict__
-        is_plain = type(part) is nn.Linear or path in QWEN2.norms()
-        if is_plain and part.weight.is_meta and not is_loaded_later:
-            return f"{path}.weight"
+        if (type(part) is nn.Linear or path in QWEN2.norms()) and part.weight.is_meta:
+            is_loaded_later = hasattr(part, "_hf_hook") or part._forward_pre_hooks or "forward" in part.__dict__
+            if not is_loaded_later:
+                return f"{path}.weight"
     return None
 
 

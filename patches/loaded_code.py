@@ -22,7 +22,7 @@ UPSTREAM, PACKAGE = "transformers.", "qwen2_fp16_fix."
 KNOWN = LIBRARIES | {"transformers", "qwen2_fp16_fix"}
 
 #: Bits of a code object's flags: it has fast locals, so it is a function's and not a class's.
-OPTIMISED = 2
+OPTIMISED = 1
 
 
 class Source:
@@ -235,7 +235,9 @@ def _is_expected(link: Any, decorated: bool, own: frozenset[str]) -> bool:
         return decorated
     if module in own or module.startswith((UPSTREAM, PACKAGE)):
         source = source_of(module)
-        return source is not None and (link.__code__ in source.all or _runs(link, list(source.all)))
+        if source is None:
+            return False
+        return getattr(link, "__code__", None) in source.all or _runs(link, list(source.all))
     return decorated and module.partition(".")[0] in LIBRARIES and not module.startswith("torch._dynamo")
 
 

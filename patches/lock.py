@@ -34,6 +34,7 @@ IS_REMOTE = __name__.startswith("transformers_modules.")
 OWN = str(__package__) if IS_REMOTE else str(__package__).rpartition(".")[0]
 
 SHOWN = 3  # differences in an error; `check` lists all of them
+LONGEST = 250  # characters of each; after another release one of them names a hundred classes
 
 
 def is_switched_off() -> bool:
@@ -75,11 +76,12 @@ def _as_copied(files: Mapping[str, str], locked: Mapping[str, str]) -> dict[str,
 
 def drift(path: str | Path, found: Sequence[str]) -> LockError:
     """The error for these differences from the lock at `path`: the first ones, and how many there are."""
+    first = [each if len(each) <= LONGEST else f"{each[:LONGEST]}…" for each in found[:SHOWN]]
     left = len(found) - SHOWN
     more = f" And {left} more: `qwen2-fp16-fix check {path}` lists all." if left > 0 else ""
     limits = " Of the fix, only the files that came with the model were compared." if IS_REMOTE else ""
     return LockError(
-        f"this is not what {path} locks: {' '.join(found[:SHOWN])}{more}{limits} Install what is locked, or lock anew."
+        f"this is not what {path} locks: {' '.join(first)}{more}{limits} Install what is locked, or lock anew."
     )
 
 

@@ -141,6 +141,23 @@ def test_another_torch_is_named(locked: Path, monkeypatch: pytest.MonkeyPatch) -
     assert q.check(locked).differences == [f"torch 2.99.0+cu999 is installed, {locked_torch} is locked."]
 
 
+def test_an_error_after_many_changes_is_short(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It printed 32 sentences on one line."""
+    monkeypatch.setattr(lock.transformers, "__version__", "4.37.1")
+    content = json.loads(locked.read_text())
+    path = changed(locked, tmp_path, torch="1.0", upstream=dict.fromkeys(content["upstream"], "0" * 64), numerics=99)
+    with pytest.raises(q.LockError) as caught:
+        q.register(lock=path)
+    said = str(caught.value)
+    assert len(said) < 900
+    assert f"And 1 more: `qwen2-fp16-fix check {path}` lists all." in said
+    assert len(q.check(path).differences) == 4
+    assert "these differ: ACT2CLS" in q.check(path).differences[3]
+    monkeypatch.setattr(lock, "SHOWN", 4)
+    with pytest.raises(q.LockError, match=r"these differ: [\w\[\], ]+… Install"):
+        q.register(lock=path)
+
+
 def test_another_release_without_changes_says_so(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock.transformers, "__version__", "4.37.1")
     assert q.check(locked).differences[1].endswith("that matter here, none differs.")

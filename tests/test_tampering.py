@@ -251,6 +251,10 @@ RUN_TIME: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         lambda patch: patch.setattr(stock.Qwen2MLP.forward, "__code__", wrapped(other).__wrapped__.__code__),
         f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is other of {QWEN2}.",
     ),
+    "an object in place of a method": (
+        lambda patch: patch.setattr(stock.Qwen2MLP, "forward", functools.partial(stock.Qwen2MLP.forward)),
+        f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is partial of functools.",
+    ),
     "a compiled method": (
         lambda patch: patch.setattr(stock.Qwen2MLP, "forward", torch.compiler.disable(stock.Qwen2MLP.forward)),
         f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is ",

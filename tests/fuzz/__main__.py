@@ -2,11 +2,12 @@
 
 import argparse
 import collections
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,7 +60,7 @@ def many(kind: str, numbers: Sequence[int]) -> int:
     slowest: dict[str, Any] = {"seconds": 0.0, "number": None}
     peak, wrong, done = 0, 0, 0
     kinds.prepare(kind, numbers)
-    for found in worker.run(kind, numbers, kinds.attempt(kind)):
+    for found in interruptible(worker.run(kind, numbers, kinds.attempt(kind))):
         done += 1
         wrong += bool(found["faults"])
         notes.update(found["notes"])
@@ -69,7 +70,7 @@ def many(kind: str, numbers: Sequence[int]) -> int:
             causes[fault].append(found["number"])
             if len(causes[fault]) == 1:
                 print(f"{kind} {found['number']}: {fault}", flush=True)
-        if done % 500 == 0:
+        if done % 100 == 0:
             print(f"{kind}: {done} of {len(numbers)}, {time.monotonic() - started:.0f} s", flush=True)
     print(
         f"\n{kind}: {done} inputs, {wrong} with faults, {time.monotonic() - started:.0f} s; peak {peak / 2**20:.0f} MB;"
@@ -79,6 +80,12 @@ def many(kind: str, numbers: Sequence[int]) -> int:
     for cause, where in sorted(causes.items(), key=lambda item: -len(item[1])):
         print(f"  {len(where):5}  {cause}  [{', '.join(map(str, where[:SHOWN]))}]")
     return wrong
+
+
+def interruptible(found: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same, until Ctrl-C, after which what was found is still printed."""
+    with contextlib.suppress(KeyboardInterrupt):
+        yield from found
 
 
 if __name__ == "__main__":

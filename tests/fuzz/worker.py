@@ -1,6 +1,7 @@
 """Runs inputs in forks of this process, which has imported torch once, each fork with limits of time and memory."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_fp16_fix.cli import main
+from qwen2_fp16_fix.verification import rows
 
 SECONDS = 25  # that one input may take
 MEMORY = 2 * 2**30  # bytes that the process may hold at its peak
 SHARE = 100  # inputs that one fork runs
+NEW_TOKENS = 2  # that `verify` generates in each row; its own 32 would take most of the time here
 LONGEST = 1500  # letters of a sentence
 GRACE = 275  # seconds more after which a fork that its own alarm did not stop is killed
 LOGGED = re.compile(r"^\[transformers\].*?(?=^(?:qwen2-fp16-fix: |\[transformers\]))", re.MULTILINE | re.DOTALL)
@@ -148,6 +151,7 @@ def attempt(kind: str, number: int, make: Attempt) -> dict[str, Any]:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="qwen2-fp16-fix-fuzz-"))
     trial = Trial(kind, number, folder)
+    rows.NEW_TOKENS = NEW_TOKENS
     _forget_peak()
     _set_alarm(SECONDS)
     try:
@@ -206,6 +210,8 @@ def limit_memory() -> None:
 
 def run(kind: str, numbers: Sequence[int], make: Attempt) -> Iterator[dict[str, Any]]:
     """How each input went. A fork that dies is followed by another that goes on behind the input that killed it."""
+    gc.collect()
+    gc.freeze()  # `verify` collects after each row, which would walk through torch each time
     left = list(numbers)
     while left:
         share = left[:SHARE]
