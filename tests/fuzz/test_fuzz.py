@@ -119,7 +119,7 @@ def test_a_proof_of_what_is_not_finite_is_a_fault(tmp_path: Path) -> None:
     assert not proofs.check(trial, folder)
     assert not trial.faults
     model, _ = proofs.load(folder)
-    found = list(proofs.disproofs(model, {"verdict": ""}, []))
+    found = list(proofs.disproofs(model, {"verdict": "", "assumes": []}, []))
     assert found == ["a prompt is not finite (eager, a CPU's arithmetic)"]
 
 
