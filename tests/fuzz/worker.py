@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,9 +111,9 @@ def cause_of(err: str) -> str:
 
 def call(*arguments: str) -> tuple[int, str, str]:
     """`qwen2-fp16-fix` from `main` on: exit code, stdout and stderr, with what C code and loggers write to them."""
-    kept = sys.argv, sys.stdout, sys.stderr
+    kept = sys.argv, sys.stdout, sys.stderr, rows.NEW_TOKENS
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _redirected(1, out), _redirected(2, err):
-        sys.argv = ["qwen2-fp16-fix", *arguments]
+        sys.argv, rows.NEW_TOKENS = ["qwen2-fp16-fix", *arguments], NEW_TOKENS
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         try:
@@ -127,7 +128,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
-            sys.argv, sys.stdout, sys.stderr = kept
+            sys.argv, sys.stdout, sys.stderr, rows.NEW_TOKENS = kept
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -151,7 +152,6 @@ def attempt(kind: str, number: int, make: Attempt) -> dict[str, Any]:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="qwen2-fp16-fix-fuzz-"))
     trial = Trial(kind, number, folder)
-    rows.NEW_TOKENS = NEW_TOKENS
     _forget_peak()
     _set_alarm(SECONDS)
     try:
@@ -226,7 +226,9 @@ def _fork(kind: str, numbers: Sequence[int], make: Attempt) -> Iterator[dict[str
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, where there are threads: idle ones
+        child = os.fork()
     if child == 0:
         _work(kind, numbers, make, writing)
     os.close(writing)
