@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2Config
 
-from ..checkpoints.loading import quiet
+from ..checkpoints.loading import first_run, quiet
 from ..patches.architecture import QWEN2
 from ..patches.attention_form import ALL_ATTENTION_FUNCTIONS
 from ..patches.modeling_qwen2_fp16 import STOCK
@@ -122,7 +122,8 @@ def record_calls(base: Any, tokens: Tensor) -> list[tuple[Tensor, Call]]:
     real = base.layers
     base.layers = nn.ModuleList(_RecordingLayer(layer) for layer in real)
     try:
-        base(input_ids=tokens, use_cache=False)
+        with first_run():
+            base(input_ids=tokens, use_cache=False)
         return [stand_in.__dict__["called"] for stand_in in base.layers]
     finally:
         base.layers = real

@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, first_line
+from ..patches.errors import Qwen2FP16FixError
 from .config import dtype_keyword
 
 
@@ -53,6 +55,19 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits (1, S, vocabulary) of tokens (1, S)."""
     logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     return logits
+
+
+@contextmanager
+def first_run() -> Iterator[None]:
+    """For the first forward of transformers' own code by a config. Raises CheckpointError where it trips over that."""
+    try:
+        yield
+    except (Qwen2FP16FixError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot run a model by this config.json ({first_line(error)}): restore the original one."
+        ) from error
 
 
 @contextmanager

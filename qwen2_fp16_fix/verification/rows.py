@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..activations.extremes import Magnitudes
-from ..checkpoints.loading import forward, load, quiet
+from ..checkpoints.loading import first_run, forward, load, quiet
 from ..errors import CheckpointError, first_line
 from ..model_status import examine_model
 from ..patches.errors import PatchConflictError, Qwen2FP16FixError
@@ -143,7 +144,8 @@ def score(inputs: RowInputs, model: nn.Module, keep: bool) -> tuple[Divergence, 
     divergence, seconds = Divergence(), 0.0
     for index, window in enumerate(inputs.windows):
         started = time.monotonic()
-        logits = forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))[0]
+        with first_run() if keep else nullcontext():  # an error in a fixed model would be ours
+            logits = forward(model, inputs.tokens[:, window.start : window.end].to(inputs.device))[0]
         finite = bool(torch.isfinite(logits).all())  # waits for the GPU
         seconds += time.monotonic() - started
         if not finite:

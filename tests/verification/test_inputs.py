@@ -55,6 +55,16 @@ def test_models_that_a_folder_would_not_hold_are_refused(checkpoint: Path) -> No
         table(wrapped)
 
 
+def test_a_model_that_transformers_cannot_run_is_the_checkpoints_fault(checkpoint: Path) -> None:
+    """It is built without a word, with tables of another width than its heads."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 1.0, "partial_rotary_factor": 0.5}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    for command in (table, lambda folder: qwen2_fp16_fix.scan(folder, [TEXT], tokenizer=tokenizer)):
+        with pytest.raises(qwen2_fp16_fix.CheckpointError, match="transformers cannot run a model by this config"):
+            command(checkpoint)
+
+
 def damage(folder: Path, name: str) -> None:
     """Takes one tensor out of a checkpoint, which transformers would fill with random numbers, without a word here."""
     tensors = load_file(folder / "model.safetensors")
