@@ -6,7 +6,7 @@ passes to each layer, as masks and rotation.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class LayerwiseRun:
         """Takes every prompt through a layer, inside `around(prompt's index)`."""
         layer = self.provider.base.layers[number]
         for index, call in enumerate(calls[number] for calls in self.calls):
-            with self.running(), around(index):
+            with self.running(), around(index), nullcontext() if number else first_run():
                 output = layer(self.hidden[index], *call.args, **call.kwargs)
             self.hidden[index] = output[0] if isinstance(output, tuple) else output
 
