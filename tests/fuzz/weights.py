@@ -191,7 +191,8 @@ def values(folder: Path, chosen: random.Random) -> None:
     def change(found: dict[str, Any], name: str) -> None:
         tensor = found[name] = found[name].to(wider or found[name].dtype)
         row, column = chosen.randrange(len(tensor)), chosen.randrange(tensor.shape[-1])
-        (tensor.view(-1)[:1], tensor[row], tensor[..., column], tensor)[where].fill_(value)
+        held = torch.tensor(value, dtype=torch.float64).to(tensor.dtype)  # past its range it becomes infinite
+        (tensor.view(-1)[:1], tensor[row], tensor[..., column], tensor)[where].fill_(held)
 
     edit(folder, chosen, change)
 
