@@ -1,7 +1,7 @@
 """Locks: the versions and the hashes that decide a fixed model's numbers, and the differences found later."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,5 +156,6 @@ def _strings(tree: Any) -> Iterator[str]:
     if isinstance(tree, str):
         yield tree
     else:
-        for branch in tree.values() if isinstance(tree, dict) else tree or ():
+        branches = tree.values() if isinstance(tree, dict) else tree
+        for branch in branches if isinstance(branches, Iterable) else ():
             yield from _strings(branch)

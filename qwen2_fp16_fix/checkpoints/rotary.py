@@ -62,6 +62,10 @@ def check_rotary(config: Mapping[str, Any], pairs: int | None = None) -> None:
                         f"config.json has {name} = {quoted(value)} in its rope settings, not a number."
                     )
 
+        share = group.get("partial_rotary_factor")
+        if share is not None and not 0 < share <= 1:
+            raise CheckpointError(f"config.json has partial_rotary_factor = {share!r}, not a share of the channels.")
+
 
 def rotation_scale(config: Mapping[str, Any]) -> float:
     """The largest magnitude by which any release multiplies cos and sin: 1, or more under yarn and longrope."""

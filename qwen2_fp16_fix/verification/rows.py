@@ -94,7 +94,8 @@ def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
             f"{row.name} is not finite, first in {site or 'the logits'}: the checkpoint is broken, and there is "
             "nothing to compare with."
         )
-    continued = [continuation(model, prompt) for prompt in prompts_of(inputs.tokens)]
+    with first_run() if row == ORACLE else nullcontext():
+        continued = [continuation(model, prompt) for prompt in prompts_of(inputs.tokens)]
     if row == ORACLE:
         inputs.continuations = continued
     return MeasuredRow(

@@ -59,7 +59,7 @@ def test_the_largest_scale_of_all_releases_counts(config: dict[str, Any], scale:
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0, 0.0]}}, "its short_factor is 0.0"),
         ({"rope_scaling": {"type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}}, "low_freq_factor is 4"),
         ({"rope_scaling": {"type": "YaRN"}}, "of type 'YaRN'"),
-        ({"partial_rotary_factor": 0}, "its partial_rotary_factor is 0"),
+        ({"partial_rotary_factor": 0.25}, "its partial_rotary_factor is 0.25"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "its partial_rotary_factor is 0.5"),
         ({"rope_scaling": {"rope_type": "default", "type": ["yarn"]}}, "of type ['yarn']"),
     ],
@@ -91,6 +91,12 @@ def test_what_a_config_says_is_quoted_in_short(value: Any) -> None:
     with pytest.raises(CheckpointError) as error:
         check_rotary({"rope_parameters": {"factor": value}})
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, 1e6])
+def test_a_share_of_channels_is_one(share: float) -> None:
+    with pytest.raises(CheckpointError, match="not a share of the channels"):
+        check_rotary({"rope_parameters": {"partial_rotary_factor": share}})
 
 
 def random_config(chooser: random.Random) -> dict[str, Any]:

@@ -91,6 +91,7 @@ EMPTY_CERTIFICATE = Certificate(
     proven=False,
     verdict="",
     reasons=[],
+    assumes=[],
     layers=[LAYER] * TINY.layers,
     logits=None,
     casting={},
