@@ -40,6 +40,14 @@ def test_every_family_and_the_newest_run_in_ci() -> None:
     assert {matrix.range_for(release.version) for release in in_ci} == set(RANGES)
 
 
+def test_ci_leaves_the_installed_release_to_make_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test` runs the same suite on it. A full run leaves out none."""
+    monkeypatch.setattr(matrix.importlib.metadata, "version", lambda name: NEWEST_TESTED)
+    in_ci = matrix.chosen(matrix.options_of(["--ci"]), LISTED)
+    assert {release.version for release in LISTED if release.ci} - {NEWEST_TESTED} == {each.version for each in in_ci}
+    assert NEWEST_TESTED in {release.version for release in matrix.chosen(matrix.options_of([]), LISTED)}
+
+
 def test_each_release_is_in_exactly_one_range() -> None:
     for version in VERSIONS:
         assert sum(Version(version) in SpecifierSet(each.requirement) for each in RANGES) == 1
