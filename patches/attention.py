@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention_form import ALL_ATTENTION_FUNCTIONS, Form, ScaledAttention
+from . import attention_form
 from .autocast import runs_in_float16
 from .errors import HalfPrecisionScoresError
 from .numerics import (
@@ -33,7 +33,7 @@ from .two_part_keys import widened_queries
 REQUIRED_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "apply_rotary_pos_emb", "update"}
 
 
-class InterfaceAttention(ScaledAttention):
+class InterfaceAttention(attention_form.ScaledAttention):
     """What an attention has from 4.48 on, where one class calls the implementation that the user chose by name."""
 
     stock_names: ClassVar = {*REQUIRED_NAMES, "scaling", "sliding_window", "eager_attention_forward"}
@@ -55,7 +55,7 @@ def dropout_of(attention: Any) -> float:
 
 
 def operands_for(
-    form: Form,
+    form: attention_form.Form,
     attend: Callable[..., Any],
     name: str,
     query: Tensor,
@@ -78,7 +78,7 @@ def operands_for(
     return laid_out_by_token(as_wide_as_keys(query, form, value.dtype), value.dtype), key, value, mask
 
 
-def as_wide_as_keys(query: Tensor, form: Form, rounded: torch.dtype | None) -> Tensor:
+def as_wide_as_keys(query: Tensor, form: attention_form.Form, rounded: torch.dtype | None) -> Tensor:
     """A query (B, H, S, D) in fp32 with the channels that split keys ask for. rounded: see `widened_queries`."""
     if form.split is None:
         return query
@@ -121,7 +121,7 @@ def eager_attention(
 def implementation_of(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The implementation of that name from 4.48 to 5.3, whose table lacks eager; ours takes the place of stock's."""
     ours: Callable[..., tuple[Tensor, Tensor | None]] | None = eager_attention if name == "eager" else ours_for(name)
-    return ALL_ATTENTION_FUNCTIONS[name] if ours is None else ours
+    return attention_form.ALL_ATTENTION_FUNCTIONS[name] if ours is None else ours
 
 
 def ours_for(implementation: str | None) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
@@ -162,7 +162,7 @@ def scores_of(implementation: str | None) -> str:
     """
     if implementation in ("paged|eager", "eager_paged"):
         return "paged"
-    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    function = attention_form.ALL_ATTENTION_FUNCTIONS.get(implementation)
     if function is not None and function is STOCK_SDPA:
         return "stock sdpa"
     may_be = isinstance(function, (types.FunctionType, functools.partial)) or hasattr(function, "__wrapped__")
@@ -195,7 +195,9 @@ def _essence(function: Any) -> tuple[Any, ...] | None:
     return None if code is None else (code.co_code, code.co_consts, code.co_names)
 
 
-def project_output(attention: Any, output: Tensor, hidden_states: Tensor, dtype: torch.dtype, form: Form) -> Tensor:
+def project_output(
+    attention: Any, output: Tensor, hidden_states: Tensor, dtype: torch.dtype, form: attention_form.Form
+) -> Tensor:
     """o_proj of the heads' outputs (B, S, H, D or wider), times 2^-form.values, rounded to `dtype`.
 
     hidden_states (B, S, hidden): the input of the attention. Returns its shape, no longer scaled.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import planning
 from .autocast import is_full_precision, runs_in_float16
 from .layer_plan import Plan, drop_plan, expect_plan, forget_plan, watch_for_backward
 from .linears import project_exactly
@@ -24,7 +25,6 @@ from .numerics import (
     scaled_product,
 )
 from .overflow import OverflowWatch
-from .planning import plan_kept, settle_for, settle_in_trace, settle_plan
 from .replaced import notice_replaced
 from .rotary import RotaryEmbedding
 from .scaling import Scaled, casts_to_float16, holds_float16, is_quantised, linear_by_token, scaled_linear
@@ -90,14 +90,14 @@ class DecoderLayer(nn.Module):
         """
         if is_symbolic(hidden_states):
             return as_one_node(self, hidden_states, args, kwargs)
-        settle_plan(self, hidden_states)
+        planning.settle_plan(self, hidden_states)
         output = super().forward(promote_residual(hidden_states), *args, **kwargs)
         watch_for_backward(self, output)
         return output
 
     def settle_in_trace(self, in_grad_mode: bool) -> bool:
         """Compilers call this and do not trace it. Before torch 2.13 they pass no module to a function, so a method."""
-        settle_in_trace(self, in_grad_mode)
+        planning.settle_in_trace(self, in_grad_mode)
         return True
 
     settle_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -108,12 +108,12 @@ class DecoderLayer(nn.Module):
         if not mode and (self.plan is None or self.plan.suspect):
             expect_plan(self)
         if self.traced:  # now, not at the next forward: compiled code must find the layer as it was traced
-            settle_for(self, mode)
+            planning.settle_for(self, mode)
         return self
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module. A layer that runs in replicas alone settles its plan here: no forward of its own begins."""
-        settle_plan(self)
+        planning.settle_plan(self)
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: Any) -> None:
@@ -123,7 +123,7 @@ class DecoderLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecoderLayer":
         """Keeps the range plan through a move or a cast that leaves the weights' float16 values as they are."""
-        with plan_kept(self):
+        with planning.plan_kept(self):
             super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 

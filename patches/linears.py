@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import swap
 from .numerics import scaled_down
-from .swap import base_models, layers_of
 
 #: PEFT's adapters that add to a product or work on the input, by the names of their folders. road, ia3 and glora are
 #: not here: they rotate, scale or replace the bias as well.
@@ -88,8 +88,8 @@ def note_made_up(root: nn.Module, stock: Any, told: Any) -> None:
     """
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in told.get("mismatched_keys") or ()]
     names = [*(told.get("missing_keys") or ()), *mismatched]
-    for base in base_models(root, stock):
-        for index, layer in enumerate(layers_of(base)):
+    for base in swap.base_models(root, stock):
+        for index, layer in enumerate(swap.layers_of(base)):
             parts = [f".{name}".partition(f".layers.{index}.") for name in sorted(names)]
             note_missing(layer, [rest for _, _, rest in parts if rest])
 

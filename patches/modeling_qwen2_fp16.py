@@ -13,6 +13,8 @@ from torch import nn
 
 # Every sibling is imported here. Remote code depends on it: of a local folder, transformers before 5.10 copies only the
 # files that the entry imports. tests/hub/test_export.py, test_the_entry_file_imports_every_sibling.
+# At each load it reads a file once for every chain of such imports that ends there. So where chains are long a sibling
+# writes `from . import sibling`, which transformers does not follow: test_a_load_reads_few_files.
 from .architecture import QWEN2
 from .attention import eager_attention  # noqa: F401
 from .attention_classes import FlashAttention  # noqa: F401

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .autocast import autocast_device, autocast_is_on
+from . import autocast
 from .autograd import backward_through, is_recorded, is_transformed
 
 #: Devices whose addcmul multiplies in fp32, its factor included, and rounds once; ROCm calls itself cuda. torch's MPS
@@ -151,7 +151,7 @@ def prepare_anew(prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_len
 
 def sdpa_takes_fp32(value: Tensor) -> bool:
     """Whether torch's fused attention gets fp32: on a CPU, where its kernel takes several times as long in float16."""
-    return runs_on_cpu(value) and not autocast_is_on("cpu")
+    return runs_on_cpu(value) and not autocast.autocast_is_on("cpu")
 
 
 def flex_pads(heads: Tensor) -> bool:
@@ -190,7 +190,7 @@ def grouped_attention(
     On a CPU they are not: there a float16 product takes 8 to 40 times as long as one in fp32. Everywhere a backward
     through the output reaches the weights that are returned.
     """
-    device = autocast_device(query.device.type)
+    device = autocast.autocast_device(query.device.type)
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return grouped_attention(query, key, value, mask, scaling, dropout)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention_form import Form, matmul_dtype
+from . import attention_form
 from .linears import LINEAR_FORWARD, is_separable, project_exactly
 from .numerics import may_reuse_memory, rotate, scaled_down
 from .two_part_keys import widened_keys
 
 
 def rotated_projections(
-    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, form: Form
+    attention: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, form: attention_form.Form
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, S, D) in fp32, key and value (B, G, S, D, or wider) in the dtype of the matmuls.
 
@@ -31,7 +31,7 @@ def rotated_projections(
     return query, widened_keys(key, channels, value.dtype), nn.functional.pad(value, (0, form.split.extra))
 
 
-def values(attention: Any, hidden_states: Tensor, scaled: Tensor, form: Form) -> Tensor:
+def values(attention: Any, hidden_states: Tensor, scaled: Tensor, form: attention_form.Form) -> Tensor:
     """The values (B, G, S, D), times 2^-form.values, in the dtype of the matmuls.
 
     scaled: hidden_states times 2^-form.input.
@@ -45,7 +45,7 @@ def values(attention: Any, hidden_states: Tensor, scaled: Tensor, form: Form) ->
         found = torch.addmm(v_proj.bias, rows, weight, beta=bias_factor, alpha=product_factor)
     else:
         exact = project_exactly(v_proj, hidden_states, form.input, scaled) * 2.0**-form.values
-        found = exact.to(matmul_dtype(attention, hidden_states))
+        found = exact.to(attention_form.matmul_dtype(attention, hidden_states))
     return found.view(batch, length, -1, attention.head_dim).transpose(1, 2)
 
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import planning
 from .autocast import is_full_precision
-from .planning import is_faked
 from .symbolic import as_one_node, is_symbolic
 
 #: RoPE variants whose frequencies no forward changes.
@@ -51,7 +51,7 @@ class RotaryEmbedding(nn.Module):
         No checkpoint holds them, so a model that was built on the meta device gets none with its weights.
         Compilers call this and do not trace it, and take its answer, which is always True, as a constant.
         """
-        if self.frequencies().is_meta and device.type != "meta" and not is_faked():
+        if self.frequencies().is_meta and device.type != "meta" and not planning.is_faked():
             self.compute_anew(device)
         return True
 

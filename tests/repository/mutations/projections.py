@@ -7,7 +7,7 @@ MUTATIONS = (
     Mutation(
         "a value that was scaled in fp32 stays fp32",
         FILE,
-        "found = exact.to(matmul_dtype(attention, hidden_states))",
+        "found = exact.to(attention_form.matmul_dtype(attention, hidden_states))",
         "found = exact",
         "tests/patches/test_exponents.py::test_hooks_see_what_stocks_would_and_leave_the_model_as_exact",
     ),
