@@ -152,11 +152,15 @@ def test_a_signal_cleans_up(
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    outside = signal.signal(number, before)  # a shell has the programs in its background ignore Ctrl-C
     monkeypatch.setattr("qwen2_fp16_fix.files.folders.flush", interrupted)
     monkeypatch.setattr("qwen2_fp16_fix.files.folders.settle", twice)
-    code, _, said = run_command(monkeypatch, capsys, "demo", "--save", str(tmp_path / "out"))
-    assert (code, list(tmp_path.iterdir()), signal.getsignal(number)) == (128 + number, [], before)
+    try:
+        code, _, said = run_command(monkeypatch, capsys, "demo", "--save", str(tmp_path / "out"))
+        assert (code, list(tmp_path.iterdir()), signal.getsignal(number)) == (128 + number, [], before)
+    finally:
+        signal.signal(number, outside)
     assert "Traceback" not in said
 
 
