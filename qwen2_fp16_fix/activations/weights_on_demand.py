@@ -15,10 +15,8 @@ from transformers import Qwen2Config
 
 from ..checkpoints.folder import LM_HEAD, FolderSource
 from ..checkpoints.loaded_model import output_layers
-from ..checkpoints.loading import build, causal_class, load_options, quiet
-from ..errors import CheckpointError, first_line
+from ..checkpoints.loading import build, causal_class, checkpoint_at_fault, load_options, quiet
 from ..patches.architecture import QWEN2
-from ..patches.errors import Qwen2FP16FixError
 from ..patches.modeling_qwen2_fp16 import STOCK, STOCK_OF
 from ..patches.planning import make_plan
 from ..patches.swap import base_models, known_class, layers_of
@@ -72,16 +70,10 @@ class ModelOnDisk:
         """source: of the same folder. Raises CheckpointError if transformers builds no model by its config."""
         self.folder, self.source, self.fixed, self.device = folder, source, fixed, device
         options = load_options(torch.float32, attention)  # the dtype of the rotation tables, before 4.45
-        try:
-            with quiet(), _Weightless():
-                config = Qwen2Config.from_pretrained(folder)
-                model = build(fixed, causal_class(fixed)._from_config, config, **options).eval()
-        except Qwen2FP16FixError:
-            raise
-        except Exception as error:  # a bad config ends in whatever transformers trips over, or its validators raise
-            raise CheckpointError(
-                f"transformers builds no model by the config.json of {folder} ({first_line(error)})."
-            ) from None
+        said = f"transformers builds no model by the config.json of {folder}"
+        with checkpoint_at_fault(said), quiet(), _Weightless():
+            config = Qwen2Config.from_pretrained(folder)
+            model = build(fixed, causal_class(fixed)._from_config, config, **options).eval()
         self.base: Any = model.model
         self.head: nn.Module | None = model.lm_head
         if hasattr(self.base, "rotary_emb"):

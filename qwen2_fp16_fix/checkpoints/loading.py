@@ -7,7 +7,7 @@ The entry of `patches/` is imported where it is used: it raises if the installed
 import contextvars
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,24 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def first_run() -> Iterator[None]:
-    """For the first forward of transformers' own code by a config. Raises CheckpointError where it trips over that."""
+def checkpoint_at_fault(said: str, advice: str = "", passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """For a block of transformers' own code. A bad config makes that trip over anything: it becomes a CheckpointError.
+
+    said, advice: of its sentence, before and behind the first line of what was raised. passed: errors that go on as
+    they are, as this project's own do.
+    """
     try:
         yield
-    except (Qwen2FP16FixError, MemoryError, OSError):
+    except (Qwen2FP16FixError, *passed):  # type: ignore[misc]  # mypy does not follow a tuple into a tuple
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"transformers cannot run a model by this config.json ({first_line(error)}): restore the original one."
-        ) from error
+        raise CheckpointError(f"{said} ({first_line(error)}){advice}.") from error
+
+
+def first_run() -> AbstractContextManager[None]:
+    """For the first forward of a model by a config."""
+    said, advice = "transformers cannot run a model by this config.json", ": restore the original one"
+    return checkpoint_at_fault(said, advice, (MemoryError, OSError))
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 from ..activations.extremes import Magnitudes
-from ..checkpoints.loading import first_run, forward, load, quiet
-from ..errors import CheckpointError, first_line
+from ..checkpoints.loading import checkpoint_at_fault, first_run, forward, load, quiet
+from ..errors import CheckpointError
 from ..model_status import examine_model
-from ..patches.errors import PatchConflictError, Qwen2FP16FixError
+from ..patches.errors import PatchConflictError
 from .divergence import Divergence, OracleLogits, Window
 from .peak_memory import PeakMemory
 from .result import MeasuredRow
@@ -119,12 +119,8 @@ def open_row(folder: Path, row: Row, device: torch.device) -> nn.Module:
 
     Raises CheckpointError if transformers cannot load it, PatchConflictError if it is not what the name says.
     """
-    try:
+    with checkpoint_at_fault(f"transformers cannot load {folder} as {row.name}"):
         model = load(folder, row.fixed, DTYPES[row.dtype], row.attention)
-    except Qwen2FP16FixError:
-        raise
-    except Exception as error:  # a wrong config ends in any kind of error
-        raise CheckpointError(f"transformers cannot load {folder} as {row.name} ({first_line(error)}).") from None
     model = model.to(device)
     found = examine_model(model).to_dict()
     asked = (row.fixed, row.dtype, row.attention)

@@ -159,12 +159,17 @@ def reader_of(chosen: random.Random) -> Reader:
     return chosen.choices(READERS, [each.weight for each in READERS])[0]
 
 
+def change_document(file: Path, chosen: random.Random) -> None:
+    """Writes another tree of the same JSON over the file."""
+    file.write_text(dumps(change_tree(json.loads(file.read_text(encoding="utf-8")), chosen)), encoding="utf-8")
+
+
 def damage(trial: Trial, file: Path, written: bool) -> str:
     """Puts something else into the file, or in its place, and says what."""
     chosen = trial.random
     how = chosen.random()
     if how < 0.55:
-        file.write_text(dumps(change_tree(json.loads(file.read_text(encoding="utf-8")), chosen)), encoding="utf-8")
+        change_document(file, chosen)
         return "another tree"
     if how < 0.85:
         file.write_bytes(change_text(file.read_bytes(), chosen))
@@ -172,7 +177,7 @@ def damage(trial: Trial, file: Path, written: bool) -> str:
     if how < 0.95:
         shutil.copyfile(chosen.choice(STRANGERS)(), file)
         if chosen.random() < 0.3:
-            file.write_text(dumps(change_tree(json.loads(file.read_text(encoding="utf-8")), chosen)), encoding="utf-8")
+            change_document(file, chosen)
         return "another document"
     return change_file(file, chosen, devices=not written)
 
