@@ -10,17 +10,19 @@ import transformers
 from torch import nn
 
 from ._version import __version__
-from .patches.errors import Qwen2FP16FixError
+from .patches.errors import NotQwen2Error, Qwen2FP16FixError
 from .patches.lock import is_switched_off
 from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
 from .status_result import LayerStatus, ModelStatus, PartCount, Status
 
 
-def status(model: nn.Module | None = None) -> Status:
+def status(model: Any = None) -> Status:
     """The versions here, whether the fix can be used and is on, and with `model` which of its parts are fixed.
 
+    model: a model, or what has one as its `model`: a pipeline, a Trainer, an HFLM of lm-eval.
     Returns a Status: `problem` says why the fix cannot be used, `model.fixed` and `model.problem` how the model is.
-    Never raises for an unsupported release: `problem` holds the sentence, and `model` is then None.
+    Never raises for an unsupported release: `problem` holds the sentence, and `model` is then None. Raises
+    NotQwen2Error for what is not a model and has none.
     """
     patch, tested, problem = None, False, None
     registered: dict[str, bool] = {}
@@ -36,7 +38,11 @@ def status(model: nn.Module | None = None) -> Status:
         if model is None:
             check_structure(STOCK, PARTS, transformers.__version__)  # anew: a tool may have replaced code since
         else:
-            about = examine_model(model)
+            from .code_copies import model_in
+
+            about = examine_model(model_in(model))
+    except NotQwen2Error:  # nothing that could be a model; of a model that is none, `examine_model` says it
+        raise
     except Qwen2FP16FixError as error:
         problem = str(error)
     return Status(
@@ -123,21 +129,20 @@ def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Count
 def is_fixed(model: Any) -> bool:
     """Whether `model` holds a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
 
-    False for anything else. Only the parts are looked at: `status` says how each layer is planned.
+    model: as for `status`. False for anything else. Only the parts are looked at: `status` says how each layer is planned.
     """
-    if not isinstance(model, nn.Module):
-        return False
     try:
-        from .code_copies import code_of, own_errors
+        from .code_copies import code_of, model_in, own_errors
         from .patches.attention import is_stock_eager
 
-        code = code_of(model)
+        root = model_in(model)
+        code = code_of(root)
         with own_errors():
-            code.check_modules(model)
-            is_stock_eager(getattr(getattr(model, "config", None), "_attn_implementation", None))
+            code.check_modules(root)
+            is_stock_eager(getattr(getattr(root, "config", None), "_attn_implementation", None))
     except Qwen2FP16FixError:  # no Qwen2, parts replaced by another tool, or an unsupported transformers
         return False
-    total, fixed = count_parts(model, code)
+    total, fixed = count_parts(root, code)
     return total == fixed
 
 
