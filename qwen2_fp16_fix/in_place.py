@@ -47,10 +47,10 @@ def unfix(model: ModelT) -> ModelT:
 def adopt_cache(cache: Any, model: Any, centred: bool = True) -> Any:
     """Marks whose keys a cache holds, if it lost its mark: rebuilt from tensors, or read from a file. Returns `cache`.
 
-    cache: a cache object of transformers; model: the fixed model it is for, or what `fix` takes. centred: whether a model with this fix and
-    the same weights has filled it, in float16 or bf16. If not, its keys come from a stock model, from an fp32 model or
-    from training, and new keys in it will not be centred either. With the wrong answer attention goes to the wrong
-    tokens, and no error says so.
+    cache: a cache object of transformers; model: the fixed model it is for, or what has it as its `model`. centred:
+    whether a model with this fix and the same weights has filled it, in float16 or bf16. If not, its keys come from a
+    stock model, from an fp32 model or from training, and new keys in it will not be centred either. With the wrong
+    answer attention goes to the wrong tokens, and no error says so.
     Raises ForeignCacheError for a tuple of tensors, and otherwise what `fix` raises.
     """
     root = model_in(model)

@@ -129,7 +129,8 @@ def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Count
 def is_fixed(model: Any) -> bool:
     """Whether `model` holds a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
 
-    model: as for `status`. False for anything else. Only the parts are looked at: `status` says how each layer is planned.
+    model: as for `status`. False for anything else. Only the parts are looked at: `status` says how each layer is
+    planned.
     """
     try:
         from .code_copies import code_of, model_in, own_errors
