@@ -10,24 +10,28 @@ import transformers
 from torch import nn
 
 from ._version import __version__
-from .patches.errors import Qwen2FP16FixError
+from .patches.errors import NotQwen2Error, Qwen2FP16FixError
 from .patches.lock import is_switched_off
 from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
 from .status_result import LayerStatus, ModelStatus, PartCount, Status
 
 
-def status(model: nn.Module | None = None) -> Status:
+def status(model: Any = None) -> Status:
     """Says whether the fix can be used here and is switched on, and how far a model is fixed.
 
     It does not raise for an unsupported release of transformers: `problem` then holds the sentence, and `model` is
     None.
 
     Args:
-        model: A loaded model to look at as well.
+        model: A loaded model to look at as well, or an object that has one as its `model`: a pipeline, a Trainer, an
+            HFLM of lm-eval.
 
     Returns:
         The versions, `problem` with the reason if the fix cannot be used, and `model` with what was found in the
         model: `fixed`, `problem`, and the state of each layer in `ranges`.
+
+    Raises:
+        NotQwen2Error: `model` is not a model and has none.
     """
     patch, tested, problem = None, False, None
     registered: dict[str, bool] = {}
@@ -43,7 +47,11 @@ def status(model: nn.Module | None = None) -> Status:
         if model is None:
             check_structure(STOCK, PARTS, transformers.__version__)  # again: a tool may have replaced code since
         else:
-            about = examine_model(model)
+            from .code_copies import model_in
+
+            about = examine_model(model_in(model))
+    except NotQwen2Error:  # this is not a model at all; what a model lacks is said by `examine_model`
+        raise
     except Qwen2FP16FixError as error:
         problem = str(error)
     return Status(
@@ -138,19 +146,18 @@ def is_fixed(model: Any) -> bool:
     Returns:
         True for a fixed model, False for anything else.
     """
-    if not isinstance(model, nn.Module):
-        return False
     try:
-        from .code_copies import code_of, own_errors
+        from .code_copies import code_of, model_in, own_errors
         from .patches.attention import is_stock_eager
 
-        code = code_of(model)
+        root = model_in(model)
+        code = code_of(root)
         with own_errors():
-            code.check_modules(model)
-            is_stock_eager(getattr(getattr(model, "config", None), "_attn_implementation", None))
+            code.check_modules(root)
+            is_stock_eager(getattr(getattr(root, "config", None), "_attn_implementation", None))
     except Qwen2FP16FixError:  # no Qwen2, parts replaced by another tool, or an unsupported transformers
         return False
-    total, fixed = count_parts(model, code)
+    total, fixed = count_parts(root, code)
     return total == fixed
 
 

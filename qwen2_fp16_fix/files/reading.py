@@ -32,7 +32,7 @@ KINDS = (
 )
 
 
-def to_path(given: str | Path, refusal: type[Qwen2FP16FixError]) -> Path:
+def to_path(given: str | os.PathLike[str], refusal: type[Qwen2FP16FixError]) -> Path:
     """The path that a caller gave. Raises `refusal` for an empty one, which would be the current folder.
 
     So it does for one that is not UTF-8 or has a NUL character: what reads checkpoints opens none, and nothing can
