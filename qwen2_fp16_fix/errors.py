@@ -36,7 +36,7 @@ class ExportError(Qwen2FP16FixError):
 
 
 class PublishError(Qwen2FP16FixError):
-    """An exported folder cannot be pushed: it is no export, the repository holds something else, or the Hub refuses."""
+    """An exported folder cannot be pushed: it is not an export, the repository has other files, or the Hub refuses."""
 
     exit_code = 2
 

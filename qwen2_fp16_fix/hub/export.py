@@ -40,18 +40,31 @@ def export(
     strict: bool = False,
     verification: Result | dict[str, Any] | str | Path | None = None,
 ) -> Path:
-    """Writes a folder that loads fixed with `trust_remote_code=True`, and returns its path.
+    """Exports a checkpoint with the fix as remote code, to load with `trust_remote_code=True` and without this package.
 
-    path_or_repo: a checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. out: a new folder, or an empty
-    one. weights: hard links (copies, if links are not possible), copies, or none.
-    code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which is then not copied.
-    strict: a model type of its own: loading without `trust_remote_code` then fails instead of giving the stock class.
-    verification: for the model card, a result of `verify`, or a file with its JSON.
-    Raises CheckpointError and NotQwen2Error for a checkpoint that is not a whole Qwen2, HubError if the Hub does not
-    give it, ExportError for everything else. After an error, an interruption or a kill there is nothing at `out`.
+    The folder is written whole or not at all: after an error, an interruption or a kill there is nothing at `out`.
+
+    Args:
+        path_or_repo: A checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        out: A new folder, or an empty one.
+        weights: "link" for hard links, or copies where links are not possible; "copy" for copies; "none" to export
+            the code alone.
+        code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which is then not copied.
+        strict: Whether to give the export a model type of its own. Loading it without `trust_remote_code` then fails
+            instead of giving the stock class.
+        verification: A result of `verify`, or a file with its JSON, for the model card.
+
+    Returns:
+        The path of the exported folder.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or damaged.
+        NotQwen2Error: The checkpoint is not a Qwen2.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
+        ExportError: Anything else: the place, an option, the disk, or a file beside the weights.
     """
     if weights not in ("link", "copy", "none"):
-        raise ExportError(f"weights={weights!r}: give link, copy or none.")
+        raise ExportError(f"weights is {weights!r}: give link, copy or none.")
     code_name, code_revision = _code_repo(code_repo, weights)
     findings = None if verification is None else read_saved(verification, ExportError)
     target = to_path(out, ExportError).absolute()
@@ -90,10 +103,10 @@ def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | N
     if code_repo is None:
         return None, None
     if weights == "none":
-        raise ExportError("neither code nor weights: leave out --code-only, or --code-repo.")
+        raise ExportError("there is nothing to export, neither code nor weights: leave out --code-only or --code-repo.")
     name, at, revision = code_repo.partition("@")
     if not is_repo_id(name) or bool(at) != bool(revision):
-        raise ExportError(f"{code_repo!r} is no repository: give OWNER/NAME, or OWNER/NAME@REVISION.")
+        raise ExportError(f"{code_repo!r} is not a repository: give OWNER/NAME, or OWNER/NAME@REVISION.")
     return name, revision or None
 
 
@@ -101,7 +114,7 @@ def _real_folder(found: Path) -> Path:
     """The checkpoint's folder, absolute: the card says its name, and links are looked at from there."""
     with reachable(found):
         if not found.is_dir():
-            raise CheckpointError(f"{found} is a file: give the folder it lies in.")
+            raise CheckpointError(f"{found} is a file: give the folder it is in.")
     return to_path(os.path.realpath(found), CheckpointError)
 
 
@@ -115,9 +128,9 @@ def _cached_repo(folder: Path) -> str | None:
 def _check_apart(folder: Path, target: Path) -> None:
     place = Path(os.path.realpath(target.parent), target.name)  # Path.resolve raises for a link to itself, to 3.12
     if place == folder or folder in place.parents:
-        raise ExportError(f"{target} lies inside {folder}, which would be exported into itself: name a folder outside.")
+        raise ExportError(f"{target} is inside {folder}, which would be exported into itself: name a folder outside.")
     if place in folder.parents:
-        raise ExportError(f"{folder} lies inside {target}: name a new folder to export into.")
+        raise ExportError(f"{folder} is inside {target}: name a new folder to export into.")
 
 
 def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Path]:
@@ -158,9 +171,9 @@ def _check_inside(file: Path, folder: Path) -> None:
             f"{file} is a link to {real}, outside the checkpoint: put the file itself there if it belongs to it."
         )
     if not file.exists():
-        raise CheckpointError(f"{file} is a link to nothing: the download is unfinished.")
+        raise CheckpointError(f"{file} is a broken link: the download is unfinished.")
     if not file.is_file():
-        raise CheckpointError(f"{file} is no regular file: remove it, or put the file itself there.")
+        raise CheckpointError(f"{file} is not a regular file: remove it, or put the file itself there.")
 
 
 def _place(file: Path, target: Path, link: bool) -> None:
