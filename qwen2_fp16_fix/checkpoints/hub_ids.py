@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -35,6 +35,7 @@ SMALL = (
     "adapter_config.json",  # to see that it is there
     "version_map.py",  # of an export: the version of its arithmetic
 )
+TEMPLATES = "additional_chat_templates"
 TOKENIZER = (
     "tokenizer*.json",
     "tokenizer.model",
@@ -43,7 +44,7 @@ TOKENIZER = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",
-    "additional_chat_templates/*",
+    f"{TEMPLATES}/*",
 )
 #: Ends of a file's name. A name that has one is a path.
 SUFFIXES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".txt")
@@ -80,11 +81,14 @@ def parse_id(given: str | os.PathLike[str]) -> HubId | None:
         return None if Path(name).parent.exists() else HubId(name, revision or None)
 
 
-def find_checkpoint(given: str | os.PathLike[str], also: Sequence[str] = (), weights: bool = True) -> Path:
+def find_checkpoint(
+    given: str | os.PathLike[str], also: Sequence[str] = (), weights: bool = True, download: bool = True
+) -> Path:
     """The folder or the file of a checkpoint. What is on the Hub is downloaded into its cache, unless it is there.
 
     given: a folder, a file, or OWNER/NAME or OWNER/NAME@REVISION. A folder here wins. also: patterns of files that are
     wanted if the repository has them. weights: whether they are needed; a model that is no Qwen2 comes without.
+    download: whether the Hub may be asked, and not its cache alone.
     Raises CheckpointError for a path where nothing is, HubError for what the Hub does not give.
     """
     path = to_path(given, CheckpointError)
@@ -96,13 +100,13 @@ def find_checkpoint(given: str | os.PathLike[str], also: Sequence[str] = (), wei
     if asked is None:
         raise CheckpointError(f"there is no {given}: {_advice(str(given))}.")
     with one_sentence(asked.repo, asked.revision):
-        return _download(asked, also, weights)
+        return _download(asked, also, weights) if download else _snapshot(asked, also, local_files_only=True)
 
 
 @contextmanager
-def checkpoint_at(given: str | os.PathLike[str], also: Sequence[str] = ()) -> Iterator[Path]:
+def checkpoint_at(given: str | os.PathLike[str], also: Sequence[str] = (), weights: bool = True) -> Iterator[Path]:
     """`find_checkpoint`, for a block that reads the checkpoint. An error in the block names it as the caller does."""
-    found = find_checkpoint(given, also)
+    found = find_checkpoint(given, also, weights)
     try:
         yield found
     except Qwen2FP16FixError as error:
@@ -131,7 +135,7 @@ def _advice(given: str) -> str:
 def _download(asked: HubId, also: Sequence[str], weights: bool) -> Path:
     """The snapshot of a repository in the Hub's cache."""
     with _no_bars():
-        folder = _snapshot(asked.repo, asked.revision, [*SMALL, *also])
+        folder = _snapshot(asked, [*SMALL, *also])
     _check_there(asked, folder, ["config.json"])
     if not weights or read_json(folder / "config.json").get("model_type") not in MODEL_TYPES:
         return folder
@@ -139,15 +143,16 @@ def _download(asked: HubId, also: Sequence[str], weights: bool) -> Path:
     if not all((folder / name).is_file() for name in wanted):
         # by the commit, so that all files are of one, whatever is pushed meanwhile; a single file beside shards is
         # asked for as well: it is an error, and must be seen
-        _snapshot(asked.repo, folder.name, [SINGLE, *wanted])
+        _snapshot(HubId(asked.repo, folder.name), [SINGLE, *wanted])
         _check_there(asked, folder, wanted)
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(asked: HubId, patterns: Sequence[str], **options: bool) -> Path:
     """The folder of a commit in the cache. Without a network it may lack some of the files."""
+    wanted: Any = {"revision": asked.revision, "allow_patterns": list(patterns), **options}
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(asked.repo, **wanted))
     except LocalEntryNotFoundError as error:
         found = getattr(error, "snapshot_path", None)  # newer clients do not return an incomplete one, older ones do
         if found is None:

@@ -7,16 +7,14 @@ import errno
 import fnmatch
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
-
 from .. import locking
 from ..checkpoints.config import reachable, read_config, read_json
 from ..checkpoints.folder import FolderSource
+from ..checkpoints.hub_ids import TEMPLATES, TOKENIZER, checkpoint_at, is_repo_id
 from ..checkpoints.stored import INDEX
 from ..errors import CheckpointError, ExportError
 from ..files.folders import whole_folder
@@ -29,21 +27,7 @@ from .export_config import check_foreign_code, exported_config, heads_to_check
 
 PATCHES = Path(patches_errors.__file__).parent
 CODE_FILES = tuple(sorted(path.name for path in PATCHES.glob("*.py")))
-TEMPLATES = "additional_chat_templates"
-CARRIED = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    f"{TEMPLATES}/*",
-    "generation_config.json",
-    "quantize_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+CARRIED = (*TOKENIZER, "generation_config.json", "quantize_config.json", "LICENSE*", "NOTICE*")
 Weights = Literal["link", "copy", "none"]
 
 
@@ -61,7 +45,7 @@ def export(
     The folder is written whole or not at all: after an error, an interruption or a kill there is nothing at `out`.
 
     Args:
-        path_or_repo: A checkpoint folder, or OWNER/NAME on the Hub (from the cache with HF_HUB_OFFLINE=1).
+        path_or_repo: A checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
         out: A new folder, or an empty one.
         weights: "link" for hard links, or copies where links are not possible; "copy" for copies; "none" to export
             the code alone.
@@ -76,29 +60,31 @@ def export(
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or damaged.
         NotQwen2Error: The checkpoint is not a Qwen2.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
         ExportError: Anything else: the place, an option, the disk, or a file beside the weights.
     """
     if weights not in ("link", "copy", "none"):
         raise ExportError(f"weights is {weights!r}: give link, copy or none.")
     code_name, code_revision = _code_repo(code_repo, weights)
     findings = None if verification is None else read_saved(verification, ExportError)
-    folder, base_model = _source(path_or_repo, weights)
     target = to_path(out, ExportError).absolute()
-    _check_apart(folder, target)
-    config = read_config(folder)
-    exported = exported_config(config, strict, code_name, _tokenizer_class(folder))
-    files = [*_weight_files(folder, config, weights), *_carried_files(folder)]
-    for file in files:
-        _check_inside(file, folder)
-    card = model_card.model_card(
-        folder,
-        exported,
-        base_model=base_model,
-        code_repo=code_name,
-        code_revision=code_revision,
-        has_weights=weights != "none",
-        verification=findings,
-    )
+    with checkpoint_at(path_or_repo, (*CARRIED, "README.md"), weights != "none") as found:
+        folder = _real_folder(found)
+        _check_apart(folder, target)
+        config = read_config(folder)
+        exported = exported_config(config, strict, code_name, _tokenizer_class(folder))
+        files = [*_weight_files(folder, config, weights), *_carried_files(folder)]
+        for file in files:
+            _check_inside(file, folder)
+        card = model_card.model_card(
+            folder,
+            exported,
+            base_model=_cached_repo(folder),
+            code_repo=code_name,
+            code_revision=code_revision,
+            has_weights=weights != "none",
+            verification=findings,
+        )
     with whole_folder(target, ExportError) as written:
         for file in files:
             _place(file, written / file.relative_to(folder), link=weights == "link" and file.suffix == ".safetensors")
@@ -124,33 +110,12 @@ def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | N
     return name, revision or None
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether `name` is an OWNER/NAME of the Hub. `--` is refused: it ends the name in an `auto_map`."""
-    return re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.A) is not None
-
-
-def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
-    """The checkpoint's folder, absolute, and the repository that it came from, if that is known."""
-    folder = to_path(path_or_repo, CheckpointError)
-    with reachable(folder):
-        if folder.is_dir():
-            real = to_path(os.path.realpath(folder), CheckpointError)  # the card says its name
-            return real, _cached_repo(real)
-        if folder.exists():
-            raise CheckpointError(f"{folder} is a file: give the folder it is in.")
-    if isinstance(path_or_repo, Path) or not is_repo_id(path_or_repo):
-        raise CheckpointError(f"there is no {path_or_repo}: give a checkpoint folder, or OWNER/NAME on the Hub.")
-    wanted = ["config.json", "README.md", *CARRIED]
-    if weights != "none":
-        wanted += [INDEX, "*.safetensors", "adapter_config.json"]  # the last to see that it is there
-    try:
-        found = huggingface_hub.snapshot_download(path_or_repo, allow_patterns=wanted)
-    except Exception as error:  # of the Hub, of its HTTP client, which has changed three times, or of the cache
-        offline = "; HF_HUB_OFFLINE=1 leaves only the cache" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
-        raise CheckpointError(
-            f"there is no folder {path_or_repo}, nor a repository on the Hub ({type(error).__name__}{offline})."
-        ) from None
-    return Path(os.path.realpath(found)), path_or_repo
+def _real_folder(found: Path) -> Path:
+    """The checkpoint's folder, absolute: the card says its name, and links are looked at from there."""
+    with reachable(found):
+        if not found.is_dir():
+            raise CheckpointError(f"{found} is a file: give the folder it is in.")
+    return to_path(os.path.realpath(found), CheckpointError)
 
 
 def _cached_repo(folder: Path) -> str | None:
