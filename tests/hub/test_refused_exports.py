@@ -153,9 +153,9 @@ def test_what_is_there_is_never_overwritten(checkpoint: Path, tmp_path: Path) ->
         full: "not empty",
         file: "not a folder",
         link: "not a folder",
-        checkpoint: "lies inside",
-        checkpoint / "sub" / "out": "lies inside",
-        tmp_path: "lies inside",
+        checkpoint: "is inside",
+        checkpoint / "sub" / "out": "is inside",
+        tmp_path: "is inside",
         file / "out": "something else is there|not written",
     }
     for place, says in places.items():
@@ -194,7 +194,7 @@ def test_a_read_only_place_is_one_sentence() -> None:
         if root:
             os.seteuid(65534)
         try:
-            with pytest.raises(ExportError, match="may not be read or written"):
+            with pytest.raises(ExportError, match="cannot be read or written"):
                 qwen2_fp16_fix.export(source, place / "locked" / "out")
         finally:
             if root:

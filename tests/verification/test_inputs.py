@@ -104,7 +104,7 @@ def test_a_bad_checkpoint_is_one_sentence(checkpoint: Path, sentence: str) -> No
 BAD_SHARDS: dict[str, Callable[[Path], Any]] = {
     "is missing: the download is unfinished": lambda shard: shard.unlink(),
     "is damaged or half written": lambda shard: shard.write_bytes(shard.read_bytes()[:-100]),
-    "of-00007.safetensors: one is another's": lambda shard: shard.write_bytes(
+    "of-00007.safetensors: one file is another's": lambda shard: shard.write_bytes(
         sorted(shard.parent.glob("*.safetensors"))[0].read_bytes()
     ),
 }
