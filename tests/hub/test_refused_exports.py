@@ -87,7 +87,7 @@ def broken_card(folder: Path) -> None:
         (adapter, CheckpointError, "PEFT adapter"),
         (link_out, ExportError, "tokenizer.json is a link to .*outside"),
         (weights_link_out, ExportError, "model.safetensors is a link to .*outside"),
-        (link_to_nothing, CheckpointError, "link to nothing"),
+        (link_to_nothing, CheckpointError, "broken link"),
         (broken_card, ExportError, "front matter"),
     ],
 )
@@ -129,9 +129,9 @@ def test_an_index_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> 
     ("asked", "says"),
     [
         ({"weights": "none", "code_repo": "some/code"}, "neither code nor weights"),
-        ({"code_repo": "code"}, "'code' is no repository"),
-        ({"code_repo": "some/code@"}, "no repository"),
-        ({"code_repo": "some/co--de"}, "no repository"),
+        ({"code_repo": "code"}, "'code' is not a repository"),
+        ({"code_repo": "some/code@"}, "not a repository"),
+        ({"code_repo": "some/co--de"}, "not a repository"),
         ({"weights": "move"}, "link, copy or none"),
     ],
 )
