@@ -20,7 +20,7 @@ from ..activations.layerwise import LayerwiseRun
 from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certification.certify import certify
 from ..checkpoints.folder import open_checkpoint
-from ..checkpoints.hub_ids import TOKENIZER, checkpoint_at
+from ..checkpoints.hub_ids import Wanted, checkpoint_at
 from ..checkpoints.tokenizer import tokenizer_in
 from ..code_copies import model_in
 from ..errors import ScanError
@@ -69,7 +69,8 @@ def scan(
     weights: WeightProvider
     if isinstance(model_or_path, str | PathLike):
         fixed, name = bool(fixed), str(model_or_path)
-        with checkpoint_at(model_or_path, TOKENIZER) as folder:
+        wanted = Wanted(tokenizer=tokenizer is None and any(isinstance(prompt, str) for prompt in asked))
+        with checkpoint_at(model_or_path, wanted) as folder:
             weights = _open_folder(folder, fixed, attention, device)
             read = tokenise(asked, weights, tokenizer, tokens)
         scanned: Any = folder

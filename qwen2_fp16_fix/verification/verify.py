@@ -22,7 +22,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from ..checkpoints.folder import FolderSource, open_checkpoint
-from ..checkpoints.hub_ids import TOKENIZER, checkpoint_at
+from ..checkpoints.hub_ids import Wanted, checkpoint_at
 from ..checkpoints.loaded_model import saved
 from ..checkpoints.tokenizer import read_text, tokenizer_in, tokens_of
 from ..code_copies import model_in
@@ -85,7 +85,7 @@ def verify(  # noqa: PLR0913  # the options of the command
     )
     request.check_thresholds()
     if isinstance(model_or_path, str | PathLike):
-        with checkpoint_at(model_or_path, TOKENIZER) as folder:
+        with checkpoint_at(model_or_path, Wanted(tokenizer=tokenizer is None)) as folder:
             return _verify(folder, str(model_or_path), request)
     model = model_in(model_or_path, also="a checkpoint folder, OWNER/NAME, ")
     if tokenizer is None:
