@@ -24,7 +24,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
         (b"[", "is not valid JSON"),
         (b'{"a": 1}', "is not a list of texts"),
         (b"[]", "holds no prompt"),
-        (b'["\\ud83d and \\ude00"]', "a surrogate without its other half"),
+        (b'["\\ud83d and \\ude00"]', "half of a surrogate pair"),
         (b'["a", " "]', "holds no prompt, or an empty one"),
     ):
         prompts.write_bytes(content)
@@ -49,7 +49,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
         qwen2_fp16_fix.scan(bare, [[500]])
     with pytest.raises(qwen2_fp16_fix.ScanError, match="a prompt has no tokens"):
         qwen2_fp16_fix.scan(bare, [[]])
-    with pytest.raises(qwen2_fp16_fix.ScanError, match="is no attention to scan"):
+    with pytest.raises(qwen2_fp16_fix.ScanError, match="is not an attention that can be scanned"):
         qwen2_fp16_fix.scan(bare, [[5]], attention="flash")
 
 
