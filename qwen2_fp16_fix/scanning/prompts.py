@@ -65,7 +65,7 @@ class TokenisedPrompts(NamedTuple):
     tokenizer: Any
 
     def token(self, prompt: int, position: int) -> tuple[int, str | None]:
-        """A token and its text. A token that is part of a character has no text: it is written as the vocabulary has it.
+        """A token and its text. A token inside a character has no text: it is written as the vocabulary has it.
 
         Without a tokenizer the text is None.
         """

@@ -35,7 +35,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
     good.write_text("ABC")
     assert "holds no prompt" in refused(folder, "--prompts", tmp_path / "empty.txt")
     assert "0 tokens of a prompt leave nothing" in refused(folder, "--tokens", "0")
-    assert "is no device here" in refused(folder, "--device", "warp", "--prompts", good)
+    assert "is not a device here" in refused(folder, "--device", "warp", "--prompts", good)
     bare = tmp_path / "bare"
     bare.mkdir()
     assert "has no config.json" in refused(bare)
