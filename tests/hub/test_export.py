@@ -233,7 +233,7 @@ def test_a_repository_is_exported_from_the_cache(tmp_path: Path, monkeypatch: py
     assert ModelCard.load(by_name / "README.md").data.base_model == "some/model"
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         qwen2_fp16_fix.export("some/other", tmp_path / "other")
-    with pytest.raises(CheckpointError, match="give a checkpoint folder, a .safetensors file, or OWNER/NAME"):
+    with pytest.raises(CheckpointError, match=r"give a checkpoint folder, a \.safetensors file, or OWNER/NAME"):
         qwen2_fp16_fix.export("nowhere", tmp_path / "other")
 
 
