@@ -17,7 +17,7 @@ def shortcomings(rows: Sequence[VerifiedRow], max_kl: float | None, max_ppl_drif
                 found.append(f"{row.name} has a mean KL of {number(row.kl_mean, '.3g')}, above {max_kl:g}")
             if max_ppl_drift is not None and not within(row.drift, max_ppl_drift):
                 drift = number(row.drift, "+.3g")
-                found.append(f"{row.name} has a perplexity drift of {drift}, past {max_ppl_drift:g}")
+                found.append(f"{row.name} has a perplexity drift of {drift}, beyond {max_ppl_drift:g}")
     return found
 
 
