@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .activations.extremes import Magnitudes, overflow_lines
 from .checkpoints.loading import forward, load, quiet
+from .checkpoints.threads import one_thread
 from .errors import CheckpointError, ExportError
 from .files.folders import whole_folder
 from .files.packaged import DEMO_CHECKPOINT as CHECKPOINT
@@ -94,6 +95,7 @@ class Demonstration(Result):
         return Group(*parts, table, *map(Text, broken), Styled(Text(f"\n{self.summary()}"), "bold"))
 
 
+@one_thread()
 def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstration:
     """Runs the prompt through every row.
 

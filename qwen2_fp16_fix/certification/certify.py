@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.folder import FolderSource
 from ..checkpoints.loaded_model import ModelSource
+from ..checkpoints.threads import own_cores
 from ..errors import CheckpointError
 from ..files.reading import to_path
 from ..patches.swap import layers_of
@@ -28,6 +29,7 @@ from .result import Certificate, LayerCertificate
 from .text import verdict_of
 
 
+@own_cores()
 def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) -> Certificate:
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 

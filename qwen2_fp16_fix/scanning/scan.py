@@ -19,6 +19,7 @@ from ..activations.layerwise import LayerwiseRun
 from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certification.certify import certify
 from ..checkpoints.folder import open_checkpoint
+from ..checkpoints.threads import own_cores
 from ..errors import CheckpointError, ScanError
 from ..files.reading import to_path
 from ..model_status import status
@@ -34,6 +35,7 @@ from .sentences import verdict
 ATTENTIONS = ("eager", "sdpa")
 
 
+@own_cores()
 def scan(
     model_or_path: nn.Module | str | Path,
     prompts: Prompts | None = None,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.folder import FolderSource, open_checkpoint
 from ..checkpoints.loaded_model import saved
+from ..checkpoints.threads import own_cores
 from ..checkpoints.tokenizer import read_text, tokens_of
 from ..errors import CheckpointError, VerificationError
 from ..files.reading import to_path
@@ -36,6 +37,7 @@ from .rows import ORACLE, Row, RowInputs, measure, planned_rows
 from .settings import Request, Settings
 
 
+@own_cores()
 def verify(  # noqa: PLR0913  # the options of the command
     model_or_path: nn.Module | str | Path,
     text: str | Path | None = None,
