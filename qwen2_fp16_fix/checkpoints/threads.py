@@ -58,9 +58,9 @@ def _shares() -> Iterator[float]:
     for line in _read(MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            root, files = GROUPS, ("cpu.max",)
+            root, files = GROUPS, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            root, files = GROUPS / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            root, files = GROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         for group in _around(path):
