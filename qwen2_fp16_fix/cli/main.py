@@ -27,6 +27,6 @@ def main() -> None:
         if arguments[:1] != ["run"]:  # a program that is run decides for itself
             let_threads_sleep()
         try:
-            app(args=as_now(arguments))
+            app(args=as_now(arguments), prog_name="qwen2-fp16-fix")
         finally:
             sys.stdout.flush()  # typer prints help and ends the program: else it would be Python that finds a full disk

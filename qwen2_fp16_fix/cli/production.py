@@ -1,7 +1,5 @@
 """Commands that prepare what others run, run it, and pin it."""
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -85,17 +83,7 @@ def run(context: typer.Context) -> None:
 
     `python` and `python3` are the Python that this package is installed in. For another one write its path.
     """
-    raise typer.Exit(launcher.run(by_this_python(context.args)))
-
-
-def by_this_python(arguments: Sequence[str]) -> list[str]:
-    """The program to run. `python`, `python3` and its own version mean the Python that runs us: it has this package.
-
-    The first one on PATH may be another, as in a virtual environment that is not activated.
-    """
-    own = {"python", "python3", f"python3.{sys.version_info.minor}"}
-    name, *rest = arguments or [""]
-    return [sys.executable, *rest] if name.removesuffix(".exe") in own and sys.executable else list(arguments)
+    raise typer.Exit(launcher.run(context.args))
 
 
 def lock(
