@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..files.reading import to_path
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
+from ..translations import number_text
 from .assumptions import EPSILON, assumptions_of, residual_obstacles, unbounded_settings
 from .casting import casting_losses
 from .ends import certify_ends
@@ -28,11 +29,12 @@ from .result import Certificate, LayerCertificate
 from .text import verdict_of
 
 
-def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) -> Certificate:
+def certify(model_or_path: nn.Module | str | Path, progress: Progress = None, *, language: str = "en") -> Certificate:
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 
     model_or_path: a loaded model with a Qwen2Model inside, a checkpoint folder, or a .safetensors file with config.json
-    beside it. progress: True for a bar on stderr, or a rich Console to show it on.
+    beside it. progress: True for a bar on stderr, or a rich Console to show it on. language: of the verdict and of
+    what is printed, "en" or "zh".
     Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
     Raises CheckpointError for a folder or file that cannot be read whole, NotQwen2Error for another architecture.
     """
@@ -61,13 +63,13 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
     reasons += [*unbounded, *(residual_obstacles(residual, source.shape.hidden))]
     reasons += in_memory(source, layers) if isinstance(source, ModelSource) else []
     reasons += [f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons]
-    for kind, what in (("overflow", "pass 65504"), ("nonfinite", "are NaN or infinite")):
-        reasons += [f"{name}: {lost[kind]} weights {what}" for name, lost in casting.items() if lost[kind]]
+    for kind, what in (("overflow", "are over float16's limit of 65,504"), ("nonfinite", "are NaN or infinite")):
+        reasons += [f"{name}: {number_text(lost[kind])} weights {what}" for name, lost in casting.items() if lost[kind]]
     exponents = [max(layer.exponents.values(), default=0) for layer in layers]
     scaled = sum(exponent > 0 for exponent in exponents)
     return Certificate(
         proven=not reasons,
-        verdict=verdict_of(reasons, assumed, len(layers), scaled),
+        verdict=verdict_of(reasons, assumed, layers, language),
         reasons=reasons,
         assumes=assumed.sentences(),
         layers=layers,
@@ -77,6 +79,7 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
         max_exponent=max(exponents, default=0),
         config=asdict(source.shape) | {"layers": source.layers, "intermediate": source.intermediate},
         seconds=round(time.monotonic() - started, 2),
+        language=language,
     )
 
 
