@@ -28,7 +28,7 @@ def command_for(arguments: Sequence[str]) -> list[str]:
     command = [sys.executable, *arguments] if first == "-m" or first.endswith(".py") else list(arguments)
     program = shutil.which(command[0])
     if program is None:
-        raise UsageError(f"cannot find the program {command[0]!r}.")
+        raise UsageError(f"cannot find the program {command[0]!r}: check its name, or give its full path.")
     if re.fullmatch(r"python[\d.]*(\.exe)?", Path(command[0]).name):
         _refuse_isolation(command[1:])
     return [program, *command[1:]]
@@ -47,7 +47,7 @@ def _refuse_isolation(switches: Sequence[str]) -> None:
             next(rest, None)
         for place, letter in enumerate("" if switch.startswith("--") else switch[1:], start=2):
             if letter in "EIS":
-                raise UsageError(f"python {switch} keeps the fix out of the process: leave -E, -I and -S away.")
+                raise UsageError(f"python {switch} keeps the fix out of the process: run it without -E, -I and -S.")
             if letter in "cm":
                 return
             if letter in "WX":

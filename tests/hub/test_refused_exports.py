@@ -121,7 +121,7 @@ def test_an_index_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> 
     index = sharded / "model.safetensors.index.json"
     shutil.copy(sharded / "model-00001-of-00004.safetensors", tmp_path / "secret.safetensors")
     index.write_text(index.read_text().replace("model-00001-of-00004", "../secret"))
-    with pytest.raises(CheckpointError, match=r"no \.safetensors file beside it"):
+    with pytest.raises(CheckpointError, match=r"not a \.safetensors file beside it"):
         qwen2_fp16_fix.export(sharded, tmp_path / "out")
 
 
