@@ -188,7 +188,7 @@ class ScanResult(Result):
     versions: of the software that ran. checkpoint: its path, or the class of a loaded model. foreign_code: the class of
     the checkpoint's own code, which loads in place of the scanned model, or None. model: the sizes. sites: in the order
     of execution. first_nonfinite: the site where the model broke; None if `finite`. bias_spikes: the largest of the
-    `bias_spikes_found`. verdict: a sentence. seconds: of the whole scan.
+    `bias_spikes_found`. verdict: a sentence. seconds: of the whole scan. language: of the verdict and the table.
     """
 
     versions: Status
@@ -207,6 +207,7 @@ class ScanResult(Result):
     certificate: Proof
     verdict: str
     seconds: float
+    language: str = "en"
 
     @property
     def past_limit(self) -> list[MeasuredSite]:
@@ -226,7 +227,7 @@ class ScanResult(Result):
         """The tightest site of each layer, sentences about it, and the verdict."""
         from .sentences import rendered
 
-        return rendered(self)
+        return rendered(self, self.language)
 
     def save_html(
         self,

@@ -10,6 +10,7 @@ from rich.console import Console
 from ..checkpoints.loading import default_device, device_problem
 from ..errors import VerificationError
 from ..results import Record
+from ..translations import check_language
 
 LONGEST_WINDOW = 1024  # unless asked for: eager attention stores a score for every pair of tokens
 
@@ -39,10 +40,12 @@ class Request:
     max_kl: float | None
     max_ppl_drift: float | None
     resume: Path | None
+    language: str
     console: Console | None
 
-    def check_thresholds(self) -> None:
-        """Raises VerificationError for a threshold that nothing or everything would pass."""
+    def check(self) -> None:
+        """Raises VerificationError for an unknown language, and a threshold that nothing or everything would pass."""
+        check_language(self.language, VerificationError)
         for threshold in (self.max_kl, self.max_ppl_drift):
             if threshold is not None and not 0 <= threshold < math.inf:
                 raise VerificationError(f"a threshold of {threshold} decides nothing: give a number of at least 0.")
