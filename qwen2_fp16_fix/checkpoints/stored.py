@@ -31,7 +31,7 @@ HEADS = re.compile(rf"({'|'.join(OUTPUT_LAYERS)})\.(weight|bias)")
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what the header of that file says of it."""
+    """Where a tensor is stored, and what the header of that file says about it."""
 
     file: Path
     shape: tuple[int, ...]
