@@ -72,14 +72,20 @@ def compare(
     if before is not None:
         row |= {"stock_kl": kl(oracle, before), "stock_finite": bool(before.isfinite().all())}
     name = f"{row['weights']} in {row['dtype']} with {way}"
+    refusal = f"The kernel of {way} takes what stock asks of it and not what the fix asks, {{}}."
     try:
         found = logits(fixed, way, ids)
     except NotAvailable:
-        proof.promise(before is None, f"The kernel of {way} takes what stock asks of it and not what the fix asks.")
+        proof.promise(before is None, refusal.format("for a prompt"))
         raise
     row |= {"fixed_kl": kl(oracle, found), "fixed_finite": bool(found.isfinite().all())}
     hold(proof, row, "fixed_kl", name)
-    found, cache = over_a_cache(fixed, way, ids, last)
+    try:
+        found, cache = over_a_cache(fixed, way, ids, last)
+    except NotAvailable:
+        stocks, _ = attempt(functools.partial(over_a_cache, stock, way, ids, last))
+        proof.promise(stocks is None, refusal.format("over a cache"))
+        raise
     row["cached_kl"] = kl(oracle, found)
     hold(proof, row, "cached_kl", f"{name}, over a cache,")
     return cache

@@ -26,8 +26,9 @@ def static_step(model: Any, context: int, run: Any = None) -> tuple[Step, Step]:
     mask = torch.ones(1, 1, 1, room, dtype=torch.bool, device=device)
     if model.config._attn_implementation == "eager":
         mask = torch.zeros_like(mask, dtype=model.dtype)  # stock adds it to the scores
-    inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device), "attention_mask": mask, "use_cache": True}
-    inputs |= {"position_ids": torch.full((1, 1), context, device=device), workloads.CACHE: cache}
+    token, position = torch.zeros(1, 1, dtype=torch.long, device=device), torch.full((1, 1), context, device=device)
+    inputs = {"input_ids": token, "position_ids": position, "attention_mask": mask, "use_cache": True}
+    inputs[workloads.CACHE] = cache
     counted = [layer for layer in cache.layers if hasattr(layer, "cumulative_length")]
 
     def take_back() -> None:

@@ -1,6 +1,7 @@
 """What may not change a fixed model's answer: later tokens, pads, and torch's switches."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from tests import stress
 
 from .accuracy import CLOSE, FUSED
-from .proof import Proof, attempt
+from .proof import NotAvailable, Proof, attempt
 from .subjects import SHAPE, named, oracle_of, pair, stressed
 from .ways import kl, logits
 
@@ -30,7 +31,7 @@ def causality(proof: Proof) -> None:
         if not proof.over(f"causality, {way}"):
             with proof.row("causality", way=way) as row:
                 row |= unchanged(fixed, way)
-                of_stock, _ = attempt(lambda way=way: unchanged(stock, way))
+                of_stock, _ = attempt(functools.partial(unchanged, stock, way))
                 row["stock"] = of_stock
                 for what, kept in unchanged_promises(row):
                     is_stocks = of_stock is not None and not of_stock[what]
@@ -61,8 +62,9 @@ def unchanged(model: Any, way: str) -> dict[str, bool]:
     padded = ids.clone()
     padded[0, :PADS] = 9
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    both, _ = attempt(lambda: [logits(model, way, each, **inputs) for each in (ids, padded)])
-    if both is None:
+    try:
+        both = [logits(model, way, each, **inputs) for each in (ids, padded)]
+    except NotAvailable:
         return found | {"masks": False}
     one, two = (torch.cat((each[0, PADS:], each[1])) for each in both)
     return found | {"pads": torch.equal(one, two), "finite": bool(one.isfinite().all()), "masks": True}
@@ -112,7 +114,10 @@ def precision(name: str) -> Iterator[None]:
 def matmul_switch(name: str, value: bool) -> Iterator[None]:
     """A switch of `torch.backends.cuda.matmul`, meanwhile."""
     owner = torch.backends.cuda.matmul
-    before = getattr(owner, name)
+    try:
+        before = getattr(owner, name)
+    except (AttributeError, AssertionError) as error:
+        raise NotAvailable(f"this torch has no switch {name}") from error
     setattr(owner, name, value)
     try:
         yield

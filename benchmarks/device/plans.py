@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,27 +63,38 @@ def planning_time(proof: Proof) -> None:
             continue
         name = str(dtype).removeprefix("torch.")
         with proof.row("planning", width=proof.sizes.plan_width, dtype=name) as row:
-            model = build(proof.sizes.plan_width, 2, dtype).to(proof.device)
-            weights = [weight.detach() for weight in model.model.layers.parameters()]
-            row["layer_bytes"] = sum(weight.nbytes for weight in weights) // 2
-            places = [torch.empty_like(weight) for weight in weights]
-            row["copy_s"] = timed(lambda: [a.copy_(b) for a, b in zip(places, weights, strict=True)], proof) / 2
-            del places
-            started = time.perf_counter()
-            qwen2_fp16_fix.fix(model)
-            wait_for(proof.device)
-            row["first_s"] = (time.perf_counter() - started) / 2
-            row["plan_s"] = timed(lambda: planning.plan_layers(model.model), proof) / 2
-            row["copies"] = row["plan_s"] / row["copy_s"]
+            row |= planned(build(proof.sizes.plan_width, 2, dtype).to(proof.device))
 
 
-def timed(run: Any, proof: Proof) -> float:
-    """Seconds of one run until the device is done: the median of three, after one more."""
-    found = []
-    for _ in range(1 + TIMES):
-        wait_for(proof.device)
-        started = time.perf_counter()
-        run()
-        wait_for(proof.device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+def planned(model: Any) -> dict[str, Any]:
+    """Bytes of a layer, and seconds: of a copy of them, of the plan at `fix`, and of one more once all is warm."""
+    layers, device = model.model.layers, model.device
+    weights = [weight.detach() for weight in layers.parameters()]
+    places = [torch.empty_like(weight) for weight in weights]
+
+    def copy_all() -> None:
+        for place, weight in zip(places, weights, strict=True):
+            place.copy_(weight)
+
+    copied = median_seconds(copy_all, device)
+    places.clear()
+    first = seconds_of(lambda: qwen2_fp16_fix.fix(model), device)
+    again = median_seconds(lambda: planning.plan_layers(model.model), device)
+    found = {"copy_s": copied, "first_s": first, "plan_s": again}
+    a_layer = {name: value / len(layers) for name, value in found.items()}
+    layer_bytes = sum(weight.nbytes for weight in weights) // len(layers)
+    return {"layer_bytes": layer_bytes, **a_layer, "copies": again / copied}
+
+
+def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The median of three, after one more."""
+    return statistics.median([seconds_of(run, device) for _ in range(1 + TIMES)][1:])
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run until the device is done."""
+    wait_for(device)
+    started = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - started

@@ -49,6 +49,7 @@ class Proof:
     left_out: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # that each section took
     until: float = float("inf")  # when the section that runs is over
+    tried: bool = True  # whether the section that runs has tried a row
     saved_at: float = 0.0
 
     def run(self, sections: dict[str, tuple[Section, float]], say: Callable[[str], None] = print) -> list[str]:
@@ -69,7 +70,7 @@ class Proof:
     def run_section(self, name: str, section: Section, share: float) -> None:
         """Runs one for `share` seconds and a grace, whatever happens in it, and writes the file."""
         started = time.monotonic()
-        self.until = started + share
+        self.until, self.tried = started + share, False
         try:
             with alarm(share + GRACE):
                 section(self)
@@ -85,7 +86,7 @@ class Proof:
     @contextmanager
     def row(self, section: str, **case: Any) -> Iterator[dict[str, Any]]:
         """A row of the section, which is kept whatever happens to it: NotAvailable is a finding, the rest a failure."""
-        found = dict(case)
+        found, self.tried = dict(case), True
         try:
             yield found
         except NotAvailable as error:
@@ -105,8 +106,8 @@ class Proof:
             self.broken.append(sentence)
 
     def over(self, case: str) -> bool:
-        """Whether the section's time is up; then the case is noted as left out."""
-        if time.monotonic() <= self.until:
+        """Whether the section's time is up; then the case is noted as left out. Its first row is always tried."""
+        if not self.tried or time.monotonic() <= self.until:
             return False
         self.left_out.append(case)
         return True

@@ -27,12 +27,12 @@ SECTIONS: dict[str, tuple[Section, float]] = {
     "score-accuracy": (scores.score_accuracy, 0.04),
     "score-time": (scores.score_time, 0.08),
     "host": (host.host, 0.03),
-    "decode": (timing.decode, 0.16),
-    "prompts": (timing.prompts, 0.12),
+    "decode": (timing.decode, 0.15),
+    "prompts": (timing.prompts, 0.10),
     "memory": (timing.memory, 0.02),
     "planning": (plans.planning_time, 0.05),
-    "compiled": (compiled.compiled, 0.12),
-    "flex": (accuracy.flex, 0.05),
+    "compiled": (compiled.compiled, 0.18),
+    "flex": (accuracy.flex, 0.08),
 }
 
 

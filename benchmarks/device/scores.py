@@ -5,6 +5,7 @@ float16 operands on CUDA and returns fp32 (`out_dtype`). The query, which is fp3
 into two float16 halves, hi and lo, whose products are added.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tests import stress
 from ..pairs import seconds, warm_up
 from .accuracy import CLOSE
 from .graphs import captured
-from .proof import Proof
+from .proof import NotAvailable, Proof, first_line, free_memory
 from .subjects import SHAPE, named, oracle_of, pair, stressed
 from .ways import kl, logits, over_a_cache
 
@@ -75,9 +76,12 @@ def product(rows: Tensor, columns: Tensor, added: Tensor | None = None) -> Tenso
     if rows.device.type != "cuda":
         exact = rows.float() @ columns.float()
         return exact if added is None else exact.add_(added)
-    if added is None:
-        return torch.bmm(rows, columns, out_dtype=torch.float32)
-    return BADDBMM(added, rows, columns, out_dtype=torch.float32)
+    try:
+        if added is None:
+            return torch.bmm(rows, columns, out_dtype=torch.float32)
+        return BADDBMM(added, rows, columns, out_dtype=torch.float32)
+    except (TypeError, NotImplementedError) as error:  # torch before 2.8
+        raise NotAvailable(f"this torch has no out_dtype: {first_line(error)}") from error
 
 
 WAYS: dict[str, Way] = {
@@ -88,6 +92,7 @@ WAYS: dict[str, Way] = {
     "query in two halves": halves,
     "two halves, stacked": stacked_halves,
 }
+SCALING = 0.125  # of the scores, where nothing depends on it
 ROUNDING = ("query rounded", "query scaled, rounded")
 
 
@@ -168,31 +173,31 @@ def score_time(proof: Proof) -> None:
             for name, way in WAYS.items():
                 with proof.row("score time", width=width, phase=phase, tokens=keys, scores=name) as row:
                     row |= error_of(way, given)
-                    row["scores_s"] = once(lambda way=way, given=given: way(given.rows, given.columns, 0.125), proof)
-                    row["attention_s"] = once(lambda name=name, given=given: whole(name, given), proof)
+                    row["scores_s"] = once(functools.partial(way, given.rows, given.columns, SCALING), proof)
+                    row["attention_s"] = once(functools.partial(whole, name, given), proof)
             with proof.row("score time", width=width, phase=phase, tokens=keys, scores="stock") as row:
-                row["attention_s"] = once(lambda given=given: stock_eager(given), proof)
+                row["attention_s"] = once(functools.partial(stock_eager, given), proof)
 
 
 def whole(name: str, given: Operands) -> Tensor:
     """All of a fixed eager attention."""
     with scores_by(name):
-        return numerics.grouped_attention(given.query, given.key, given.value, None, 0.125)[0]
+        return numerics.grouped_attention(given.query, given.key, given.value, None, SCALING)[0]
 
 
 def stock_eager(given: Operands) -> Tensor:
     """Eager attention as transformers writes it, in float16: keys repeated, softmax in fp32."""
     repeats = given.query.shape[1] // given.key.shape[1]
     key, value = (each.repeat_interleave(repeats, 1) for each in (given.key, given.value))
-    scores = given.query.half() @ key.transpose(2, 3) * 0.125
+    scores = given.query.half() @ key.transpose(2, 3) * SCALING
     return torch.softmax(scores, -1, dtype=torch.float32).half() @ value
 
 
 def error_of(way: Way, given: Operands) -> dict[str, Any]:
     """Of the scores, at most a few queries: the largest error over the largest score, in fp64."""
     rows = given.rows[:, :64].contiguous()
-    exact = rows.double() @ given.columns.double() * 0.125
-    return {"error": float((way(rows, given.columns, 0.125).double() - exact).abs().max() / exact.abs().max())}
+    exact = rows.double() @ given.columns.double() * SCALING
+    return {"error": float((way(rows, given.columns, SCALING).double() - exact).abs().max() / exact.abs().max())}
 
 
 @torch.no_grad()
@@ -201,4 +206,7 @@ def once(run: Callable[[], Any], proof: Proof) -> float:
     if proof.device.type == "cuda":
         run = captured(run, proof.device)
     repeats = warm_up(run, proof.device)
-    return min(seconds(run, repeats, proof.device) for _ in range(3))
+    found = min(seconds(run, repeats, proof.device) for _ in range(3))
+    del run  # and the memory of its graph
+    free_memory(proof.device)
+    return found

@@ -1,4 +1,4 @@
-"""The models of a proof: small stress models, whose fp32 answer a CPU knows, and ordinary ones of the released widths."""
+"""The models of a proof: small stress models, whose fp32 answer a CPU knows, and ordinary ones of released widths."""
 
 import copy
 import functools

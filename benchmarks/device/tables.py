@@ -33,13 +33,9 @@ def summary(found: dict[str, Any]) -> str:
 
 def small(row: Row, key: str) -> str:
     """A KL or an error. "not finite" where it was computed and is not; why not where the row says so."""
-    if row.get("not_available"):
-        return "not available"
-    if row.get("failed"):
-        return "failed"
-    if key not in row:
-        return "–"
-    return "not finite" if row[key] is None else f"{row[key]:.1e}"
+    if key in row:
+        return "not finite" if row[key] is None else f"{row[key]:.1e}"
+    return "not available" if "not_available" in row else "failed" if "failed" in row else "–"
 
 
 def times(row: Row, scale: float = 1e3, unit: str = "ms") -> str:

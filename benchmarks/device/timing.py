@@ -9,7 +9,7 @@ from ..cells import peak_bytes
 from ..models import DTYPES
 from ..pairs import compare
 from .graphs import graphed, static_step
-from .proof import Proof
+from .proof import Proof, free_memory
 from .subjects import ordinary, twins
 
 #: Peak memory of fixed over stock's that the tests of the counts allow.
@@ -41,6 +41,7 @@ def timed(proof: Proof, section: str, sizes: tuple[int, ...], layers: int) -> No
                 weights = weights or ordinary(width, layers, DTYPES[dtype], proof.device)
                 budget = max(proof.sizes.shortest, 0.4 * proof.left() / (rows_left + 1))
                 measure(proof, section, row, twins(weights, attention), budget)
+            free_memory(proof.device)
 
 
 def measure(proof: Proof, section: str, row: dict[str, Any], models: tuple[Any, Any], budget: float) -> None:
