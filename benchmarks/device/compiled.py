@@ -18,13 +18,13 @@ LAYERS = 2  # compiling takes seconds a layer
 def compiled(proof: Proof) -> None:
     """sdpa first: it is the default. A fixed model that does not compile as one graph breaks a promise."""
     mode = "reduce-overhead" if proof.device.type == "cuda" else "default"
-    context = proof.sizes.compiled_context
+    width, context = proof.sizes.compiled_width, proof.sizes.compiled_context
     for attention in ("sdpa", "eager"):
         if proof.over(f"compiled {attention}"):
             continue
-        with proof.row("compiled", attention=attention, mode=mode, width="0.5b", layers=LAYERS, tokens=context) as row:
+        with proof.row("compiled", attention=attention, mode=mode, width=width, layers=LAYERS, tokens=context) as row:
             torch._dynamo.reset()
-            weights = ordinary("0.5b", LAYERS, torch.float16, proof.device)
+            weights = ordinary(width, LAYERS, torch.float16, proof.device)
             steps = []
             for name, model in zip(("fixed", "stock"), twins(weights, attention)[::-1], strict=True):
                 steps.append(answers(proof, row, name, model))

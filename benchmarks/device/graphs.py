@@ -38,7 +38,7 @@ def static_step(model: Any, context: int, run: Any = None) -> tuple[Step, Step]:
             else:
                 layer.cumulative_length = context
 
-    return take_back, lambda: (run or model)(**inputs).logits
+    return take_back, lambda: (model if run is None else run)(**inputs).logits
 
 
 def captured(step: Step, device: torch.device) -> Step:

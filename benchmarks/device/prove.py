@@ -1,6 +1,7 @@
 """Runs the sections of a proof in turn, and in another process where the device has been lost."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -53,7 +54,7 @@ def prove(
     proof.environment = environment(device)
     if resume:
         proof.take_up(json.loads(path.read_text(encoding="utf-8")))
-    quieten()
+    settle()
     chosen = {name: section for name, section in SECTIONS.items() if name in only or not only}
     rest = proof.run(chosen, say)
     if rest:
@@ -66,8 +67,13 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def quieten() -> None:
-    """Compilers and profilers warn by the page, of nothing that a proof is about."""
+def settle() -> None:
+    """Compilers and profilers warn by the page, of nothing that a proof is about.
+
+    What the imports made stays: a full collection, one a captured graph, would walk through torch each time.
+    """
+    gc.collect()
+    gc.freeze()
     warnings.filterwarnings("ignore")
     for name in ("torch._inductor", "torch._dynamo", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -25,6 +25,7 @@ class Sizes:
     decode_layers: int = 8
     prompt_layers: int = 4
     memory_tokens: int = 2048
+    compiled_width: str = "0.5b"
     compiled_context: int = 1024
     score_shapes: tuple[str, ...] = ("0.5b", "7b", "72b")
     pairs: int = 15  # of host time

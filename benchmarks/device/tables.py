@@ -50,7 +50,7 @@ def ratio(row: Row) -> str:
 
 def number(row: Row, key: str, form: str = "{:,.2f}", scale: float = 1.0) -> str:
     """A number, or a dash where there is none."""
-    return form.format(row[key] * scale) if row.get(key) is not None else "–"
+    return form.format(row[key] if scale == 1 else row[key] * scale) if row.get(key) is not None else "–"
 
 
 def yes(row: Row, key: str) -> str:
