@@ -1,8 +1,8 @@
 """How Sphinx builds the handbook: docs/ in English and docs/zh/ in Chinese, each a site with a search of its own."""
 
+import logging
 import re
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ language = "zh_CN" if CHINESE else "en"
 html_title = "qwen2-fp16-fix 手册" if CHINESE else "qwen2-fp16-fix handbook"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = [] if CHINESE else ["zh", "notebooks"]
-nitpicky = False
+logging.getLogger("jieba").setLevel(logging.WARNING)  # cuts Chinese into words for the search; says how long it took
 default_role = "code"  # single backticks in docstrings are code
 
 myst_heading_anchors = 3
@@ -54,10 +54,9 @@ html_sidebars = {
         "sidebar/scroll-end.html",
     ]
 }
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-REPOSITORY = SETTINGS["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"]
-if REPOSITORY:
-    html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
+REPOSITORY = re.findall(r'^repository = "(.*?)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+if any(REPOSITORY):
+    html_theme_options = {"source_repository": REPOSITORY[0], "source_branch": "main", "source_directory": "docs/"}
 
 
 def add_navigation(app: Any, name: str, source: list[str]) -> None:
