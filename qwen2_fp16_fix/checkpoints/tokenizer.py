@@ -1,5 +1,6 @@
 """Text to token ids, by the tokenizer of a checkpoint."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def read_text(text: str | Path | None) -> str:
     """The text itself, that of a UTF-8 file, or by default the packaged passage. Raises VerificationError."""
     if isinstance(text, str):
         text = file_named(text, VerificationError) or text
+    elif text is not None and not isinstance(text, PathLike):
+        raise VerificationError(f"the text is a {type(text).__qualname__}: give a text, or the path of one.")
     if isinstance(text, str):
         found, name = text, "the text"
     else:

@@ -124,10 +124,13 @@ def test_the_sentence_about_a_path_says_what_to_give(tmp_path: Path, monkeypatch
     for given, said in (
         ("https://huggingface.co/Qwen/Qwen2-7B/tree/main", "give the name alone, Qwen/Qwen2-7B"),
         ("here/Qwen2-7B", "here is a folder.*`hf download here/Qwen2-7B` prints"),
+        ("Qwen/Qwen2-7B@", "a commit after the @"),
+        (Path("Qwen/Qwen2-7B"), "a Path is never looked up"),
         ("nowhere", "give a checkpoint folder, a .safetensors file, or OWNER/NAME"),
+        (None, "this is a NoneType: give the path of a checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            find_checkpoint(given)
+            find_checkpoint(given)  # type: ignore[arg-type]
 
 
 def test_a_folder_here_wins(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +253,7 @@ FAILURES: dict[Callable[[Hub, pytest.MonkeyPatch], str], str] = {
     no_revision: "some/model has no revision v9",
     wrong_token: "answered 401 for some/model: it refuses your token; log in again",
     down: "answered 503 for some/model: try again later",
-    dropped: r"the download of some/model broke off \(\w+\): start again, or run `hf download some/model`",
+    dropped: r"the download of some/model failed \(\w+\): start it again, or run `hf download some/model`",
     offline: "and HF_HUB_OFFLINE allows no download: run `hf download some/model` where there is a network",
     offline_with_a_part: "not all of it, and HF_HUB_OFFLINE .* run `hf download some/model --revision main`",
     no_network: "and the Hub cannot be reached: run `hf download some/model`",
@@ -280,6 +283,15 @@ def test_no_network_is_no_wrong_usage(
     code, printed, said = run_command(monkeypatch, capsys, command, MODEL, *out)
     assert (code, printed) == (4, "")
     assert said.startswith(f"qwen2-fp16-fix: {MODEL} is not in the Hub's cache")
+
+
+def test_an_index_cannot_name_files_elsewhere(hub: Hub) -> None:
+    files = hub.repos[MODEL]["main"]
+    for name in ("../../config.json", "/etc/passwd", "a*.safetensors", "sub/a.safetensors"):
+        files["model.safetensors.index.json"] = json.dumps({"weight_map": {"x": name}}).encode()
+        hub.repos[f"some/of{len(name)}"] = hub.repos[MODEL]
+        find_checkpoint(f"some/of{len(name)}")
+    assert not any("passwd" in path or "sub/" in path or "*" in path for path in hub.asked)
 
 
 def test_what_the_repository_lacks_is_the_checkpoints_fault(hub: Hub) -> None:
