@@ -24,7 +24,7 @@ ROWS_LOOKED_AT = 4096  # searched together for a number that is not finite
 class TokenPlace:
     """Where a number was. A score has its query's position, its key's, its head, and the channel that adds most to it.
 
-    head and key_position are None for a number that is no score.
+    head and key_position are None for a number that is not a score.
     """
 
     prompt: int

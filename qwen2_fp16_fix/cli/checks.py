@@ -113,7 +113,7 @@ def verify(  # noqa: PLR0913, options of a command
 
 def doctor(
     path: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="PATH_OR_ID", help="A checkpoint, to be examined too: a folder, or OWNER/NAME."),
     ] = None,
     as_json: AsJson = False,

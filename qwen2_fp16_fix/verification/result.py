@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredRow(Record):
-    """One way of running the checkpoint, against the oracle. The measures are None if its logits are not finite.
+    """One way of running the checkpoint, against the oracle: stock transformers in float32 with eager attention.
+
+    The measures are None if its logits are not finite.
 
     finite: whether all logits are. kl_mean, kl_max: KL(oracle || row) of a token, in nats. first_overflow: the first
     site that is not finite, in the first window whose logits are not, or else in the first window; None if there is

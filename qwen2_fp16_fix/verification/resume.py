@@ -29,7 +29,7 @@ class FinishedRows:
     """Rows by name, written to the file after each. Without a file they are only kept in memory."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises VerificationError for a file that is no such file, or cannot be written."""
+        """Raises VerificationError for a file that holds anything else, or cannot be written."""
         self.path = path
         self.rows: dict[str, MeasuredRow] = {}
         self.key: dict[str, Any] | None = None  # of the file; None without one
@@ -78,7 +78,7 @@ def _impossible(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Perplexities that no loss gives, from which no drift can be told, and differences without their margins."""
     for number, row in enumerate(rows):
         if row["perplexity"] is not None and row["perplexity"] < 1:
-            yield f"rows[{number}].perplexity is {row['perplexity']}, not a number from 1"
+            yield f"rows[{number}].perplexity is {row['perplexity']}, not a number of at least 1"
         if len(row["first_differences"]) != len(row["first_margins"]):
             yield f"rows[{number}] has first_differences and first_margins of different lengths"
 

@@ -48,7 +48,7 @@ class Request:
         check_language(self.language, VerificationError)
         for threshold in (self.max_kl, self.max_ppl_drift):
             if threshold is not None and not 0 <= threshold < math.inf:
-                raise VerificationError(f"a threshold of {threshold} decides nothing: give a number from 0.")
+                raise VerificationError(f"a threshold of {threshold} decides nothing: give a number of at least 0.")
 
     def settings(self, positions: int) -> Settings:
         """The settings with their defaults filled in. positions: how many tokens the model reads together.
@@ -57,12 +57,14 @@ class Request:
         """
         window = min(LONGEST_WINDOW, positions) if self.window is None else self.window
         if not 2 <= window <= positions:
-            raise VerificationError(f"a window of {window} tokens: give 2 to {positions}, the positions of this model.")
+            raise VerificationError(
+                f"a window of {window} tokens does not fit: give 2 to {positions}, the positions of this model."
+            )
         stride = window // 2 if self.stride is None else self.stride
         if not 1 <= stride < window:
-            raise VerificationError(f"a stride of {stride} for a window of {window}: give 1 to {window - 1}.")
+            raise VerificationError(f"a stride of {stride} does not fit a window of {window}: give 1 to {window - 1}.")
         if self.tokens < 2:
-            raise VerificationError(f"{self.tokens} tokens: give at least 2, of which one is scored.")
+            raise VerificationError(f"{self.tokens} tokens are too few: give at least 2, of which one is scored.")
         return Settings(window, stride, self.tokens, choose_device(self.device), self.max_kl, self.max_ppl_drift)
 
 
@@ -70,7 +72,7 @@ def choose_device(device: str | None) -> str:
     """The device by its name; by default cuda if there is one. Raises VerificationError for one that is not there."""
     name = default_device() if device is None else device
     if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise VerificationError(f"{name!r} is no device to verify on: give cpu or cuda.")
+        raise VerificationError(f"{name!r} is not a device to verify on: give cpu or cuda.")
     if device_problem(name) is not None:
-        raise VerificationError(f"there is no {name} here: give cpu, or leave the device away.")
+        raise VerificationError(f"there is no {name} here: give cpu, or leave the device out.")
     return name

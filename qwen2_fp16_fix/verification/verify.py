@@ -10,17 +10,20 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.folder import FolderSource, open_checkpoint
+from ..checkpoints.hub_ids import Wanted, checkpoint_at
 from ..checkpoints.loaded_model import saved
 from ..checkpoints.threads import own_cores
-from ..checkpoints.tokenizer import read_text, tokens_of
+from ..checkpoints.tokenizer import read_text, tokenizer_in, tokens_of
+from ..code_copies import model_in
 from ..errors import CheckpointError, VerificationError
 from ..files.reading import to_path
 from ..model_status import status
@@ -36,7 +39,7 @@ from .settings import Request, Settings
 
 @own_cores()
 def verify(  # noqa: PLR0913  # the options of the command
-    model_or_path: nn.Module | str | Path,
+    model_or_path: Any,
     text: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -52,18 +55,20 @@ def verify(  # noqa: PLR0913  # the options of the command
 ) -> VerificationResult:
     """Runs a checkpoint stock and fixed, in fp32, float16 and bfloat16, and measures each row against stock fp32 eager.
 
-    model_or_path: a checkpoint folder, or a loaded Qwen2ForCausalLM, which is saved to a temporary folder first.
-    text: the text, or a Path to a UTF-8 file; by default a passage that comes with the package. tokenizer: used in
-    place of the folder's; a loaded model needs one. window and stride: see `sliding_windows`; tokens: how many of the
-    text's are read. device: "cpu" or "cuda"; by default cuda where there is one. resume: see FinishedRows.
-    language: of the sentences and the table, "en" or "zh". progress: True for a bar on stderr, or a rich Console to
-    show it on.
+    model_or_path: a checkpoint folder, OWNER/NAME or OWNER/NAME@REVISION on the Hub, or a loaded Qwen2ForCausalLM,
+    which is saved to a temporary folder first; a pipeline or Trainer stands for its model.
+    text: the text, or the path of a UTF-8 file; by default a passage that comes with the package. tokenizer: in place
+    of that of the folder, of the pipeline, or of the checkpoint that a loaded model comes from. window and stride: see
+    `sliding_windows`; tokens: how many of the text's are read. device: "cpu" or "cuda"; by default cuda where there is
+    one. resume: see FinishedRows. language: of the sentences and the table, "en" or "zh". progress: True for a bar on
+    stderr, or a rich Console to show it on.
     Returns a VerificationResult: `passed`, `verdict` (a sentence) and `reasons` say how it ended, `rows` how far each
     is from the oracle. `to_dict()` is the same as plain data.
     `passed`: every fixed row is finite and, where asked for, each fixed float16 row has a mean KL up to `max_kl` and a
     perplexity within `max_ppl_drift`, relatively.
-    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, VerificationError for other
-    arguments, PatchConflictError if a stock row turns out to be patched, or a fixed one not to be.
+    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, HubError if the Hub does not give it,
+    VerificationError for other arguments, PatchConflictError if a stock row turns out to be patched, or a fixed one not
+    to be.
     """
     if is_switched_off():
         raise VerificationError("QWEN2_FP16_FIX=0 switches the fix off, so nothing here would be fixed: unset it.")
@@ -81,12 +86,16 @@ def verify(  # noqa: PLR0913  # the options of the command
         console=console_of(progress),
     )
     request.check()
-    if isinstance(model_or_path, nn.Module):
-        if tokenizer is None:
-            raise CheckpointError("a loaded model has no tokenizer: pass tokenizer=, or verify its folder.")
-        with saved(model_or_path) as folder:
-            return _verify(folder, type(model_or_path).__qualname__, request)
-    return _verify(to_path(model_or_path, CheckpointError), str(model_or_path), request)
+    if isinstance(model_or_path, str | PathLike):
+        with checkpoint_at(model_or_path, Wanted(tokenizer=tokenizer is None)) as folder:
+            return _verify(folder, str(model_or_path), request)
+    model = model_in(model_or_path, also="a checkpoint folder, OWNER/NAME, ")
+    if tokenizer is None:
+        request = replace(request, tokenizer=tokenizer_in(model_or_path, model))
+    if request.tokenizer is None:
+        raise CheckpointError("a loaded model has no tokenizer: pass tokenizer=, or verify its folder.")
+    with saved(model) as folder:
+        return _verify(folder, type(model).__qualname__, request)
 
 
 def _verify(folder: Path, name: str, request: Request) -> VerificationResult:

@@ -189,9 +189,21 @@ def pickled(folder: Path) -> Path:
     return folder
 
 
+def adapter(folder: Path) -> Path:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    return folder
+
+
+def gguf(folder: Path) -> Path:
+    (folder / "config.json").rename(folder / "model-Q8_0.gguf")
+    return folder
+
+
 BAD = {
     no_such_folder: "there is no",
     empty: "has no config.json",
+    adapter: "holds a PEFT adapter: merge it",
+    gguf: "holds GGUF files",
     broken_json: "config.json is not valid JSON",
     half_written: "damaged or half written",
     missing_shard: "the shard model-00001-of-00002.safetensors is missing",

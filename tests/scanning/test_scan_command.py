@@ -65,7 +65,7 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
         '{"rows": [{}], "settings": {"tokens": 1, "window": 1}}',
     ):
         there.write_text(content)
-        assert "`qwen2-fp16-fix verify PATH --json` printed" in refused(
+        assert "`qwen2-fp16-fix verify PATH --json` prints" in refused(
             folder, "--report", report, "--verification", there
         )
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)

@@ -74,9 +74,9 @@ def test_thresholds_and_overflows_are_named() -> None:
     (reason,) = shortcomings(ROWS, 2.5e-6, None)
     assert reason == "fixed float16 sdpa has a mean KL of 3e-06, above 2.5e-06"
     (reason,) = shortcomings(ROWS, None, 1.5e-4)
-    assert reason == "fixed float16 sdpa has a perplexity drift of +0.0002, past 0.00015"
+    assert reason == "fixed float16 sdpa has a perplexity drift of +0.0002, beyond 0.00015"
     low = [replace(each, drift=-0.5) if each.name == "fixed float16 eager" else each for each in ROWS]
-    assert shortcomings(low, None, 0.1) == ["fixed float16 eager has a perplexity drift of -0.5, past 0.1"]
+    assert shortcomings(low, None, 0.1) == ["fixed float16 eager has a perplexity drift of -0.5, beyond 0.1"]
     broken = replace(ROWS[-1], finite=False, first_overflow="layer 1, residual stream")
     assert shortcomings([*ROWS[:-1], broken], None, None) == [
         "fixed bfloat16 sdpa is not finite, first in layer 1, residual stream"

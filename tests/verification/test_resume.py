@@ -105,5 +105,5 @@ def test_a_file_that_is_damaged_anywhere_is_refused_before_the_run(
     data["rows"][0]["perplexity"] = 0
     for content in ("", "[]", "\xff", "[" * 10**5, json.dumps(data)):
         file.write_text(content, encoding="latin-1")
-        with pytest.raises(refused, match=r"rows\.json is not|perplexity is 0, not a number from 1"):
+        with pytest.raises(refused, match=r"rows\.json is not|perplexity is 0, not a number of at least 1"):
             FinishedRows(file)
