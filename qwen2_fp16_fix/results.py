@@ -6,7 +6,7 @@
     found.summary()          # one line, which `repr` shows as well
     rich.print(found)        # the table that `certify` prints
 
-Each class is in the room of its function. docs/api.md lists them.
+Each class is in the subpackage of its function. docs/api.md lists them.
 """
 
 import dataclasses
