@@ -62,7 +62,8 @@ docs: $(INSTALLED)
 	$(call install,-e ".[docs]")
 	$(BIN)/python tools/draw_rooms.py
 	rm -rf build/handbook
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/sphinx-build -qW --keep-going docs build/handbook
+	$(BIN)/sphinx-build -qW --keep-going -c docs -t zh docs/zh build/handbook/zh
 	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it
 
 dist: $(INSTALLED)
