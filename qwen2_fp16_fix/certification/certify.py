@@ -20,6 +20,7 @@ from ..checkpoints.threads import own_cores
 from ..code_copies import model_in
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
+from ..translations import number_text
 from .assumptions import EPSILON, assumptions_of, residual_obstacles, unbounded_settings
 from .casting import casting_losses
 from .ends import certify_ends
@@ -30,12 +31,13 @@ from .text import verdict_of
 
 
 @own_cores()
-def certify(model_or_path: Any, progress: Progress = None) -> Certificate:
+def certify(model_or_path: Any, progress: Progress = None, *, language: str = "en") -> Certificate:
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 
     model_or_path: a checkpoint folder, a .safetensors file with config.json beside it, OWNER/NAME or
     OWNER/NAME@REVISION on the Hub, or a loaded model with a Qwen2Model inside; a pipeline or Trainer stands for its
-    model. progress: True for a bar on stderr, or a rich Console to show it on.
+    model. progress: True for a bar on stderr, or a rich Console to show it on. language: of the verdict and of what is
+    printed, "en" or "zh".
     Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
     Raises CheckpointError for a folder or file that cannot be read whole, HubError if the Hub does not give it,
     NotQwen2Error for another architecture.
@@ -59,13 +61,13 @@ def certify(model_or_path: Any, progress: Progress = None) -> Certificate:
     reasons += [*unbounded, *(residual_obstacles(residual, source.shape.hidden))]
     reasons += in_memory(source, layers) if isinstance(source, ModelSource) else []
     reasons += [f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons]
-    for kind, what in (("overflow", "pass 65504"), ("nonfinite", "are NaN or infinite")):
-        reasons += [f"{name}: {lost[kind]} weights {what}" for name, lost in casting.items() if lost[kind]]
+    for kind, what in (("overflow", "are over float16's limit of 65,504"), ("nonfinite", "are NaN or infinite")):
+        reasons += [f"{name}: {number_text(lost[kind])} weights {what}" for name, lost in casting.items() if lost[kind]]
     exponents = [max(layer.exponents.values(), default=0) for layer in layers]
     scaled = sum(exponent > 0 for exponent in exponents)
     return Certificate(
         proven=not reasons,
-        verdict=verdict_of(reasons, assumed, len(layers), scaled),
+        verdict=verdict_of(reasons, assumed, layers, language),
         reasons=reasons,
         assumes=assumed.sentences(),
         layers=layers,
@@ -75,6 +77,7 @@ def certify(model_or_path: Any, progress: Progress = None) -> Certificate:
         max_exponent=max(exponents, default=0),
         config=asdict(source.shape) | {"layers": source.layers, "intermediate": source.intermediate},
         seconds=round(time.monotonic() - started, 2),
+        language=language,
     )
 
 

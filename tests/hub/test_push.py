@@ -218,7 +218,7 @@ def test_large_weights_go_first_and_an_interrupted_push_goes_on(
             raise ConnectionError("reset")
 
     monkeypatch.setattr(hub, "note", interrupt)
-    with pytest.raises(PublishError, match="push again to go on"):
+    with pytest.raises(HubError, match="push again to go on"):
         push(exported, "me/new", api=hub)
     assert set(hub.repos["me/new"]["main"]) == {".gitattributes", "model.safetensors"}
     hub.commits["me/new"].append(("Add weights", ""))  # for all a push knows, these are another's

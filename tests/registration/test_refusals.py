@@ -73,7 +73,7 @@ def test_the_models_with_pictures_are_refused_and_the_pages_say_so(name: str, ti
         text_config=sizes | heads | rotation, vision_config=tower | {"out_hidden_size": 32, "mlp_ratio": 2}
     )
     refuses(q.NotQwen2Error, getattr(transformers, f"{name}ForConditionalGeneration")(settings), "no Qwen2")
-    for page in ("README.md", "README.zh-CN.md", "docs/troubleshooting.md", "docs/troubleshooting.zh.md"):
+    for page in ("README.md", "README.zh-CN.md", "docs/troubleshooting.md", "docs/zh/troubleshooting.md"):
         text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
         said = [part for part in re.split(r"\n\n|\n- ", text) if title in part and "`fix`" in part]
         assert len(said) == 1, page

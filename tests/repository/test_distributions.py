@@ -158,7 +158,8 @@ def test_the_sdist_holds_what_a_packager_needs(release: Path) -> None:
         "README.zh-CN.md",
         "LICENSE",
         "Makefile",
-        "mkdocs.yml",
+        "docs/conf.py",
+        "tools/package_page.py",
         "pyproject.toml",
         "tests/repository/test_distributions.py",
     }
