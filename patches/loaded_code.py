@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Whose functions a decorator in a source may bring along.
+#: Packages whose functions a decorator in a source may add.
 LIBRARIES = frozenset({"torch", "huggingface_hub", *sys.stdlib_module_names})
 
 UPSTREAM, PACKAGE = "transformers.", "qwen2_fp16_fix."

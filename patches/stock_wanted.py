@@ -16,9 +16,6 @@ def stock_models() -> Iterator[None]:
 
         with qwen2_fp16_fix.stock_models():
             stock = AutoModelForCausalLM.from_pretrained("checkpoint")
-
-    Yields:
-        Nothing.
     """
     before = _stock_wanted.set(True)
     try:

@@ -29,8 +29,8 @@ def model_in(given: Any, also: str = "") -> nn.Module:
         return held
     if isinstance(given, str | PathLike):
         raise NotQwen2Error(
-            f"{str(given)!r} is the name of a checkpoint, not a loaded model: load it with from_pretrained, and pass "
-            "what that returns."
+            f"found no Qwen2 in {str(given)!r}, the name of a checkpoint: load it with from_pretrained, and pass what "
+            "that returns."
         )
     what = f"the class {given.__qualname__}" if isinstance(given, type) else f"this {type(given).__qualname__}"
     raise NotQwen2Error(

@@ -11,6 +11,12 @@ FOLDER = Path(__file__).parent / "texts"
 LANGUAGES = ("en", "zh")
 
 
+def check_language(language: str, refusal: type[Exception]) -> None:
+    """Raises `refusal` for a language that there are no texts in."""
+    if language not in LANGUAGES:
+        raise refusal(f"there is no text in {language!r}: give {' or '.join(LANGUAGES)}.")
+
+
 def read_texts(subject: str) -> dict[str, dict[str, str]]:
     """The texts about one subject by language, then by key."""
     files = {language: (FOLDER / f"{language}.json").read_text(encoding="utf-8") for language in LANGUAGES}
@@ -18,6 +24,8 @@ def read_texts(subject: str) -> dict[str, dict[str, str]]:
 
 
 DOCTOR_TEXTS = read_texts("doctor")
+DEMO_TEXTS = read_texts("demo")
+VERIFY_TEXTS = read_texts("verify")
 SCAN_TEXTS = read_texts("scan")  # of the report as well
 CERTIFY_TEXTS = read_texts("certify")
 

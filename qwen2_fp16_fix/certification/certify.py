@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoints.folder import FolderSource
 from ..checkpoints.hub_ids import checkpoint_at
 from ..checkpoints.loaded_model import ModelSource
+from ..checkpoints.threads import own_cores
 from ..code_copies import model_in
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
@@ -29,6 +30,7 @@ from .result import Certificate, LayerCertificate
 from .text import verdict_of
 
 
+@own_cores()
 def certify(model_or_path: Any, progress: Progress = None, *, language: str = "en") -> Certificate:
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 

@@ -1,11 +1,11 @@
 """What the Hub or its client answers instead of a file, in one sentence."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from ..errors import HubError
 from ..patches.errors import Qwen2FP16FixError
 
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 #: What to do about an answer of the Hub.
 ANSWERS = {
     401: "it refuses your token; log in again with `hf auth login`, or unset HF_TOKEN",
@@ -50,30 +51,26 @@ def _what_failed(error: Exception, repo: str, revision: str | None) -> str:
         return f"{repo} has no revision {revision}: give a branch, a tag or a commit"
     if isinstance(error, RepositoryNotFoundError):
         return f"the Hub has no {repo} that you may see: check the name, or log in with `hf auth login`"
-    if isinstance(first, EntryNotFoundError) and not isinstance(first, LocalEntryNotFoundError):
-        return f"{repo} has no config.json, or no weights as .safetensors: give another repository or revision"
     status = status_of(first)
     if status is not None:
         return f"the Hub answered {status} for {repo}: {ANSWERS.get(status, 'try again later')}"
-    return _without_answer(error, first, repo)
+    command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    return _without_answer(error, first, repo, command)
 
 
-def _without_answer(error: Exception, first: BaseException, repo: str) -> str:
-    """Of an error without the Hub's answer."""
-    later = f"run `hf download {repo}` where there is a network"
+def _without_answer(error: Exception, first: BaseException, repo: str, command: str) -> str:
+    """Of an error without the Hub's answer. command: that downloads the repository."""
+    missing, there = f"{repo} is not in the Hub's cache, or not all of it", f"run `{command}` where there is a network"
     if isinstance(first, LocalTokenNotFoundError):
         return f"{repo} needs a token: log in with `hf auth login`, or set HF_TOKEN"
     if constants.HF_HUB_OFFLINE or isinstance(first, OfflineModeIsEnabled):
-        return (
-            f"the cache does not have all of {repo}, and HF_HUB_OFFLINE=1 forbids to download it: unset it, or {later}"
-        )
+        variable = next((name for name in OFFLINE if os.environ.get(name)), OFFLINE[0])
+        return f"{missing}, and {variable} allows no download: {there}, or unset {variable}"
     if isinstance(error, LocalEntryNotFoundError):
-        return f"the Hub cannot be reached, and the cache does not have all of {repo}: {later}"
+        return f"{missing}, and the Hub cannot be reached: {there}"
     if isinstance(first, OSError) and first.strerror and first.filename:
-        return (
-            f"{first.filename}, in the Hub's cache, cannot be written ({first.strerror}): set HF_HOME to another place"
-        )
-    return f"the download of {repo} broke off ({type(first).__name__}): start again, or run `hf download {repo}`"
+        return f"the Hub's cache cannot be written ({first.filename}: {first.strerror}): set HF_HOME to another folder"
+    return f"the download of {repo} broke off ({type(first).__name__}): start again, or run `{command}`"
 
 
 def root_of(error: BaseException) -> BaseException:

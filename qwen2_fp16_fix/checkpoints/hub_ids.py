@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports them, without saying so to mypy
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -46,8 +46,14 @@ TOKENIZER = (
     "chat_template*",
     f"{TEMPLATES}/*",
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # without either file transformers 5 builds an empty tokenizer
 #: Ends of a file's name. A name that has one is a path.
 SUFFIXES = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".txt")
+#: What to do about a repository without a file.
+ADVICE = {
+    "config.json": ": it is not a checkpoint of transformers, give another repository or revision",
+    SINGLE: " and no index of shards: give a repository, or a revision, with .safetensors weights",
+}
 
 
 class HubId(NamedTuple):
@@ -55,6 +61,18 @@ class HubId(NamedTuple):
 
     repo: str
     revision: str | None
+
+
+class Wanted(NamedTuple):
+    """Which files of a checkpoint are needed, besides its configuration."""
+
+    weights: bool = True  # those of a Qwen2; of another model none are downloaded
+    tokenizer: bool = False
+    also: tuple[str, ...] = ()  # patterns of files to have if the repository has them
+    download: bool = True  # whether the Hub may be asked, and not its cache alone
+
+
+WEIGHTS = Wanted()
 
 
 def is_repo_id(name: str) -> bool:
@@ -81,14 +99,10 @@ def parse_id(given: str | os.PathLike[str]) -> HubId | None:
         return None if Path(name).parent.exists() else HubId(name, revision or None)
 
 
-def find_checkpoint(
-    given: str | os.PathLike[str], also: Sequence[str] = (), weights: bool = True, download: bool = True
-) -> Path:
+def find_checkpoint(given: str | os.PathLike[str], wanted: Wanted = WEIGHTS) -> Path:
     """The folder or the file of a checkpoint. What is on the Hub is downloaded into its cache, unless it is there.
 
-    given: a folder, a file, or OWNER/NAME or OWNER/NAME@REVISION. A folder here wins. also: patterns of files that are
-    wanted if the repository has them. weights: whether they are needed; a model that is no Qwen2 comes without.
-    download: whether the Hub may be asked, and not its cache alone.
+    given: a folder, a file, or OWNER/NAME or OWNER/NAME@REVISION. A folder here wins. wanted: what is needed of it.
     Raises CheckpointError for a path where nothing is, HubError for what the Hub does not give.
     """
     path = to_path(given, CheckpointError)
@@ -100,13 +114,13 @@ def find_checkpoint(
     if asked is None:
         raise CheckpointError(f"there is no {given}: {_advice(str(given))}.")
     with one_sentence(asked.repo, asked.revision):
-        return _download(asked, also, weights) if download else _snapshot(asked, also, local_files_only=True)
+        return _download(asked, wanted) if wanted.download else _snapshot(asked, (), local_files_only=True)
 
 
 @contextmanager
-def checkpoint_at(given: str | os.PathLike[str], also: Sequence[str] = (), weights: bool = True) -> Iterator[Path]:
+def checkpoint_at(given: str | os.PathLike[str], wanted: Wanted = WEIGHTS) -> Iterator[Path]:
     """`find_checkpoint`, for a block that reads the checkpoint. An error in the block names it as the caller does."""
-    found = find_checkpoint(given, also, weights)
+    found = find_checkpoint(given, wanted)
     try:
         yield found
     except Qwen2FP16FixError as error:
@@ -132,27 +146,29 @@ def _advice(given: str) -> str:
 # The Hub
 
 
-def _download(asked: HubId, also: Sequence[str], weights: bool) -> Path:
+def _download(asked: HubId, wanted: Wanted) -> Path:
     """The snapshot of a repository in the Hub's cache."""
     with _no_bars():
-        folder = _snapshot(asked, [*SMALL, *also])
+        folder = _snapshot(asked, [*SMALL, *(TOKENIZER if wanted.tokenizer else ()), *wanted.also])
     _check_there(asked, folder, ["config.json"])
-    if not weights or read_json(folder / "config.json").get("model_type") not in MODEL_TYPES:
+    if wanted.tokenizer and not any((folder / name).is_file() for name in VOCABULARIES):
+        _check_there(asked, folder, VOCABULARIES[:1])
+    if not wanted.weights or read_json(folder / "config.json").get("model_type") not in MODEL_TYPES:
         return folder
-    wanted = _weight_files(folder)
-    if not all((folder / name).is_file() for name in wanted):
+    files = _weight_files(folder)
+    if not all((folder / name).is_file() for name in files):
         # by the commit, so that all files are of one, whatever is pushed meanwhile; a single file beside shards is
         # asked for as well: it is an error, and must be seen
-        _snapshot(HubId(asked.repo, folder.name), [SINGLE, *wanted])
-        _check_there(asked, folder, wanted)
+        _snapshot(HubId(asked.repo, folder.name), [SINGLE, *files])
+        _check_there(asked, folder, files)
     return folder
 
 
 def _snapshot(asked: HubId, patterns: Sequence[str], **options: bool) -> Path:
     """The folder of a commit in the cache. Without a network it may lack some of the files."""
-    wanted: Any = {"revision": asked.revision, "allow_patterns": list(patterns), **options}
+    named: Any = {"revision": asked.revision, "allow_patterns": list(patterns), **options}
     try:
-        return Path(huggingface_hub.snapshot_download(asked.repo, **wanted))
+        return Path(huggingface_hub.snapshot_download(asked.repo, **named))
     except LocalEntryNotFoundError as error:
         found = getattr(error, "snapshot_path", None)  # newer clients do not return an incomplete one, older ones do
         if found is None:
@@ -172,8 +188,14 @@ def _weight_files(folder: Path) -> list[str]:
 def _check_there(asked: HubId, folder: Path, names: Sequence[str]) -> None:
     """Asks for each file that a snapshot lacks, so that the client says why: there is none, or no network."""
     for name in names:
-        if not (folder / name).is_file():
+        if (folder / name).is_file():
+            continue
+        try:
             huggingface_hub.hf_hub_download(asked.repo, name, revision=folder.name)
+        except LocalEntryNotFoundError:  # no network; before 1.0 it is an EntryNotFoundError, too
+            raise
+        except EntryNotFoundError:
+            raise CheckpointError(f"{asked.repo} has no {name}{ADVICE.get(name, '')}.") from None
 
 
 @contextmanager

@@ -12,10 +12,9 @@ from ..files.packaged import PASSAGE
 from ..files.reading import SURROGATE, read_utf8
 from ..patches.errors import Qwen2FP16FixError
 from .folder import FolderSource
-from .hub_ids import find_checkpoint
+from .hub_ids import VOCABULARIES, Wanted, find_checkpoint
 from .loading import quiet
 
-VOCABULARIES = ("tokenizer.json", "vocab.json")  # without either file transformers 5 builds an empty tokenizer
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl")
 
 
@@ -89,6 +88,6 @@ def tokenizer_in(given: Any, model: Any) -> Any:
             return found
     checkpoint = getattr(getattr(model, "config", None), "_name_or_path", None)
     try:
-        return open_tokenizer(find_checkpoint(checkpoint, weights=False, download=False)) if checkpoint else None
+        return open_tokenizer(find_checkpoint(checkpoint, Wanted(download=False))) if checkpoint else None
     except (CheckpointError, HubError):
         return None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from .. import locking
 from ..checkpoints.config import reachable, read_config, read_json
 from ..checkpoints.folder import FolderSource
-from ..checkpoints.hub_ids import TEMPLATES, TOKENIZER, checkpoint_at, is_repo_id
+from ..checkpoints.hub_ids import TEMPLATES, TOKENIZER, Wanted, checkpoint_at, is_repo_id
 from ..checkpoints.stored import INDEX
 from ..errors import CheckpointError, ExportError
 from ..files.folders import whole_folder
@@ -68,7 +68,7 @@ def export(
     code_name, code_revision = _code_repo(code_repo, weights)
     findings = None if verification is None else read_saved(verification, ExportError)
     target = to_path(out, ExportError).absolute()
-    with checkpoint_at(path_or_repo, (*CARRIED, "README.md"), weights != "none") as found:
+    with checkpoint_at(path_or_repo, Wanted(weights != "none", also=(*CARRIED, "README.md"))) as found:
         folder = _real_folder(found)
         _check_apart(folder, target)
         config = read_config(folder)

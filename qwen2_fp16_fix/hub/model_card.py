@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
 from ..checkpoints.config import STRICT
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..files.reading import read_utf8
 from ..patches.version_map import SUPPORTED
 from .export_config import heads_of
@@ -83,9 +83,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
         try:
             found = dict(ModelCard(text, ignore_metadata_errors=True).data.__dict__)
         except Exception as error:  # errors of yaml and of the Hub's client have no common base
-            first = str(error).strip().partition("\n")[0]
             raise ExportError(
-                f"{card} has front matter that cannot be read ({first}): correct it or remove it."
+                f"{card} has front matter that cannot be read ({first_line(error)}): correct it or remove it."
             ) from None
     if not found.get("license"):
         found |= _licence_of(folder)

@@ -78,9 +78,6 @@ def registered(lock: str | Path | None = None) -> Iterator[None]:
 
     Args:
         lock: As for `register`.
-
-    Yields:
-        Nothing.
     """
     global _blocks
     if not _may_apply(lock):

@@ -20,13 +20,15 @@ from ..activations.layerwise import LayerwiseRun
 from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certification.certify import certify
 from ..checkpoints.folder import open_checkpoint
-from ..checkpoints.hub_ids import TOKENIZER, checkpoint_at
+from ..checkpoints.hub_ids import Wanted, checkpoint_at
+from ..checkpoints.threads import own_cores
 from ..checkpoints.tokenizer import tokenizer_in
 from ..code_copies import model_in
 from ..errors import ScanError
 from ..model_status import status
 from ..patches.lock import is_switched_off
 from ..progress import Progress, console_of, with_bar
+from ..translations import check_language
 from .findings import Findings
 from .measurements import BreakSearch, Measurements
 from .prompts import Prompts, check_loaded, choose_device, read_prompts, tokenise
@@ -37,7 +39,8 @@ from .sentences import verdict
 ATTENTIONS = ("eager", "sdpa")
 
 
-def scan(
+@own_cores()
+def scan(  # noqa: PLR0913  # the options of the command
     model_or_path: Any,
     prompts: Prompts | None = None,
     *,
@@ -46,6 +49,7 @@ def scan(
     tokenizer: Any = None,
     tokens: int = 2048,
     device: str | None = None,
+    language: str = "en",
     progress: Progress = None,
 ) -> ScanResult:
     """Runs prompts through a Qwen2 and measures every site of every layer against float16's limit of 65504.
@@ -56,7 +60,8 @@ def scan(
     ones. Texts go through the tokenizer's chat template if it has one. tokens: how many of a prompt's are read.
     attention: "eager", where stock stores raw scores, or "sdpa", for a folder. tokenizer: in place of that of the
     folder, of the pipeline, or of the checkpoint that a loaded model comes from. device: for a folder; by default cuda
-    where there is one. progress: True for a bar on stderr, or a rich Console to show it on.
+    where there is one. language: of the verdict and the table, "en" or "zh". progress: True for a bar on stderr, or a
+    rich Console to show it on.
     Returns a ScanResult: `finite` and `verdict` say how it ended, `first_nonfinite` where the model broke, `sites` the
     largest number of each site, where that was, its headroom, and what certify proves of it. `to_dict()` is the same
     as plain data; `save_html` and `save_png` write a report.
@@ -64,12 +69,13 @@ def scan(
     ScanError for the rest.
     """
     started, console = time.monotonic(), console_of(progress)
-    _check_settings(attention, tokens)
+    _check_settings(attention, tokens, language)
     asked = read_prompts(prompts)
     weights: WeightProvider
     if isinstance(model_or_path, str | PathLike):
         fixed, name = bool(fixed), str(model_or_path)
-        with checkpoint_at(model_or_path, TOKENIZER) as folder:
+        wanted = Wanted(tokenizer=tokenizer is None and any(isinstance(prompt, str) for prompt in asked))
+        with checkpoint_at(model_or_path, wanted) as folder:
             weights = _open_folder(folder, fixed, attention, device)
             read = tokenise(asked, weights, tokenizer, tokens)
         scanned: Any = folder
@@ -90,11 +96,13 @@ def scan(
         **findings.fields(certify(scanned, console)),
         verdict="",
         seconds=0.0,
+        language=language,
     )
-    return replace(found, verdict=verdict(found), seconds=round(time.monotonic() - started, 2))
+    return replace(found, verdict=verdict(found, language), seconds=round(time.monotonic() - started, 2))
 
 
-def _check_settings(attention: str, tokens: int) -> None:
+def _check_settings(attention: str, tokens: int, language: str) -> None:
+    check_language(language, ScanError)
     if attention not in ATTENTIONS:
         raise ScanError(f"{attention!r} is no attention to scan: give {' or '.join(ATTENTIONS)}.")
     if tokens < 1:
