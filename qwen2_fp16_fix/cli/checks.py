@@ -128,7 +128,7 @@ def doctor(
     force: Force = False,
     lang: Lang = Language.ENGLISH,
 ) -> None:
-    """Say whether a checkpoint breaks in stock float16, how to run it on this machine, and whether the fix works here."""
+    """Say whether a checkpoint breaks in stock float16, how to run it here, and whether the fix works on this machine."""
     check_output(output, force)
     with loading():
         from ..diagnosis import doctor as diagnosis
