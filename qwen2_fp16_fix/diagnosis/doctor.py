@@ -6,6 +6,7 @@ Its report has nothing that says whose machine this is.
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def doctor(
     found_private: Diagnosis = redact(report, private_places(place))
     if path is None or redacted:
         return found_private
-    named: Diagnosis = fill_in(found_private, str(path))
+    named: Diagnosis = fill_in(replace(found_private, names_path=True), str(path))
     return named
 
 
