@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-torch-$(TORCH)
 install = { uv="$$(command -v uv || command -v $(BIN)/uv)" && "$$uv" pip install $(2) --python $(BIN)/python $(1); } \
   || { echo "uv did not install it: pip does"; $(BIN)/python -m pip install --no-compile $(3) $(1); }
 
-.PHONY: help demo test lint chromium matrix matrix-ci matrix-torch bench docs dist clean
+.PHONY: help demo test lint chromium matrix matrix-ci matrix-torch bench gpu docs dist clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
@@ -19,6 +19,7 @@ help:
 	@echo "make matrix-ci  the same on one release of each family; the installed one is make test's"
 	@echo "make matrix-torch  the same on torch 2.4 to the newest, two or three releases each; downloads some 20 GB, needs g++"
 	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
+	@echo "make gpu        proves the fix on this machine's GPU and times it, in 8 minutes; DEVICE=cpu rehearses it"
 	@echo "make docs       the handbook, into build/handbook; open its index.html"
 	@echo "make dist       the wheel and the sdist of a release, the same bits wherever they are built"
 	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
@@ -57,6 +58,9 @@ matrix-torch: $(INSTALLED)
 bench: $(INSTALLED)
 	$(call install,-e ".[bench]")
 	$(BIN)/python -m benchmarks $(if $(filter full,$(BENCH)),--full)
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks gpu $(if $(DEVICE),--device $(DEVICE))
 
 docs: $(INSTALLED)
 	$(call install,-e ".[docs]")

@@ -1,10 +1,8 @@
 """What makes a verification fail, and how a terminal and an exit code say so."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -135,14 +133,9 @@ def test_thresholds_decide_the_exit_code(
     assert found["verdict"].startswith("Not verified: fixed float16 eager has a mean KL" if code else "Verified: ")
 
 
-@pytest.mark.process
-def test_the_command_and_its_exit_codes(
-    python: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_usage_is_said_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The verdict in a process of its own; wrong usage from `main` on."""
-    done = python("-m", "qwen2_fp16_fix", "verify", str(DEMO_CHECKPOINT), *QUICK, "--max-ppl-drift", "0")
-    assert (done.returncode, "Not verified: fixed float16" in done.stdout) == (1, True), done.stderr
-    assert "Traceback" not in done.stderr
     code, _, complaint = run_command(monkeypatch, capsys, "verify", str(tmp_path / "elsewhere"))
     assert (code, complaint.startswith("qwen2-fp16-fix: there is no ")) == (2, True)
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
