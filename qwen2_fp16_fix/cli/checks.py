@@ -9,6 +9,7 @@ from .options import (
     FLAG,
     AsJson,
     AttentionChoice,
+    Details,
     DeviceOption,
     Force,
     Lang,
@@ -48,17 +49,19 @@ def demo(
 
 def certify(
     path: PathOrId,
+    details: Details = False,
     as_json: AsJson = False,
     output: Output = None,
     force: Force = False,
+    lang: Lang = Language.ENGLISH,
 ) -> None:
     """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
     check_output(output, force)
     with loading():
         from ..certification import certify as certification
 
-    found = certification.certify(path, progress=Notices())
-    show(found.to_dict(), found, as_json, output=output)
+    found = certification.certify(path, language=lang.value, progress=Notices())
+    show(found.to_dict(), found.details() if details else found, as_json, output=output)
     raise typer.Exit(0 if found.proven else 1)
 
 
@@ -113,7 +116,7 @@ def verify(  # noqa: PLR0913, options of a command
 
 def doctor(
     path: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="PATH_OR_ID", help="A checkpoint, to be examined too: a folder, or OWNER/NAME."),
     ] = None,
     as_json: AsJson = False,

@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..checkpoints.threads import one_thread
+from ..progress import working
 from ..results import Record
 from ..verification.divergence import Divergence
 from .devices import Device
@@ -87,9 +88,8 @@ def examine_with_self_test(
     """The self-test on every device, failures as findings, and no warnings."""
     results, findings = [], []
     for device in hardware:
-        if progress is not None:
-            progress.print(in_words(remark("self_test.runs", device=device.place), language), highlight=False)
-        outcome = self_test(device.place)
+        with working(in_words(remark("self_test.runs", device=device.place), language), progress):
+            outcome = self_test(device.place)
         if not outcome.passed:
             findings.append(outcome.remark)
         results.append(DeviceTest(device.place, outcome.rows, outcome.passed, in_words(outcome.remark, language)))

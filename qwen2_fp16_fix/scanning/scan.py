@@ -104,7 +104,7 @@ def scan(  # noqa: PLR0913  # the options of the command
 def _check_settings(attention: str, tokens: int, language: str) -> None:
     check_language(language, ScanError)
     if attention not in ATTENTIONS:
-        raise ScanError(f"{attention!r} is no attention to scan: give {' or '.join(ATTENTIONS)}.")
+        raise ScanError(f"{attention!r} is not an attention that can be scanned: give {' or '.join(ATTENTIONS)}.")
     if tokens < 1:
         raise ScanError(f"{tokens} tokens of a prompt leave nothing to scan: give at least 1.")
 
