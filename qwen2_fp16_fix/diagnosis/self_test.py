@@ -3,7 +3,7 @@
 The model takes a second to run and breaks stock float16 in each way that the fix repairs. Its weights are random but
 well behaved, and four things are built in:
 
-- *Keys*: biases of q_proj and k_proj in the slowest rotary pair, whose product passes 65504. The rest of a key in that
+- *Keys*: biases of q_proj and k_proj in the slowest rotary pair, whose product exceeds 65504. The rest of a key in that
   pair is an eighth of float16's step beside such a bias. Once keys are centred, the product is small too.
 - *Scores*: in the last layer the biases are in a pair that turns away from any centre, by 0.075 radians a token. Only
   fp32 holds the products. A token's own score is highest there by 36, which no rounding of its key reaches.

@@ -126,7 +126,7 @@ def measure_prompts(
 ) -> tuple[Measurements, Break | None, list[BiasSpike]]:
     """Runs the prompts through the model. Returns the measurements, the first break, and the spikes of the biases.
 
-    After a break stock's run in float16 ends: numbers after a NaN or infinity mean nothing.
+    After a break stock's run in float16 stops: numbers after a NaN or infinity mean nothing.
     """
     measured, search, spikes = Measurements(), BreakSearch(), list[BiasSpike]()
     half: LayerwiseRun | None = None  # stock in float16, until it breaks
