@@ -121,14 +121,14 @@ def doctor(
     ] = None,
     details: Details = False,
     redact: Annotated[
-        bool, typer.Option("--redact", metavar=FLAG, help="Write PATH in place of your path, so that the report is safe to publish.")
+        bool, typer.Option("--redact", metavar=FLAG, help="Write PATH in place of your path, to publish the report.")
     ] = False,
     as_json: AsJson = False,
     output: Output = None,
     force: Force = False,
     lang: Lang = Language.ENGLISH,
 ) -> None:
-    """Say whether a checkpoint breaks in stock float16, how to run it here, and whether the fix works on this machine."""
+    """Say whether a checkpoint breaks in stock float16, how to run it here, and whether the fix works here."""
     check_output(output, force)
     with loading():
         from ..diagnosis import doctor as diagnosis
