@@ -31,7 +31,7 @@ language = "zh_CN" if CHINESE else "en"
 html_title = "qwen2-fp16-fix 手册" if CHINESE else "qwen2-fp16-fix handbook"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = [] if CHINESE else ["zh", "notebooks"]
-SearchChinese.language_name = "English"  # Sphinx 9.0 looks for a ChineseStemmer; the one it brings along is the English one
+SearchChinese.language_name = "English"  # Sphinx 9.0 brings the English stemmer along and asks for a Chinese one
 logging.getLogger("jieba").setLevel(logging.WARNING)  # cuts Chinese into words for the search; says how long it took
 default_role = "code"  # single backticks in docstrings are code
 

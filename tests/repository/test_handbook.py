@@ -30,7 +30,9 @@ DEMO = ROOT / "qwen2_fp16_fix" / "demo_checkpoint"
 READMES = ("README.md", "README.zh-CN.md")
 ON_THE_HUB = "Qwen/Qwen2.5-7B-Instruct"
 CHINESE = sorted((DOCS / "zh").glob("*.md"))
-FENCE = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 TYPED = {
     "qwen2-fp16-fix": typer.main.get_command(commands.app),
     ".venv/bin/python -m benchmarks": typer.main.get_command(benchmarks.__main__.app),

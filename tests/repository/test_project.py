@@ -122,7 +122,9 @@ def test_no_link_of_the_package_page_is_dead() -> None:
     assert re.search(r"\[docs?/|\]\(|!\[", unset) is None
     (address,) = re.findall(r'^repository = "(.*?)"', read("pyproject.toml"), re.M)
     assert (f'repository-code: "{address}"' in read("CITATION.cff")) is bool(address)
-    assert {"Homepage", "Documentation", "Issues", "Changelog"} == set(package_page.addresses("https://host/owner/name"))
+    assert {"Homepage", "Documentation", "Issues", "Changelog"} == set(
+        package_page.addresses("https://host/owner/name")
+    )
 
 
 def test_the_tests_run_on_the_newest_tested_release() -> None:
