@@ -30,7 +30,8 @@ PROMISED = {
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
     "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "SymbolicTraceError",
     "BrokenInstallationError",
-    "CheckpointError", "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
+    "CheckpointError", "VerificationError", "ExportError", "PublishError", "HubError", "LockError", "LockFileError",
+    "ScanError",
     "UntestedTransformersWarning", "StalePlanWarning", "PatchConflictWarning", "NotFixedWarning",
     "__version__",
 }  # fmt: skip
