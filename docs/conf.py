@@ -11,7 +11,7 @@ from sphinx.search.zh import SearchChinese
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # the API page imports this checkout
-CHINESE = "tags" in globals() and tags.has("zh")  # type: ignore[name-defined]  # noqa: F821  # a name that Sphinx puts here
+CHINESE = tags.has("zh")  # type: ignore[name-defined]  # noqa: F821  # a name that Sphinx puts here
 
 #: The pages in the order in which one reads them.
 ENGLISH = {
