@@ -39,7 +39,7 @@ def certify(model_or_path: Any, progress: Progress = None, *, language: str = "e
     model. progress: True for a bar on stderr, or a rich Console to show it on. language: of the verdict and of what is
     printed, "en" or "zh".
     Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
-    Raises CheckpointError for a folder or file that cannot be read whole, HubError if the Hub does not give it,
+    Raises CheckpointError for a folder or file that cannot be read completely, HubError if the Hub does not give it,
     NotQwen2Error for another architecture.
     """
     started = time.monotonic()

@@ -104,7 +104,7 @@ def scan(  # noqa: PLR0913  # the options of the command
 def _check_settings(attention: str, tokens: int, language: str) -> None:
     check_language(language, ScanError)
     if attention not in ATTENTIONS:
-        raise ScanError(f"{attention!r} is no attention to scan: give {' or '.join(ATTENTIONS)}.")
+        raise ScanError(f"{attention!r} is not an attention that can be scanned: give {' or '.join(ATTENTIONS)}.")
     if tokens < 1:
         raise ScanError(f"{tokens} tokens of a prompt leave nothing to scan: give at least 1.")
 
@@ -126,7 +126,7 @@ def measure_prompts(
 ) -> tuple[Measurements, Break | None, list[BiasSpike]]:
     """Runs the prompts through the model. Returns the measurements, the first break, and the spikes of the biases.
 
-    After a break stock's run in float16 ends: numbers after a NaN or infinity mean nothing.
+    After a break stock's float16 run is stopped: numbers after a NaN or infinity mean nothing.
     """
     measured, search, spikes = Measurements(), BreakSearch(), list[BiasSpike]()
     half: LayerwiseRun | None = None  # stock in float16, until it breaks

@@ -130,3 +130,14 @@ def test_no_link_of_the_package_page_is_dead() -> None:
 
 def test_the_tests_run_on_the_newest_tested_release() -> None:
     assert f'"transformers=={version_map.NEWEST_TESTED}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_make_test_asks_for_a_browser_first_and_installs_nothing() -> None:
+    """It waited for apt's lock as root, after minutes of lint; what installs something unasked is CI's own script."""
+    makefile = read("Makefile")
+    assert re.search(r"^test: chromium lint$", makefile, re.M)
+    looked_for = re.search(r"^BROWSERS := (.*)$", makefile, re.M)
+    assert looked_for is not None
+    asked = ", ".join(f'"{name}"' for name in looked_for[1].split())
+    assert f"BROWSERS = ({asked})" in read("tests/report/test_report.py")
+    assert not re.search(r"^\s*@?(sudo )?apt-get|&& apt-get", makefile, re.M)
