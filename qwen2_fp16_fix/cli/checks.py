@@ -119,18 +119,23 @@ def doctor(
         str | None,
         typer.Argument(metavar="PATH_OR_ID", help="A checkpoint to examine as well: a folder, or OWNER/NAME."),
     ] = None,
+    details: Details = False,
+    redact: Annotated[
+        bool, typer.Option("--redact", metavar=FLAG, help="Write PATH in place of your path, to paste it in public.")
+    ] = False,
     as_json: AsJson = False,
     output: Output = None,
     force: Force = False,
     lang: Lang = Language.ENGLISH,
 ) -> None:
-    """Say how to run Qwen2 on this machine, test the fix on it, and name problems. The report is safe to publish."""
+    """Say whether a checkpoint breaks in stock float16, how to run it here, and whether the fix works on this machine."""
     check_output(output, force)
     with loading():
         from ..diagnosis import doctor as diagnosis
 
-    found = diagnosis.doctor(path, language=lang.value, progress=Notices())
-    show(found.to_dict(), found, as_json, output=output, whole_lines=True, escaped=False)
+    found = diagnosis.doctor(path, language=lang.value, redacted=redact, progress=Notices())
+    page = found.details() if details else found
+    show(found.to_dict(), page, as_json, output=output, whole_lines=True, escaped=False)
     raise typer.Exit(found.exit_code)
 
 

@@ -10,7 +10,7 @@ EXAMPLES = {
     "verify": ("verify Qwen/Qwen2.5-1.5B-Instruct --max-kl 1e-4", "verify ./checkpoint --text my.txt -o verified.json"),
     "export": ("export ./checkpoint ./exported", "export Qwen/Qwen2.5-7B-Instruct ./exported --code-only"),
     "push": ("push ./exported me/my-model --dry-run", "push ./exported me/my-model --public"),
-    "doctor": ("doctor", "doctor Qwen/Qwen2.5-7B-Instruct", "doctor ./checkpoint --lang zh"),
+    "doctor": ("doctor", "doctor Qwen/Qwen2.5-7B-Instruct", "doctor ./checkpoint --details"),
     "scan": ("scan Qwen/Qwen2.5-7B-Instruct", "scan ./checkpoint --prompts my.txt --report scan.html"),
     "run": ("run -- python eval.py --batch 8", "run -- lm_eval --model hf", "run -- -m my_package"),
     "status": ("status", "status --json"),
