@@ -1,4 +1,4 @@
-"""The file of `--output`: checked before a command runs, so that its minutes are not lost, then written completely."""
+"""The file of `--output`: checked before a command runs, so that minutes of it are not lost, and written completely."""
 
 import json
 from pathlib import Path

@@ -62,7 +62,7 @@ def recommend(
 ) -> tuple[list[Recommendation], list[Remark], list[Remark]]:
     """The recommendations, no findings, and a warning if the devices should be used in different ways.
 
-    release: of transformers, for the code. checkpoint: what is loaded; there is no advice for one that is no Qwen2.
+    release: of transformers, for the code. checkpoint: what is loaded; there is no advice if it is not a Qwen2.
     """
     loading = loading_of(checkpoint)
     advice = [] if loading is None else advise(hardware)
