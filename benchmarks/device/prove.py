@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -54,9 +54,9 @@ def prove(
     proof.environment = environment(device)
     if resume:
         proof.take_up(json.loads(path.read_text(encoding="utf-8")))
-    settle()
     chosen = {name: section for name, section in SECTIONS.items() if name in only or not only}
-    rest = proof.run(chosen, say)
+    with settled():
+        rest = proof.run(chosen, say)
     if rest:
         begin_again(proof, rest)
     return proof
@@ -67,16 +67,25 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def settle() -> None:
-    """Compilers and profilers warn by the page, of nothing that a proof is about.
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Without the warnings of compilers and profilers, which come by the page and are not what a proof is about.
 
-    What the imports made stays: a full collection, one a captured graph, would walk through torch each time.
+    What the imports made stays: a full collection would walk through torch each time.
     """
     gc.collect()
     gc.freeze()
-    warnings.filterwarnings("ignore")
-    for name in ("torch._inductor", "torch._dynamo", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._dynamo", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def environment(device: torch.device) -> dict[str, object]:
