@@ -1,11 +1,9 @@
-"""Runs the sections of a proof in turn, and in another process where the device has been lost."""
+"""The sections of a proof, in the order in which they run."""
 
 import contextlib
 import gc
 import json
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +45,7 @@ def prove(
 ) -> Proof:
     """Runs the sections named in `only`, all if none is, within `budget` seconds, and writes `path` as it goes.
 
-    resume: go on from what `path` holds. After a CUDA error this process is replaced by one that does so.
+    resume: go on from what `path` holds.
     """
     sizes = sizes or (GPU if device.type == "cuda" else CPU)
     proof = Proof(device, sizes, path, budget)
@@ -56,9 +54,7 @@ def prove(
         proof.take_up(json.loads(path.read_text(encoding="utf-8")))
     chosen = {name: section for name, section in SECTIONS.items() if name in only or not only}
     with settled():
-        rest = proof.run(chosen, say)
-    if rest:
-        begin_again(proof, rest)
+        proof.run(chosen, say)
     return proof
 
 
@@ -98,13 +94,3 @@ def environment(device: torch.device) -> dict[str, object]:
         with contextlib.suppress(Exception):
             found["cudnn"] = torch.backends.cudnn.version()
     return found
-
-
-def begin_again(proof: Proof, rest: Sequence[str]) -> None:
-    """Replaces this process by one that runs the rest: after a CUDA error nothing on the device works in this one."""
-    left = proof.budget - sum(proof.seconds.values())
-    say("the device does not answer any more: going on in a new process")
-    only = [word for name in rest for word in ("--only", name)]
-    command = ["gpu", "--device", str(proof.device), "--budget", f"{left:.0f}", "--out", str(proof.path), "--resume"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *command, *only])
