@@ -17,4 +17,5 @@ def read_texts(subject: str) -> dict[str, dict[str, str]]:
 
 
 DOCTOR_TEXTS = read_texts("doctor")
-SCAN_TEXTS = read_texts("scan")  # of the report as well
+SCAN_TEXTS = read_texts("scan")
+REPORT_TEXTS = read_texts("report")
