@@ -128,7 +128,7 @@ def doctor(
     force: Force = False,
     lang: Lang = Language.ENGLISH,
 ) -> None:
-    """Say whether a checkpoint breaks in stock float16, how to run it here, and whether the fix works on this machine."""
+    """Say whether a checkpoint breaks in stock float16, how to run it here, and if the fix works on this device."""
     check_output(output, force)
     with loading():
         from ..diagnosis import doctor as diagnosis
