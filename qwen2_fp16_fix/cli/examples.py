@@ -21,7 +21,7 @@ EXAMPLES = {
 #: What 0 and 1 mean. A command without a 1 does what it is asked to, or fails.
 CODES = {
     "": "0 good, 1 a finding",
-    "demo": "0 stock float16 fails and the fix works, 1 it is not so here",
+    "demo": "0 stock float16 fails and the fix works, 1 otherwise",
     "certify": "0 proven, 1 not proven",
     "verify": "0 verified, 1 not verified",
     "export": "0 exported",
