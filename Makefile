@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/runs-torch-$(TORCH)
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
-# uv where it is there. It does not read pip's settings, so where it fails pip tries. Python compiles what it imports.
-UV := $(shell command -v uv)
-install = $(if $(UV),$(UV) pip install -q --python $(BIN)/python $(1) ||) $(BIN)/python -m pip install -q --no-compile $(1)
+# uv shows a bar, and takes torch without CUDA where no NVIDIA driver is: 0.3 GB with transformers, not the 2.8 of pip. uv
+# does not read pip's settings, so where it fails pip tries: $(1) what to install, $(2) for uv, $(3) for pip.
+install = { uv="$$(command -v uv || command -v $(BIN)/uv)" && "$$uv" pip install $(2) --python $(BIN)/python $(1); } \
+  || { echo "uv did not install it: pip does"; $(BIN)/python -m pip install --no-compile $(3) $(1); }
 
-.PHONY: help demo test lint chromium matrix matrix-ci matrix-torch bench docs dist clean
+.PHONY: help demo test lint chromium matrix matrix-ci matrix-torch bench gpu docs dist clean
 
 help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
@@ -18,12 +19,17 @@ help:
 	@echo "make matrix-ci  the same on one release of each family; the installed one is make test's"
 	@echo "make matrix-torch  the same on torch 2.4 to the newest, two or three releases each; downloads some 20 GB, needs g++"
 	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
+	@echo "make gpu        proves the fix on this machine's GPU and times it, in 8 minutes; DEVICE=cpu rehearses it"
 	@echo "make docs       the handbook, into build/handbook; open its index.html"
 	@echo "make dist       the wheel and the sdist of a release, the same bits wherever they are built"
 	@echo "TORCH=2.6.0, PYTHON=python3.12 and VENV=elsewhere change what they run on"
 
-demo: $(RUNS)
-	$(BIN)/qwen2-fp16-fix demo
+# A Python that has torch and a supported transformers needs nothing installed, unless TORCH or VENV asks for another.
+demo:
+	@if test -z "$(wildcard $(RUNS))$(filter-out file,$(origin TORCH) $(origin VENV))" \
+	  && $(PYTHON) -m qwen2_fp16_fix status >/dev/null 2>&1; \
+	then echo "$(PYTHON) has torch and transformers: nothing to install"; $(PYTHON) -m qwen2_fp16_fix demo; \
+	else $(MAKE) --no-print-directory $(RUNS) && $(BIN)/qwen2-fp16-fix demo; fi
 
 test: lint chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup  # a worker a core: threads of theirs would only wait
@@ -53,11 +59,15 @@ bench: $(INSTALLED)
 	$(call install,-e ".[bench]")
 	$(BIN)/python -m benchmarks $(if $(filter full,$(BENCH)),--full)
 
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks gpu $(if $(DEVICE),--device $(DEVICE))
+
 docs: $(INSTALLED)
 	$(call install,-e ".[docs]")
 	$(BIN)/python tools/draw_rooms.py
 	rm -rf build/handbook
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/sphinx-build -qW --keep-going docs build/handbook
+	$(BIN)/sphinx-build -qW --keep-going -c docs -t zh docs/zh build/handbook/zh
 	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it
 
 dist: $(INSTALLED)
@@ -67,15 +77,18 @@ dist: $(INSTALLED)
 
 # torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.
 $(RUNS): pyproject.toml
-	@echo "installing torch $(TORCH) and transformers into $(VENV) (a minute or more, and a gigabyte)"
-	$(PYTHON) -m venv $(VENV)
-	@$(call install,"torch==$(TORCH)")
-	@$(call install,-e .)
+	@echo "1 of 3: a virtual environment, $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || $(BIN)/python -m pip install -q --no-compile uv || true
+	@echo "2 of 3: torch $(TORCH), the largest part"
+	@$(call install,"torch==$(TORCH)",--torch-backend=$${UV_TORCH_BACKEND:-auto})
+	@echo "3 of 3: transformers and what it needs"
+	@$(call install,-e .,,-q)
 	@touch $@
 
 $(INSTALLED): $(RUNS)
 	@echo "installing what the tests and checks need into $(VENV)"
-	@$(call install,-e ".[dev]")
+	@$(call install,-e ".[dev]",,-q)
 	@touch $@
 
 clean:

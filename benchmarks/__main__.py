@@ -1,4 +1,4 @@
-"""The benchmark's command line: `python -m benchmarks`, `… cost`, `… keys` and `… document`."""
+"""The benchmark's command line: `python -m benchmarks`, `… cost`, `… keys`, `… gpu` and `… document`."""
 
 import importlib.util
 import json
@@ -15,6 +15,7 @@ from . import cells, generation, plot, report, starting
 from .models import WIDTHS, Workshop
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+PROOF = Path("build", "gpu.json")
 SECTIONS = ("prefill", "decode", "memory", "starting", "demo")
 Values = Annotated[list[str] | None, typer.Option(help="May be given several times; all of them if not given.")]
 
@@ -118,10 +119,36 @@ def keys(
 
 
 @app.command()
+def gpu(
+    device: Annotated[str | None, typer.Option(help="cpu rehearses it; cuda where there is one.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for all sections together.")] = 420.0,
+    only: Annotated[list[str] | None, typer.Option(help="A section, may be given several times.")] = None,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = PROOF,
+    resume: Annotated[bool, typer.Option(help="Go on from what the file holds.")] = False,
+) -> None:
+    """Prove the fix on one device and time it, section by section. Exits with 1 if a promise is broken."""
+    from .device import prove, tables
+
+    unknown = sorted(set(only or ()) - set(prove.SECTIONS))
+    if unknown:
+        raise typer.BadParameter(f"no section {', '.join(unknown)}: give one of {', '.join(prove.SECTIONS)}.")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    proof = prove.prove(where, budget, only or (), out, resume=resume)
+    print(tables.summary(proof.found()))
+    print(f"written to {out}; `python -m benchmarks document FILE.json` puts it into docs/performance.md")
+    raise typer.Exit(1 if proof.broken else 0)
+
+
+@app.command()
 def document(results: Annotated[Path, typer.Argument(help="A JSON file of a run.", exists=True)]) -> None:
-    """Put the measured ratios of a results file into docs/performance.md."""
+    """Put what a results file has measured, or a proof has found on a device, into docs/performance.md."""
     found = json.loads(results.read_text(encoding="utf-8"))
-    report.replace_between_marks(report.DOCUMENT, "measured", report.markdown(found))
+    if found.get("proof") == "device":
+        from .device import tables
+
+        report.replace_between_marks(report.DOCUMENT, "device", tables.markdown(found))
+    else:
+        report.replace_between_marks(report.DOCUMENT, "measured", report.markdown(found))
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ def filled(cache: Any, model: Any, context: int, batch: int) -> Any:
     """
     model(input_ids=prompt(batch, 1, model.device), use_cache=True, **{CACHE: cache})
     config = model.config
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(model.device).manual_seed(0)
     for layer in range(config.num_hidden_layers) if context > 1 else ():
         width = cache.layers[layer].keys.shape[-1]  # with pairs in two parts it is more than head_dim
         shape = (batch, config.num_key_value_heads, context - 1, width)
-        key, value = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(2))
+        key, value = (torch.randn(shape, generator=generator, device=model.device).to(model.dtype) for _ in range(2))
         cache.update(key, value, layer)
     return cache

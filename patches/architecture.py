@@ -1,6 +1,8 @@
-"""What a decoder layer is made of, a row a model: its parts, its linears, and the sites where float16 can overflow.
+"""What a decoder layer is made of, one row per model: its parts, its linears, and the sites where float16 can overflow.
 
-Everything that knows a layer reads a row: what is exchanged (`parts`), what is bounded and read from a checkpoint
+A site is a tensor that a layer computes, under a name of its own: "down_proj" is the output of the last linear.
+
+All code about a layer reads such a row: what is exchanged (`parts`), what is bounded and read from a checkpoint
 (`linears`), what is watched in a running model (`sites`), and the classes that are built around it (`heads`).
 The names are those of transformers' modules and so of a checkpoint; the shapes are those of `nn.Linear.weight`.
 This file imports neither torch nor transformers. Classes are looked up only when they are needed, and compared as
@@ -57,7 +59,7 @@ class Linear(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A tensor that a layer computes, (B, S, a size) unless it says otherwise, in units of the values themselves."""
+    """A tensor that a layer computes, (B, S, a size) unless noted otherwise, in units of the values themselves."""
 
     name: str
     title: str  # what messages call it
@@ -65,7 +67,7 @@ class Site(NamedTuple):
     bound: str | None = None  # the field of LayerBounds (range_bounds.py); None where the fix computes it in fp32
     limit: Literal["sum", "number"] = "sum"  # what is bounded: the magnitudes of a sum, or one number that is stored
     exponent: str | None = None  # the field of Exponents by which a fixed layer scales it
-    seen_scaled: bool = False  # whether hooks get it scaled; elsewhere they get what stock's would
+    seen_scaled: bool = False  # whether hooks get it scaled; if not, they get what stock's get
     stock_bound: str | None = None  # the field of LayerBounds of what stock stores and hooks get, if it is another
 
     @property
@@ -178,7 +180,7 @@ class Architecture(NamedTuple):
         """The weight of the norm whose output is at that site: "input_layernorm.weight"."""
         path = self.site(site).module
         if path not in self.norms():
-            raise KeyError(f"{site} is the output of no norm")
+            raise KeyError(f"{site} is not the output of a norm")
         return f"{path}.weight"
 
     def watched_sites(self) -> tuple[Site, ...]:
@@ -271,7 +273,7 @@ def roles_by_class(row: Architecture) -> dict[type, Role]:
 def row_of(kind: type, rows: tuple[Architecture, ...] = ROWS) -> tuple[Architecture, Role] | None:
     """The row and the role of a stock class of a part, or of a class derived from one; None for any other class.
 
-    Imports nothing: a class of a module that is not imported does not exist.
+    Imports nothing: as long as a module is not imported, no class derives from one of its classes.
     """
     known = [(row, roles_by_class(row)) for row in rows if row.module in sys.modules]
     return next(((row, roles[base]) for base in kind.__mro__ for row, roles in known if base in roles), None)

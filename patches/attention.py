@@ -135,7 +135,7 @@ def ours_for(implementation: str | None) -> Callable[..., tuple[Tensor, Tensor |
 
 
 def is_stock_eager(implementation: str | None) -> bool:
-    """Whether the implementation of that name is transformers' eager attention, whose place ours takes.
+    """Whether the implementation of that name is transformers' eager attention, which ours replaces.
 
     Raises HalfPrecisionScoresError for one that keeps its scores in float16 and cannot be replaced: transformers'
     paged eager attention, and its eager attention inside another function.
@@ -184,7 +184,7 @@ def _scores_of_function(function: Any) -> str:
         return "own"
     if _essence(unwrapped) == eager:
         return "stock" if bare and not hasattr(inner, "__wrapped__") else "wrapped"
-    # A tool's function that calls the one it was made around: attribution tools wrap the whole table so.
+    # A wrapper that another tool has made around an implementation: attribution tools wrap every entry of the table.
     around = [cell.cell_contents for cell in getattr(unwrapped, "__closure__", None) or () if cell != types.CellType()]
     return "wrapped" if any(_essence(inspect.unwrap(each)) == eager for each in around if callable(each)) else "own"
 

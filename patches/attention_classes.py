@@ -97,7 +97,7 @@ def rotate_pair(
     sin: Tensor,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the place of stock's rotation, which before 4.45 gets whole tables and the positions.
+    """Replaces stock's rotation, which before 4.45 gets whole tables and the positions.
 
     key_shift: (1, G, 1, D), or None.
     """
@@ -109,8 +109,8 @@ def rotate_pair(
 def with_exact_rotation(stock_forward: types.FunctionType, key_shift: Tensor | None) -> Callable[..., Any]:
     """A stock forward whose name `apply_rotary_pos_emb` means `rotate_pair`; all else in it is stock's.
 
-    It is made anew for each call. A kept one would hold stock's globals of that time, and tools for long sequences
-    replace `_flash_attention_forward` among them later.
+    It is made again for each call. A cached one would keep stock's globals as they were then, and tools for long
+    sequences replace `_flash_attention_forward` among them later.
     """
     names = {**stock_forward.__globals__, "apply_rotary_pos_emb": functools.partial(rotate_pair, key_shift)}
     code, defaults, closure = stock_forward.__code__, stock_forward.__defaults__, stock_forward.__closure__

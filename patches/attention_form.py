@@ -72,7 +72,7 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
     ranges, centre = attention.ranges, None if is_sink(type(cache)) else attention.centre
     if matmul_dtype(attention, hidden_states) != torch.float16:  # bfloat16 has the range
         ranges = Ranges(rotated=ranges.rotated)
-    # Without a cache no version is read: compiled code would be guarded by it and be compiled anew for each layer.
+    # Without a cache no version is read: a compiler would guard on it, and so compile each layer separately.
     own = (0, ranges.values) if cache is None else own_mark(centre, ranges)
     mark = claim_cache(attention, cache, own, marks_last)
     if mark == STOCK != own:
@@ -85,8 +85,9 @@ def claim_keys(attention: Any, hidden_states: Tensor, cache: Any, marks_last: bo
 
 #: vLLM, for one, reads the factor of the scores when it builds a model, before there is a plan.
 UNSCALED_SCORES = (
-    "rotated queries and keys of this checkpoint may pass float16's range, and are scaled; attention implementation "
-    "{!r} is not transformers' own and may not scale the scores back: use 'eager', 'sdpa' or a flash implementation."
+    "rotated queries and keys of this checkpoint may exceed float16's range, so they are scaled down; attention "
+    "implementation {!r} is not transformers' own and may not scale the scores back: use 'eager', 'sdpa' or a flash "
+    "implementation."
 )
 
 
@@ -94,7 +95,7 @@ def is_safe_in_stock(attention: Any, hidden_states: Tensor) -> bool:
     """Whether stock's attention computes on this activation in fp32 or wider, its output projection included."""
     if not is_full_precision(hidden_states) or casts_to_float16(attention.o_proj, hidden_states):
         return False
-    # A norm whose output may pass float16's range hands it over in fp32.
+    # A norm whose output may exceed float16's range returns it in fp32.
     return not attention.ranges.input or matmul_dtype(attention, hidden_states) != torch.float16
 
 
@@ -134,7 +135,7 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
         if not is_known(attention.config._attn_implementation):
             raise ForeignCacheError(WIDER.format(width, attention.config._attn_implementation))
     elif held == attention.head_dim:
-        reason = f"{type(cache).__name__} took, or already held, keys of {held} channels"
+        reason = f"{type(cache).__name__} accepts, or already holds, only keys of {held} channels"
     elif held is None:
         reason = why_not_wider(attention.config._attn_implementation, width, flex_pads(attention.centre.shift))
     else:
@@ -146,7 +147,7 @@ def fitting_split(attention: Any, cache: Any, split: Split | None) -> Split | No
 
 WIDER = (
     "this cache holds keys in two parts, of {} channels, and attention implementation {!r}, which is not transformers' "
-    "own, may expect heads of head_dim: run the prompt again with a new cache."
+    "own, may expect heads of head_dim channels: run the prompt again with a new cache."
 )
 
 
@@ -176,9 +177,9 @@ def why_not_wider(implementation: str | None, width: int, pads: bool) -> str | N
     """
     name = str(implementation)
     if not is_known(implementation):
-        return f"{name} is not transformers' own and may expect heads of head_dim"
+        return f"{name} is not transformers' own and may expect heads of head_dim channels"
     if "paged" in name:
-        return f"{name} has a cache that is allocated by head_dim"
+        return f"{name} allocates its cache by head_dim"
     if "flex" in name and pads:
         return f"{name} pads heads to a power of two"
     if width > 128 and ("flash_attention_4" in name or "flash-attn4" in name):

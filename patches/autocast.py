@@ -9,11 +9,11 @@ from .symbolic import is_symbolic, refuse
 
 
 def autocast_device(device_type: str) -> str:
-    """`device_type` if autocast knows it, else "cpu": asked about a meta tensor it would raise.
+    """`device_type` if autocast knows it, else "cpu": autocast raises if it is asked about the meta device.
 
-    Before torch 2.13 its compiler cannot trace the question, so compiled code does without. It runs on a device that
-    autocast knows, unless the model has no weights. Every fixed part comes here first, so that a part that torch.fx
-    traces into is refused here.
+    Before torch 2.13 the compiler cannot trace this check, so compiled code skips it: it runs on a device that autocast
+    knows, unless the model has no weights. Every fixed part calls this function first, so a trace of torch.fx into a
+    part is refused here.
     """
     if torch.compiler.is_compiling():
         return "cpu" if device_type == "meta" else device_type

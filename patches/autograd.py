@@ -20,8 +20,8 @@ def is_transformed() -> bool:
 def backward_through(rounded: Tensor, exact: Tensor) -> Tensor:
     """`exact` itself, but a backward through it also reaches `rounded`, which was made of it by a cast.
 
-    Stock multiplies the rounded weights, so a user who keeps their gradient finds one. A compiler and a tracer would
-    have to trace a function of autograd for it; they get `exact` as it is.
+    Stock multiplies by the rounded weights, so a user who retains their gradient gets one. A compiler or a tracer would
+    have to trace an autograd function for that; it gets `exact` as it is.
     """
     if rounded is exact or not exact.requires_grad or is_recorded():
         return exact

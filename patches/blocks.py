@@ -36,11 +36,11 @@ class RMSNorm(nn.Module):
 
     stock_parameters: ClassVar = ("hidden_states",)
     stock_names: ClassVar = {"weight", "variance_epsilon", "rsqrt"}
-    kernel_layer_name: ClassVar = "Qwen2Fp16RMSNorm"  # under stock's name use_kernels=True would exchange the norm
+    kernel_layer_name: ClassVar = "Qwen2Fp16RMSNorm"  # under stock's name use_kernels=True would replace the norm
     weight: Tensor
     variance_epsilon: float
     watch: OverflowWatch | None = None  # of the final norm alone, which returns the last hidden state
-    is_wide = False  # whether its output may pass float16's range: then it is fp32, and attention or MLP scale it
+    is_wide = False  # whether its output may exceed float16's range: then it is fp32, and attention or MLP scale it
 
     def forward(self, hidden_states: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """(..., hidden) in any dtype to (..., hidden) in `out_dtype`, by default the gain's, as the next matmul needs.
@@ -112,12 +112,12 @@ class DecoderLayer(nn.Module):
         return self
 
     def _replicate_for_data_parallel(self) -> Any:
-        """As nn.Module. A layer that runs in replicas alone settles its plan here: no forward of its own begins."""
+        """As nn.Module. A layer that runs only as replicas settles its plan here: its own forward is not called."""
         planning.settle_plan(self)
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: Any) -> None:
-        """As nn.Module. A copied or unpickled layer has other weights than the plan was made for, so it ends."""
+        """As nn.Module. A copied or unpickled layer has other weights than its plan was made for, so the plan ends."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         drop_plan(self, due=True)
 
@@ -130,7 +130,7 @@ class DecoderLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As nn.Module. Loaded weights end the plan of the old ones, since compiled code does not look at weights."""
         if any(name.startswith(prefix) for name in state_dict):
-            drop_plan(self, due=not self.traced)  # a new plan would end compiled code a second time
+            drop_plan(self, due=not self.traced)  # a new plan would invalidate compiled code a second time
         missing: list[str] = self.__dict__.pop("missing", [])  # see `note_missing`
         self.__dict__["missing"] = [name for name in missing if prefix + name not in state_dict]
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -144,7 +144,7 @@ class DecoderLayer(nn.Module):
 class MLP(Scaled):
     """SwiGLU whose product is scaled by the layer's exponent, or by each token's own if there is no plan.
 
-    Where gate or up could pass float16's range, they are computed of a scaled input and scaled back in fp32.
+    Where gate or up could exceed float16's range, they are computed from a scaled input and scaled back in fp32.
     """
 
     stock_parameters: ClassVar = ()

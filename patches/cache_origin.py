@@ -6,7 +6,7 @@ that centring leaves, <k - (b - c), c> / <c, c> is 0 for centred keys and 1 for 
 have something in common as well, which disturbs the measure less the longer c is. So the sum over the layers follows
 those with a long c: it is 0.00 and 1.00 for the published spikes.
 
-Keys are rotated, so only pairs count that hardly turn within the first tokens.
+Keys are rotated, so only pairs that hardly turn within the first tokens count.
 """
 
 import sys
@@ -76,10 +76,10 @@ def look_ours(cache: Any, witnesses: tuple[Witness, ...], marks_last: bool, diff
     if not marks_last or (TRACED and (not is_told or abs(along) <= NEAR * centre)):
         return True
     raise ForeignCacheError(
-        "this cache holds keys, no mark that says whether they are centred, and they do not look like a stock model's. "
-        "If a model with this fix and these weights has filled it, say so with "
-        "qwen2_fp16_fix.adopt_cache(cache, model); if they were learned, or are a stock model's after all, with "
-        "adopt_cache(cache, model, centred=False); or run the prompt again with a new cache."
+        "this cache holds keys without a mark that says whether they are centred, and they do not look like a stock "
+        "model's. If a model with this fix and these weights filled it, call "
+        "qwen2_fp16_fix.adopt_cache(cache, model). If they were learned or come from a stock model, call "
+        "qwen2_fp16_fix.adopt_cache(cache, model, centred=False). Otherwise run the prompt again with a new cache."
     )
 
 
@@ -118,7 +118,7 @@ def compare(keys: Tensor, seen: Witness) -> Tensor:
 def is_learned_prefix() -> bool:
     """Whether a PEFT model is running that passes a learned cache on: a new one at each call, without marks.
 
-    The frames of the call stack tell, whether the model was fixed before PEFT wrapped it or after.
+    The frames of the call stack tell this, no matter whether the model was fixed before or after PEFT wrapped it.
     """
     frame = sys._getframe() if "peft" in sys.modules else None
     while frame is not None:

@@ -129,14 +129,17 @@ def mark_of_keys(attention: Any, cache: Any, marks: dict[Any, Any], own: Mark, m
 def mark_cache(base: Any, cache: Any, centred: bool) -> None:
     """Marks every layer of a cache as holding keys of the fixed Qwen2Model `base`; or uncentred ones, if not `centred`.
 
-    Raises ForeignCacheError for a cache that is no object of a class, or a model that is not fixed.
+    Raises ForeignCacheError for a cache that cannot hold a mark, such as a tuple, or a model that is not fixed.
     """
     attentions = [layer.self_attn for layer in layers_of(base)]
     if any(getattr(attention, "witnesses", None) is None for attention in attentions):
-        raise ForeignCacheError("this model is not fixed, so it has no say in whose keys a cache holds: fix it first.")
+        raise ForeignCacheError(
+            "this model is not fixed, so a cache cannot be marked for it: call qwen2_fp16_fix.fix(model) first."
+        )
     if not hasattr(cache, "__dict__"):
         raise ForeignCacheError(
-            f"a {type(cache).__name__} of tensors cannot say whose keys it holds: make a DynamicCache of it first."
+            f"a {type(cache).__name__} of tensors cannot hold a mark that says whose keys it holds: convert it to a "
+            "DynamicCache first."
         )
     marks = cache.__dict__.setdefault(MARKS, {})
     for attention in attentions:

@@ -35,11 +35,11 @@ class Qwen2FP16FixError(Exception):
 
 
 class UnsupportedTransformersError(Qwen2FP16FixError):
-    """The installed transformers release is outside the version map, or its Qwen2 source has an unknown shape."""
+    """The installed transformers release is outside the version map, or its Qwen2 source has an unknown structure."""
 
 
 class NotQwen2Error(Qwen2FP16FixError):
-    """The object or folder holds no Qwen2 model."""
+    """The object or folder does not hold a Qwen2 model."""
 
     exit_code = 2
 
@@ -49,7 +49,7 @@ class PatchConflictError(Qwen2FP16FixError):
 
 
 class MetaTensorError(Qwen2FP16FixError):
-    """The model has weights on the meta device, and no hook that loads them."""
+    """The model has weights on the meta device, and no hook will load them."""
 
     exit_code = 2
 
@@ -62,19 +62,19 @@ class HalfPrecisionScoresError(Qwen2FP16FixError):
 
 
 class ForeignCacheError(Qwen2FP16FixError):
-    """A cache holds keys that new ones cannot join: of another centre or form, or the cache does not tell."""
+    """A cache holds keys of another centre or form than new ones would have, or does not say which its keys have."""
 
 
 class ShardedRangeError(Qwen2FP16FixError):
-    """A sharded activation must be scaled like its other shards, and the ranks that hold them are unknown."""
+    """A sharded activation must be scaled as its other shards are, and the ranks that hold those are unknown."""
 
 
 class RegistrationError(Qwen2FP16FixError):
-    """transformers did not take the fixed class: a look-up after registering still returns another one."""
+    """transformers did not accept the fixed class: a look-up after registering still returns another one."""
 
 
 class SymbolicTraceError(Qwen2FP16FixError):
-    """torch.fx traces a fixed part, and no node can run it."""
+    """torch.fx was about to trace the inside of a fixed part, or a call of it that no node of a graph can hold."""
 
 
 class LockError(Qwen2FP16FixError):
@@ -84,17 +84,17 @@ class LockError(Qwen2FP16FixError):
 
 
 class LockFileError(LockError):
-    """A lock file is missing, broken or no lock, cannot be written, or would be overwritten."""
+    """A lock file is missing, damaged or not a lock, cannot be written, or would be overwritten."""
 
     exit_code = 2
 
 
 class UntestedTransformersWarning(UserWarning):
-    """The installed transformers is newer than the newest tested release, but its Qwen2 has the known shape."""
+    """The installed transformers is newer than every tested release, but its Qwen2 source has the known structure."""
 
 
 class StalePlanWarning(UserWarning):
-    """A forward was not finite, so the exponents of all layers are no longer trusted."""
+    """A forward ended in inf or NaN, so the exponents of all layers are no longer trusted."""
 
 
 class PatchConflictWarning(UserWarning):
@@ -102,4 +102,4 @@ class PatchConflictWarning(UserWarning):
 
 
 class NotFixedWarning(UserWarning):
-    """A Qwen2 was built by other code that changes its parts, so the fix leaves it as it is."""
+    """A Qwen2 is built by code that changes its parts, so it stays unfixed; or a model is traced before it ever ran."""

@@ -1,16 +1,16 @@
 """The centre of the keys: one vector per key head that is subtracted before keys are rounded.
 
-Qwen2's k_proj.bias has spikes. Float16 holds a key of 160 ± 0.5 in steps of 0.125, so it rounds away what a token adds
-to the spike, in every attention backend. But softmax(q·(k_j - c)) is softmax(q·k_j - q·c), which is softmax(q·k_j): a
-vector c that is the same for every key of a head changes nothing in real arithmetic. With c near the rotated bias, the
-number that is left to round is the part that carries information.
+Qwen2's k_proj.bias has spikes: a few channels with a bias of 100 or more. Float16 holds a key of 160 ± 0.5 in steps of
+0.125, so it rounds away what a token adds to the spike, in every attention backend. But softmax(q·(k_j - c)) is
+softmax(q·k_j - q·c), which is softmax(q·k_j): a vector c that is the same for every key of a head changes nothing in
+real arithmetic. With c near the rotated bias, the number that is left to round is the part that carries information.
 
 Any constant c is exact. Which one is good depends on the bias and on RoPE alone, never on tokens, so causality, caching
 and batching stay as they are. In a pair of frequency ω the rotated bias at position p is b·e^(iωp), and c = b·m there:
 
 - m is the mean of e^(iωp) over the first radian of turning, at most WINDOW positions: a pair that has turned further
   points elsewhere, and the mean of a whole turn is 0.
-- |m| is limited so that nowhere in the context the rest |e^(iωp) - m| passes √3. Stock rounds three times (projection,
+- |m| is limited so that nowhere in the context the rest |e^(iωp) - m| exceeds √3. Stock rounds three times (projection,
   rotation, cache) and a fixed model once, so its error there is no larger than stock's.
 
 Pairs where the rest is long as well are stored in two parts (two_part_keys.py), in caches that can hold them.
@@ -33,7 +33,7 @@ FARTHEST = 3.0**0.5
 
 
 class Centre(NamedTuple):
-    """What is taken off the keys of a layer, and the pairs that are stored in two parts. Replaced as a whole."""
+    """What is subtracted from the keys of a layer, and the pairs that are stored in two parts. Replaced as a whole."""
 
     shift: Tensor  # 0 for queries, then -c for keys: (1, H + G, 1, D) in fp32
     split: Split | None
@@ -49,7 +49,7 @@ class CentredKeys(nn.Module):
     head_dim: int
     projects_exactly = True  # whether its forward asks the projections for unrounded biases
     num_key_value_groups: int
-    centre: Centre | None = None  # its tensors are no buffers, so casts pass them by
+    centre: Centre | None = None  # its tensors are not buffers, so casts leave them alone
     ranges: Ranges = Ranges()  # exponents of the plan; see attention_form.py
     one_part: str | None = None  # why the last forward stored no pair in two parts, although the layer has such pairs
     witnesses: dict[int, Witness] | None = None  # by layer, shared by the layers of a model; see caches.py
@@ -119,7 +119,7 @@ class CentredKeys(nn.Module):
         self.__dict__["centre"] = centre
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "CentredKeys":
-        """Moves the centre along with the weights; casts pass it by."""
+        """Moves the centre along with the weights; casts leave it alone."""
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.centre is not None:
             moved = fn(torch.empty(0, device=self.centre.shift.device))

@@ -90,7 +90,7 @@ def device_of_norm(layer: Any) -> torch.device:
 
 
 def widen_norms(layer: Any, bounds: LayerBounds | None) -> None:
-    """Lets the norms return fp32 whose output passes float16's range, and no others. None: nothing is proven."""
+    """Lets those norms return fp32 whose output may exceed float16's range, and no others. None: nothing is proven."""
     for path in QWEN2.norms():
         site = next(site for site in QWEN2.sites if site.at == f"{path}:output")
         can_read = all(can_scale_input(layer, linear.owner) for linear in QWEN2.fed_by(site.name))
@@ -141,7 +141,7 @@ def drop_stale_plan(layer: Any) -> None:
     """Drops a plan that may not hold for the weights any more. The values of the weights are not read.
 
     Weights on another device were dispatched one by one, by a tool that calls no method of the layer. Their plan is
-    made anew.
+    made again.
     """
     plan = layer.plan
     if plan is None:
@@ -171,15 +171,15 @@ def warn_of_overflow(watch: OverflowWatch) -> None:
 
 
 STALE = (
-    "a forward of this model has ended in numbers that are not finite: its input or a weight was not, or weights have "
-    "changed in a way that leaves no trace and the exponents were for the old ones. From here on every layer scales "
-    "by token; call qwen2_fp16_fix.fix(model), or model.eval(), to plan anew."
+    "a forward of this model ended in inf or NaN: its input or a weight was not finite, or weights were changed in a "
+    "way that leaves no trace, and the exponents belong to the old ones. From now on every layer scales by token; call "
+    "qwen2_fp16_fix.fix(model) or model.eval() to plan the exponents again."
 )
 
 
 UNPLANNED = (
     "this model has not run since it was built or loaded, so what is exported or traced now stores its keys uncentred, "
-    "as stock does, and scales by token: run a forward, or call qwen2_fp16_fix.fix(model), before."
+    "as stock does, and scales by token: first run a forward, or call qwen2_fp16_fix.fix(model)."
 )
 
 

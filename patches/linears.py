@@ -108,9 +108,9 @@ def load_problem(layer: Any) -> str | None:
     for name, linear in layer.named_modules():
         if name.endswith("_proj") and is_plain(linear) and not linear.weight.is_floating_point():
             kind = str(linear.weight.dtype).removeprefix("torch.")
-            return f"{name} is a plain linear with weights of {kind}, which need a quantised one"
+            return f"{name} is a plain linear with {kind} weights, which only a quantised one can read"
     missing = layer.__dict__.get("missing")
-    return f"{missing[0]} was not in the checkpoint, so it is random" if missing else None
+    return f"{missing[0]} was not in the checkpoint, so its values are random" if missing else None
 
 
 def project_exactly(
@@ -119,8 +119,8 @@ def project_exactly(
     """projection(hidden_states), in fp32 with an unrounded bias if the projection can be split.
 
     hidden_states (B, S, columns) in fp32 or the dtype of the matmul. exponent: the product is computed of 2^-exponent
-    times the input and scaled back in fp32, where it may pass float16's range; hooks then get it in fp32. A module that
-    cannot be split is called as it is: its output, with its bias, is then rounded as stock's.
+    times the input and scaled back in fp32, where it may exceed float16's range; hooks then get it in fp32. A module
+    that cannot be split is called as it is: its output, with its bias, is then rounded as stock's.
     scaled: `scaled_down(hidden_states, exponent)`, for a caller that has it.
     """
     bias = loaded_bias(projection)

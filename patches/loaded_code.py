@@ -1,7 +1,8 @@
 """Whether the functions that run here are those in their source files. Only Python code can be compared so.
 
-Each source is compiled anew and compared with what the functions in memory run. So a function that was exchanged or
-wrapped after its import is seen, and so is bytecode in `__pycache__` that was not made from the source beside it.
+Each source is compiled again and compared with the code that the functions in memory run. So a function that was
+replaced or wrapped after its import is found, and so is bytecode in `__pycache__` that was not made from the source
+beside it.
 """
 
 import functools
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Whose functions a decorator in a source may bring along.
+#: Packages whose functions a decorator in a source may add.
 LIBRARIES = frozenset({"torch", "huggingface_hub", *sys.stdlib_module_names})
 
 UPSTREAM, PACKAGE = "transformers.", "qwen2_fp16_fix."
@@ -160,7 +161,7 @@ def _other_functions(module: types.ModuleType, source: Source, own: frozenset[st
 
 
 def _defined(module: types.ModuleType, name: str) -> Any:
-    """What stands in a module under a qualified name, or the module itself for no name; None if nothing does."""
+    """What a module holds under a qualified name, or the module itself for an empty name; None if it holds nothing."""
     found: Any = module
     for step in filter(None, name.split(".")):
         found = getattr(found, "__dict__", {}).get(step)
@@ -211,7 +212,7 @@ def _functions_in(thing: Any) -> list[Any]:
 
 
 def _whose(function: Any, source: Source, codes: list[types.CodeType], own: frozenset[str]) -> str:
-    """Whose code runs before or instead of the source's, or nothing if none does that the source does not ask for."""
+    """Whose code runs before or instead of the source's; "" if only code runs that the source asks for."""
     chain = [function]
     while (inner := getattr(chain[-1], "__dict__", {}).get("__wrapped__")) is not None and len(chain) < 100:
         chain.append(inner)
@@ -252,7 +253,7 @@ def _name_of(function: Any) -> str:
 
 
 def is_same(one: types.CodeType, other: types.CodeType) -> bool:
-    """Whether two code objects do the same. Python's own comparison may see what it has noted while code ran."""
+    """Whether two code objects do the same. Python's own comparison may see notes that were made while code ran."""
     return one == other or _content(one) == _content(other)
 
 

@@ -3,8 +3,8 @@
 A lock lists everything that decides a fixed model's numbers. This file says how an environment differs from one.
 
 With QWEN2_FP16_FIX_LOCK=FILE in the environment nothing is fixed and no fixed model is built if anything differs from
-FILE. That guards against accidents and drift, not against an attacker: whoever can edit the files beside this one can
-edit this one. Against an attacker pin the commit, or check from outside (`qwen2-fp16-fix check`).
+FILE. That guards against accidents and drift, not against an attacker: someone who can edit the files beside this
+one can edit this one. Against an attacker pin the commit, or check from outside (`qwen2-fp16-fix check`).
 """
 
 import functools
@@ -43,7 +43,7 @@ def is_switched_off() -> bool:
 
 
 def check_when_asked() -> None:
-    """Raises LockError if the environment names a lock and anything differs from it, LockFileError if it is no lock."""
+    """Raises LockError if anything differs from the lock that the environment names, LockFileError if it is not one."""
     path = os.environ.get(VARIABLE, "").strip()
     if path:
         check_lock(path)
@@ -81,7 +81,7 @@ def drift(path: str | Path, found: Sequence[str]) -> LockError:
     more = f" And {left} more: `qwen2-fp16-fix check {path}` lists all." if left > 0 else ""
     limits = " Of the fix, only the files that came with the model were compared." if IS_REMOTE else ""
     return LockError(
-        f"this is not what {path} locks: {' '.join(first)}{more}{limits} Install what is locked, or lock anew."
+        f"this is not what {path} locks: {' '.join(first)}{more}{limits} Install what is locked, or make a new lock."
     )
 
 
@@ -89,7 +89,7 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
     """What a lock holds, but for the package: on the patches in `folder`, and on the transformers and torch that run.
 
     folder: by default the one with this file; then the functions in it are compared with their source as well.
-    `all_files`, the digest of every file of transformers, goes into no lock.
+    `all_files`, the digest of every file of transformers, is not part of a lock.
     """
     upstream = entered_modules()
     all_files = code_digests(FOLDER)
@@ -146,7 +146,7 @@ def file_differences(locked: Mapping[str, str], found: Mapping[str, str], of: st
     """A sentence for each file that differs from the lock, is missing, or is not in the lock. of: whose files."""
     for name in sorted({*locked, *found}):
         if name not in found:
-            yield f"{name}{of} is locked and missing."
+            yield f"{name}{of} is locked but missing."
         elif name not in locked:
             yield f"{name}{of} is not in the lock."
         elif found[name] != locked[name]:
@@ -182,13 +182,13 @@ def _other_files(files: Mapping[str, str], named: set[str], is_explained: bool) 
     others = [name for name in unlike_record(files) if name not in named]
     more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
     if others:
-        yield f"Other files of transformers are not as they were installed: {', '.join(others[:SHOWN])}{more}."
+        yield f"Other files of transformers have changed since they were installed: {', '.join(others[:SHOWN])}{more}."
     elif not is_explained:
-        yield "Some file of transformers is not the one that was locked, and pip's record does not say which."
+        yield "A file of transformers is not the one that was locked, and pip's record does not say which."
 
 
 def _other_code(locked: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:
     """A sentence for each function that runs other code than its source, unless the lock says the same of it."""
     for place, whose in found.items():
         if locked.get(place) != whose:
-            yield f"{place} is not what its source says: in its place is {whose}."
+            yield f"{place} does not run the code in its source file, but {whose}."

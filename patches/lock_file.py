@@ -1,4 +1,4 @@
-"""Reading a lock. The file may be anything: whatever is no lock ends in one sentence, and in little time and memory."""
+"""Reads a lock. The file may hold anything: what is not a lock is refused in a sentence, fast and in little memory."""
 
 import json
 import os
@@ -57,31 +57,31 @@ def read_lock(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise _unreadable(path, str(error.strerror)) from None
     except (ValueError, RecursionError):
-        raise _unreadable(path, "not JSON that a lock has") from None
+        raise _unreadable(path, "it is not valid JSON") from None
     if not isinstance(found, dict) or not is_number(found.get("format")):
-        raise LockFileError(f"{path} is no lock: make one with `qwen2-fp16-fix lock`.")
+        raise LockFileError(f"{path} is not a lock: make one with `qwen2-fp16-fix lock`.")
     if found["format"] != FORMAT:
         raise LockFileError(
-            f"{path} is a lock of format {found['format']}, and this version reads {FORMAT}: lock anew, or install "
-            "the version that made it."
+            f"{path} is a lock of format {found['format']}, and this version reads {FORMAT}: make a new lock, or "
+            "install the version that made this one."
         )
     _check(path, found)
     return found
 
 
 def _read(path: str | Path) -> str:
-    """The text of a file. Raises OSError or ValueError if it is no regular file, too large or not UTF-8."""
+    """The text of a file. Raises OSError or ValueError if it is not a regular file, too large or not UTF-8."""
     # Opening a pipe would wait for somebody to write into it. Windows has neither the flag nor such pipes.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(0, "no regular file")
+            raise OSError(0, "it is not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
             content = file.read(LIMIT + 1)
     finally:
         os.close(descriptor)
     if len(content) > LIMIT:
-        raise OSError(0, f"more than {LIMIT >> 20} MiB")
+        raise OSError(0, f"it has more than {LIMIT >> 20} MiB")
     return content.decode("utf-8")
 
 
@@ -94,7 +94,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _unreadable(path: str | Path, reason: str) -> LockFileError:
@@ -105,7 +105,7 @@ def _check(path: str | Path, found: dict[str, Any]) -> None:
     """Raises LockFileError, which names the key, unless everything a lock has is there and of its kind."""
     for field in (*SINGLE, *TABLES):
         if field not in found:
-            raise LockFileError(f"{path} is a lock without {field}: make it anew with `qwen2-fp16-fix lock`.")
+            raise LockFileError(f"{path} is a lock without {field}: make a new one with `qwen2-fp16-fix lock`.")
     for field, (is_good, wanted) in SINGLE.items():
         if not is_good(found[field]):
             raise _wrong(path, field, wanted)
@@ -119,4 +119,4 @@ def _check(path: str | Path, found: dict[str, Any]) -> None:
 
 
 def _wrong(path: str | Path, where: str, wanted: str) -> LockFileError:
-    return LockFileError(f"{path} is a lock whose {where} is not {wanted}: make it anew with `qwen2-fp16-fix lock`.")
+    return LockFileError(f"{path} is a lock whose {where} is not {wanted}: make a new one with `qwen2-fp16-fix lock`.")

@@ -118,7 +118,7 @@ class FixedOnConstruction:
         return (loaded, told) if tells else loaded
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class; then plans the ranges anew."""
+        """As the stock class; then plans the ranges again."""
         loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
         plan_modules(self)  # type: ignore[arg-type]
         return loaded
@@ -143,7 +143,7 @@ def _unpickled(name: str) -> Any:
 
 
 def _make_stock(root: nn.Module) -> None:
-    """Gives modules inside `root` that another copy of this file has fixed their stock class back."""
+    """Gives the modules inside `root` that another copy of this file has fixed their stock classes back."""
     for module in root.modules():
         inner = type(module)
         if module is not root and inner not in STOCK_OF and stock_class_of(inner) is not inner:
@@ -194,7 +194,7 @@ def make_class(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
     """A class of this module, made when it is imported.
 
     It is no class statement, since its name and bases depend on the installed release. Pickle and transformers look for
-    it here by name. The same bases give the same class: 4.40 to 4.46 run remote code anew for each load of a model.
+    it here by name. The same bases give the same class: 4.40 to 4.46 run remote code again for each load of a model.
     """
     known = globals().get(name)
     if isinstance(known, type) and known.__bases__ == bases:
@@ -225,7 +225,7 @@ DROP_IN_OF: dict[type, type] = {
 
 
 def _remote_model(model: type, prefix: str, config: type) -> type:
-    """A drop-in class for remote code. No engine has its name, so none takes the checkpoint for its own Qwen2."""
+    """A drop-in class for remote code. No engine knows its name, so none runs its own Qwen2 instead."""
     name = model.__name__.replace("Qwen2", prefix)
     # GenerationMixin is a direct base: without it, from 4.45 transformers wraps a generating class in another one.
     bases = (model, GenerationMixin) if issubclass(model, GenerationMixin) else (model,)

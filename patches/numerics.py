@@ -103,7 +103,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, shift: Tensor | None = None
     turned = exact * cos if shift is None else torch.addcmul(shift.to(exact.device), exact, cos)
     (left, right), (sin_left, sin_right) = exact.chunk(2, -1), sin.unsqueeze(1).chunk(2, -1)
     half = left.shape[-1]
-    turned.narrow(-1, 0, half).addcmul_(right, sin_left, value=-1)  # autograd lets nobody write into a chunk
+    turned.narrow(-1, 0, half).addcmul_(right, sin_left, value=-1)  # autograd forbids writing into a chunk
     turned.narrow(-1, half, half).addcmul_(left, sin_right)
     return turned
 
@@ -144,7 +144,7 @@ def mask_to_minus_inf(mask: Tensor, key_length: int) -> Tensor:
     return mask.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)
 
 
-def prepare_anew(prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_length: int) -> Tensor:
+def prepare_each_time(prepare: Callable[[Tensor, int], Tensor], mask: Tensor, key_length: int) -> Tensor:
     """Default for `prepared` below: calls `prepare` every time and keeps nothing."""
     return prepare(mask, key_length)
 
@@ -164,7 +164,7 @@ def sdpa_operands(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    prepared: Callable[[Callable[[Tensor, int], Tensor], Tensor, int], Tensor] = prepare_anew,
+    prepared: Callable[[Callable[[Tensor, int], Tensor], Tensor, int], Tensor] = prepare_each_time,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The operands of torch's fused attention, from a query in fp32, key, value and any mask (see `widen_mask`).
 

@@ -47,7 +47,7 @@ class OverflowWatch:
         return not all(math.isfinite(sums.seen) for sums in tuple(self.sums.values()))
 
     def reset(self) -> None:
-        """Starts anew, with a new plan."""
+        """Starts again, with a new plan."""
         if self.said or self.has_overflowed():
             devices, self.sums, self.said = list(self.sums), {}, False
             for device in devices:

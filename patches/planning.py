@@ -2,7 +2,7 @@
 
 A plan is the exponents of a layer, from the bounds of its weights (`range_plan.py`). It holds for the weights it was
 made from. `layer_plan.py` has what ends it. A layer without a plan scales by token; it gets none if its weights cannot
-be bounded, or if the exponents do not prove it in range. A plan that has ended is made anew at the next forward after
+be bounded, or if the exponents do not prove it in range. A plan that has ended is made again at the next forward after
 `eval()`, a load or `fix`, unless a weight still holds a gradient that an optimiser could apply.
 """
 
@@ -91,7 +91,7 @@ def make_plan(layer: Any) -> None:
         if holds_gradients(layer) or unloaded_weight(layer):
             return
         planned = proven_plan(layer)
-        # An adapter adds to products that need the exponents of before: those of wrapped weights stay.
+        # An adapter adds to products that need the exponents they had, so those of wrapped weights stay.
         if planned is not None or boundable_weights(layer) is not None:
             keep_ranges(layer, UNSCALED if planned is None else planned.exponents)
             widen_norms(layer, None if planned is None else planned.bounds)
@@ -196,7 +196,7 @@ def settle_plan(layer: Any, hidden_states: Tensor | None = None) -> None:
     if torch.compiler.is_compiling():
         layer.settle_in_trace(torch.is_grad_enabled())
         # Never raised: `settle_in_trace` has dropped a suspect plan. The branch is there for Dynamo, which guards what
-        # it has read. Once a backward has set `suspect`, compiled code is traced anew.
+        # it has read. Once a backward has set `suspect`, compiled code is traced again.
         if layer.plan is not None and layer.plan.suspect:
             raise AssertionError("a suspect plan has just been dropped")
     elif torch._C._current_graph_task_id() == -1:
@@ -231,13 +231,13 @@ def is_faked() -> bool:
 
 
 def check_parts(layer: Any) -> None:
-    """Raises PatchConflictError if a part was replaced since the model was fixed: half a fix is none."""
+    """Raises PatchConflictError if a part was replaced since the model was fixed: half a fix protects nothing."""
     for name, method in METHODS.items():
         part = getattr(layer, name)
         if not hasattr(part, method):
             found = type(part)
             raise PatchConflictError(
-                f"{name} is a {found.__module__}.{found.__qualname__}, put into a layer that was fixed before: build "
+                f"{name} is a {found.__module__}.{found.__qualname__}, put into a layer after that was fixed: build "
                 "the model inside `with qwen2_fp16_fix.stock_models():` and run it in bfloat16 or float32."
             )
 

@@ -70,7 +70,7 @@ def queries_and_keys(attention: Any, hidden_states: Tensor, scaled: Tensor, expo
 
 
 def can_fuse_bias(projection: Any) -> bool:
-    """Whether a projection is a plain linear with a bias and a whole weight, no rank's shard."""
+    """Whether a projection is a plain linear with a bias and a whole weight, not a rank's shard."""
     if type(projection) is not nn.Linear or nn.Linear.forward is not LINEAR_FORWARD:
         return False
     parameters = projection._parameters  # a replica, a flat shard and a pruned linear have no weight here

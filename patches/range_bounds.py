@@ -1,14 +1,14 @@
 """Upper bounds, from weights alone, of every float16 number in a Qwen2 layer. They hold for every prompt.
 
 All are in units of the values themselves. The arithmetic is that of a fixed layer with `Exponents`: 2^-e scales a
-number before it is rounded to float16, and whoever reads it in fp32 undoes that. What the bounds rest on:
+number before it is rounded to float16, and the step that reads it in fp32 undoes that. What the bounds rest on:
 
 1. An RMSNorm returns n_i = γ_i·z_i + η_i with ‖z‖ <= √d, up to rounding, and |η_i| <= 2^-25 where n_i is subnormal.
    Scaled by 2^-e it is rounded again. That is exact, or the result is subnormal: then |η_i| <= 2^-25·(1 + 2^e) <=
    2^(e-24) in units of n. Let t be 2^-25 where e is 0, else 2^(e-24). With h_i = √(γ_i² + (2^13·t)²), n = h∘y, and ‖y‖
    <= ‖z‖ + 2^-13·√d, as |γ_i| <= h_i and |η_i| <= 2^-13·h_i. So |n_i| <= h_i·‖y‖, and for a row w, with a = w∘h, the
    magnitudes |w_i·n_i| sum to at most ‖a‖·‖y‖ (Cauchy and Schwarz), and with them any part of the sum, in any order. A
-   norm that could pass float16's largest number returns fp32 (`RMSNorm.is_wide`), and is rounded once, scaled.
+   norm that could exceed float16's largest number returns fp32 (`RMSNorm.is_wide`), and is rounded once, scaled.
 2. Matmuls accumulate in fp32, PyTorch's default, and round at most SPLITS partial sums to float16: `after_matmul`
    bounds what the next step reads. An output that is stored times 2^-e is rounded by at most 2^(e-25) where it is
    subnormal. Float16 accumulation, a switch that is off by default, is covered by a factor of 2 in LIMIT. A float16 s

@@ -35,9 +35,9 @@ class PlannedLayer(NamedTuple):
 def plan_layer(weights: Mapping[str, Tensor], shape: LayerShape) -> PlannedLayer:
     """The smallest exponents that bring a layer's bounds under their limits, up to MAX_EXPONENT each.
 
-    An exponent makes numbers subnormal, which lets the bounds behind it grow. So they are taken again until they ask
-    for no more: the exponents only ever rise, and a layer that needs none, or one for its product alone, is bounded
-    once.
+    An exponent makes numbers subnormal, which lets the bounds behind it grow. So the bounds are computed again until
+    they need no larger exponents. The exponents only ever rise. A layer that needs none, or one for its product alone,
+    is bounded once.
     """
     unscaled = bounds = bound_layer(weights, shape)
     exponents = needed_exponents(bounds)
@@ -87,5 +87,5 @@ def bits_below(limit: float, bound: float) -> float:
 
 
 def unproven_sites(bounds: LayerBounds, exponents: Exponents) -> list[str]:
-    """The sites whose bound passes its limit even with the exponents, which scale partial sums as well."""
+    """The sites whose bound exceeds its limit even with the exponents, which scale partial sums as well."""
     return [site for site, bits in headroom_bits(bounds, exponents).items() if not bits >= 0]

@@ -1,7 +1,8 @@
 """Notices code of transformers' Qwen2 that another tool has replaced, and that fixed models do not run.
 
 Attribution tools and kernels put functions of their own on transformers' classes, or into its module. In 16 bit a fixed
-model computes with its own norm, MLP, rotation and eager attention, so such a tool has no effect on it, or half of one.
+model computes with its own norm, MLP, rotation and eager attention, so such a tool has no effect on it, or only a
+part.
 """
 
 import operator
@@ -21,7 +22,7 @@ FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv", "ro
 FORWARD = operator.attrgetter("forward")
 #: Where stock's code, and what it may be decorated with, is defined.
 HOMES = ("transformers.", "torch.", "kernels.")
-#: The end of the sentence about a tool. To fix the model before the tool comes is no way out: it would have no effect.
+#: How the sentence about a tool ends. It does not help to fix the model first: then the tool would have no effect.
 ADVICE = (
     "switch that tool off for Qwen2, or use it without the fix, in float32 or bfloat16 and on a model that was built "
     "inside `with qwen2_fp16_fix.stock_models():`."
@@ -92,7 +93,7 @@ def notice_replaced(normed: Tensor) -> None:
     found = WATCHED.foreign()
     if found:
         warnings.warn(
-            f"after this model was fixed, a tool has replaced {', '.join(found)}, which a fixed model does not run: "
+            f"after this model was fixed, a tool replaced {', '.join(found)}, which a fixed model does not run: "
             f"{ADVICE}",
             PatchConflictWarning,
             stacklevel=2,

@@ -46,18 +46,18 @@ class RotaryEmbedding(nn.Module):
         return self._buffers["inv_freq"]  # type: ignore[return-value]
 
     def restore(self, device: torch.device) -> bool:
-        """Computes frequencies anew that are on the meta device, unless `device` is that as well.
+        """Recomputes frequencies that are on the meta device, unless `device` is that as well.
 
         No checkpoint holds them, so a model that was built on the meta device gets none with its weights.
         Compilers call this and do not trace it, and take its answer, which is always True, as a constant.
         """
         if self.frequencies().is_meta and device.type != "meta" and not planning.is_faked():
-            self.compute_anew(device)
+            self.recompute(device)
         return True
 
     restore._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def compute_anew(self, device: torch.device) -> None:
+    def recompute(self, device: torch.device) -> None:
         """Replaces the frequencies by those that the constructor makes."""
         made = self.newly_made()
         self._buffers.update((name, buffer.to(device)) for name, buffer in made.named_buffers())
@@ -72,7 +72,7 @@ class RotaryEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryEmbedding":
         """Follows `.to(device)` but not a cast: `.half()` would round the frequencies and turn far positions wrong.
 
-        Frequencies that leave the meta device are computed anew. There `.to` refuses, and `.to_empty` keeps no numbers.
+        Frequencies that leave the meta device are recomputed. There `.to` refuses, and `.to_empty` keeps no numbers.
         """
         had_none = self.frequencies().is_meta
         try:
@@ -80,10 +80,10 @@ class RotaryEmbedding(nn.Module):
         except NotImplementedError:
             if not had_none:
                 raise
-            self.compute_anew(torch.device("cpu"))
+            self.recompute(torch.device("cpu"))
             self._apply_but_casts(fn, *args, **kwargs)
         if had_none and not self.frequencies().is_meta:
-            self.compute_anew(self.frequencies().device)
+            self.recompute(self.frequencies().device)
         return self
 
     def _apply_but_casts(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ class RotaryEmbedding(nn.Module):
             del rounded[name]  # it holds no numbers, and could not be moved once the others have some
 
     def on_fixed(self, _: type[nn.Module]) -> None:
-        """Computes frequencies anew that a cast has rounded, and keeps the rounded ones."""
+        """Recomputes frequencies that a cast has rounded, and keeps the rounded ones."""
         self.rounded: dict[str, Tensor] = {
             name: buffer
             for name, buffer in self._buffers.items()

@@ -57,7 +57,7 @@ class Scaled(nn.Module):
         super().__setattr__(name, value)
 
     def set_exponent(self, exponent: int | None, device: torch.device | None = None) -> None:
-        """Keeps the exponent of a plan and its constants on `device`. They are no buffers, so casts pass them by."""
+        """Keeps the exponent of a plan and its constants on `device`: not as buffers, which a cast would change."""
         scale, held = None, self.scale
         if held is not None and held.exponent == exponent and held.zero.device == torch.device(device or "cpu"):
             return  # a captured graph may hold the old constants
@@ -148,8 +148,8 @@ def largest_in_group(exponent: Tensor, linear: nn.Module) -> Tensor:
     mesh = getattr(linear.weight, "device_mesh", None) or getattr(linear, "_hf_device_mesh", None)
     if mesh is None:
         raise ShardedRangeError(
-            "this linear holds a shard of its weight and does not say which ranks hold the others, so its range cannot "
-            "be kept in step with theirs: load the model with transformers' own tensor parallelism (tp_plan)."
+            "this linear holds a shard of its weight and does not say which ranks hold the others, so it cannot be "
+            "scaled as they are: load the model with transformers' own tensor parallelism (tp_plan)."
         )
     exponent = exponent.contiguous()
     torch.distributed.all_reduce(exponent, torch.distributed.ReduceOp.MAX, group=mesh.get_group())

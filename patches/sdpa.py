@@ -15,12 +15,12 @@ from .numerics import device_of
 
 #: Where transformers defines its own function, from 4.48 on.
 HOME = "transformers.integrations.sdpa_attention"
-#: What transformers' function may be given besides, in one release or another. Where it is, all is left to it.
+#: Further arguments of transformers' function, in some release. A call with one of them is left to that function.
 OTHER_ARGUMENTS = ("cache", "head_mask", "output_attentions", "position_bias", "softcap")
 
 
 def stock_sdpa() -> Any:
-    """The function that stands for "sdpa" in transformers' table; None before 4.48, and where it is somebody else's.
+    """The function for "sdpa" in transformers' table; None before 4.48, and where another tool has replaced it.
 
     A wrapper takes over the name and the module of what it wraps, but not its globals.
     """

@@ -1,7 +1,7 @@
 """Files of code on the disk, and digests of them that do not depend on where and how they were installed.
 
 A digest is SHA-256 of a file's bytes. In a .py the two bytes that end a line on Windows count as one, as they do for
-Python, so a checkout there has the digests of a wheel. `__pycache__` is left out: Python makes it anew.
+Python, so a checkout there has the digests of a wheel. `__pycache__` is left out: Python makes it again.
 """
 
 import functools
@@ -28,13 +28,15 @@ def code_digests(folder: Path) -> dict[str, str]:
     """The digest of every file in `folder` and below that Python could import, by its path inside `folder`.
 
     folder: may lie inside a zip file, from which Python imports as well.
-    Raises LockFileError if one cannot be read, or if there are no files, as in a program that was packed into one.
+    Raises LockFileError if one cannot be read, or if there are no files, as in a program packed into a single file.
     """
     try:
         found = dict(_on_disk(os.fspath(folder), "") if folder.is_dir() else _in_zip(folder))
     except OSError as error:
         where = error.filename or folder
-        raise LockFileError(f"{where} cannot be read ({error.strerror}): only what can be read is locked.") from None
+        raise LockFileError(
+            f"{where} cannot be read ({error.strerror}): a lock covers every file of code, so make it readable."
+        ) from None
     return {name: found[name] for name in sorted(found)}
 
 
@@ -76,7 +78,7 @@ def _in_zip(folder: Path) -> Iterator[tuple[str, str]]:
     archive = next((parent for parent in folder.parents if parent.is_file()), None)
     if archive is None or not zipfile.is_zipfile(archive):
         raise LockFileError(
-            f"{folder} is neither a folder nor in a zip file: the code of such a program is not locked."
+            f"{folder} is neither a folder nor in a zip file, so its code cannot be locked: install it with pip."
         )
     inside = folder.relative_to(archive).as_posix() + "/"
     with zipfile.ZipFile(archive) as opened:

@@ -9,9 +9,13 @@ _stock_wanted: ContextVar[bool] = ContextVar("qwen2_fp16_fix_stock_wanted", defa
 
 @contextlib.contextmanager
 def stock_models() -> Iterator[None]:
-    """Lets this thread build stock models inside a with block, whatever is registered.
+    """Builds stock models inside a with block, in this thread, whatever is registered.
 
-    That goes for the Auto classes and every class by its name. Models that exist stay as they are, and `fix` works.
+    It applies to the Auto classes and to transformers' own classes used by name. Existing models do not change, and
+    `fix` still works:
+
+        with qwen2_fp16_fix.stock_models():
+            stock = AutoModelForCausalLM.from_pretrained("checkpoint")
     """
     before = _stock_wanted.set(True)
     try:

@@ -1,6 +1,6 @@
-"""Checks that the installed Qwen2 source has the shape a range module was written for, before anything is patched.
+"""Checks that the installed Qwen2 source has the structure a range module was written for, before anything is patched.
 
-The release number alone does not prove the shape, so this file looks at the code. It reads the parameters of functions
+The release number alone does not prove it, so this file looks at the code. It reads the parameters of functions
 and the names that they use from their compiled code. So it works without source files and ignores comments, annotations
 and decorators.
 """
@@ -22,7 +22,7 @@ def check_structure(stock: Any, parts: Mapping[str, type], version: str) -> None
     stock: transformers' Qwen2 classes, by name, as attributes. Each part names what it relies on: `stock_parameters`,
     the first parameters of stock's forward, and `stock_names`, names its forward or constructor must use.
     Raises PatchConflictError if another tool has replaced a class, its forward or a function that it calls, and
-    UnsupportedTransformersError if the class is stock but has another shape.
+    UnsupportedTransformersError if the class is stock but has another structure.
     """
     _check_functions(sys.modules[stock.__name__])
     for name in ("Qwen2Model", "Qwen2ForCausalLM"):  # the fix leaves their forwards alone, but they have to be stock's
@@ -68,8 +68,8 @@ def _names_used(function: Any) -> set[str]:
 
 def _unknown_shape(version: str, found: str, expected: str) -> UnsupportedTransformersError:
     return UnsupportedTransformersError(
-        f"transformers {version} has a Qwen2 of unknown shape: found {found}, expected {expected}; {SUPPORTED} are "
-        "supported: install one of them, or a newer qwen2-fp16-fix."
+        f"the Qwen2 source of transformers {version} has an unknown structure: found {found}, expected {expected}; "
+        f"{SUPPORTED} are supported: install one of them, or a newer qwen2-fp16-fix."
     )
 
 
@@ -78,7 +78,7 @@ def warn_if_untested(version: str) -> None:
     if is_untested(version):
         warnings.warn(
             f"transformers {version} is newer than {NEWEST_TESTED}, the newest release tested with this fix; its Qwen2 "
-            "has the known shape, so the fix is applied, untested.",
+            "source has the expected structure, so the fix is applied, but untested.",
             UntestedTransformersWarning,
             stacklevel=3,
         )

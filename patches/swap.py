@@ -19,7 +19,7 @@ NAME_BEFORE = "release"
 
 
 UNLOADED = (
-    "{} is on the meta device, without numbers: load the weights first (from_pretrained, or load_state_dict with "
+    "{} is on the meta device and has no values: load the weights first (from_pretrained, or load_state_dict with "
     "assign=True)."
 )
 
@@ -66,7 +66,7 @@ def check_model(root: Any, stock: Any, known: set[type]) -> None:
     if not bases:
         raise NotQwen2Error(
             f"found no Qwen2 in this {type(root).__module__}.{type(root).__qualname__}: pass a Qwen2 model of "
-            "transformers, or a module that holds one."
+            "transformers, or a module that contains one."
         )
     for base in bases:
         for name, module, expected in parts_of(base, stock):
@@ -134,8 +134,8 @@ def check_exchangeable(root: nn.Module, classes: Collection[type]) -> None:
         known, found = known_class(module, classes), type(module)
         if known is not None and found is not known:
             raise PatchConflictError(
-                f"{name} is a {found.__module__}.{found.__qualname__}, made of transformers' {known.__name__}: fix or "
-                "unfix the model before it is wrapped (fully_shard), or load it under register()."
+                f"{name} is a {found.__module__}.{found.__qualname__}, derived from transformers' {known.__name__}: "
+                "fix or unfix the model before it is wrapped (fully_shard), or load it after register()."
             )
 
 

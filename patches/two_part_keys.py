@@ -1,7 +1,7 @@
 """Keys in two float16 numbers, in the rotary pairs that a constant centre cannot follow.
 
 The centre (key_centring.py) takes the bias out of a key only where the pair hardly turns. What it leaves in a pair that
-turns, b·(e^(iωp) - m), is as long as a spike and is rounded together with what the token says. Such a pair is split:
+turns, b·(e^(iωp) - m), is as long as a spike and is rounded together with what the token adds. Such a pair is split:
 its two channels are stored as hi = float16(k) and, behind the D channels of the head, as hi again and
 lo = float16(k - hi). The query carries them again:
 

@@ -111,7 +111,7 @@ def source_digest(thing: Any) -> str:
 
 
 def _name_digest(thing: Any) -> str:
-    """A digest of where a class or function is from that is none of transformers'."""
+    """A digest of the origin of a class or function that is not transformers' own."""
     return sha256(f"{thing.__module__}.{thing.__qualname__}".encode())
 
 

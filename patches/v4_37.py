@@ -81,7 +81,7 @@ class RotaryEmbedding(nn.Module):
         return tables[0][:seq_len], tables[1][:seq_len]
 
     def restore(self, device: torch.device) -> bool:
-        """Nothing: the exact tables are made of numbers that are no tensors."""
+        """Does nothing: the exact tables are computed from plain numbers, not from tensors."""
         return True
 
     def on_fixed(self, stock: type[nn.Module]) -> None:

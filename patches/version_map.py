@@ -50,7 +50,7 @@ DIFFERENCES: dict[str, Difference] = {
     "v5_24": Difference("cache", "kwargs", "model", "table", "attribute"),
 }
 
-#: The newest release the whole conformance suite has passed on. A newer one is used if its source has the known shape.
+#: The newest release the whole conformance suite has passed on. A newer one is used if its structure is the same.
 NEWEST_TESTED = "5.24.0"
 
 #: The same number promises the same arithmetic. Another one comes with a major release (before 1.0 a minor one) and an
@@ -70,13 +70,13 @@ def range_for(version: str) -> Range:
         base = Version(Version(version).base_version)
     except InvalidVersion:
         raise UnsupportedTransformersError(
-            f"transformers reports {version!r}, which is not a version; {SUPPORTED} are supported."
+            f"transformers reports {version!r}, which is not a version: install a supported one ({SUPPORTED})."
         ) from None
     for candidate in RANGES:
         if base in SpecifierSet(candidate.requirement):
             return candidate
     raise UnsupportedTransformersError(
-        f"transformers {version} is installed, and {SUPPORTED} are supported: "
+        f"transformers {version} is installed, but {SUPPORTED} are supported: "
         f'run `pip install "transformers>={RANGES[0].requirement[2:8]}"`.'
     )
 

@@ -1,4 +1,4 @@
-"""Finds the copy of `patches/` that built a model: this package's, or one that came with a checkpoint as remote code.
+"""Finds the model that a caller means, and the copy of `patches/` that built it: this package's, or a checkpoint's own.
 
 Each copy knows its own classes only. So questions about a model, and changes to it, go to the copy that built it.
 """
@@ -6,14 +6,36 @@ Each copy knows its own classes only. So questions about a model, and changes to
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from .patches import errors, modeling_qwen2_fp16
+from .patches.errors import NotQwen2Error
 
 ENTRY = modeling_qwen2_fp16.__name__.rpartition(".")[2]
+
+
+def model_in(given: Any, also: str = "") -> nn.Module:
+    """A model as it is, or the model that something has as `model`: a pipeline, a Trainer, lm-eval's HFLM.
+
+    also: what else the caller takes, as "a checkpoint folder, ".
+    Raises NotQwen2Error for what is not a model and has none.
+    """
+    held = given if isinstance(given, nn.Module) else getattr(given, "model", None)
+    if isinstance(held, nn.Module):
+        return held
+    if isinstance(given, str | PathLike):
+        raise NotQwen2Error(
+            f"found no Qwen2 in {str(given)!r}, the name of a checkpoint: load it with from_pretrained, and pass what "
+            "that returns."
+        )
+    what = f"the class {given.__qualname__}" if isinstance(given, type) else f"this {type(given).__qualname__}"
+    raise NotQwen2Error(
+        f"found no Qwen2 in {what}: pass {also}a loaded model, or a pipeline or Trainer that has one as its `model`."
+    )
 
 
 def code_of(model: Any) -> ModuleType:

@@ -20,16 +20,20 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from .activations.extremes import Magnitudes, overflow_lines
+from .activations.sites import place_text
 from .checkpoints.loading import forward, load, quiet
+from .checkpoints.threads import one_thread
 from .errors import CheckpointError, ExportError
 from .files.folders import whole_folder
 from .files.packaged import DEMO_CHECKPOINT as CHECKPOINT
 from .files.reading import to_path
 from .model_status import status
 from .patches.range_plan import FLOAT16_MAX
-from .progress import Progress, console_of
+from .progress import Progress, with_bar
 from .results import Record, Result
 from .status_result import Status
+from .translations import DEMO_TEXTS as TEXTS
+from .translations import check_language
 
 PROMPT = "And the LORD said unto Moses,"
 NEW_TOKENS = 48
@@ -72,43 +76,49 @@ class Demonstration(Result):
     rows: list[DemoRow]
     peaks: list[Peak]  # the largest first
     as_promised: bool  # stock float16 broke in both backends, and every fixed text equals the fp32 text
+    language: str = "en"  # of the table
 
     def summary(self) -> str:
         """Whether the demonstration went as promised, in a sentence."""
-        verdict = "Stock float16 failed in both backends and the fix gives the fp32 text."
-        return verdict if self.as_promised else "NOT as promised: see the rows above."
+        return TEXTS[self.language]["as_promised" if self.as_promised else "not_as_promised"]
 
     def __rich__(self) -> RenderableType:
         """The texts, the perplexities, and the first site of each row that is not finite."""
-        versions = self.versions
+        versions, texts = self.versions, TEXTS[self.language]
         patch = f"transformers {versions.transformers} (patch {versions.patch})"
         parts: list[RenderableType] = [Text(f"qwen2-fp16-fix {versions.package}, {patch}, torch {versions.torch}\n")]
         for row in self.rows:
             colour = "green" if row.text == self.rows[0].text else "red"
-            title = f"{row.name}: perplexity {'NaN' if row.perplexity is None else format(row.perplexity, '.5f')}"
+            perplexity = texts["not_a_number"] if row.perplexity is None else format(row.perplexity, ".5f")
+            title = texts["title"].format(name=self._name(row), perplexity=perplexity)
             parts.append(Panel(self.prompt + row.text, title=title, title_align="left", border_style=colour))
-        table = Table("what float16 cannot hold", "in fp32", f"limit {FLOAT16_MAX:,.0f}", title_justify="left")
+        limit = texts["column_limit"].format(limit=f"{FLOAT16_MAX:,.0f}")
+        table = Table(texts["column_site"], texts["column_magnitude"], limit, title_justify="left")
         for peak in self.peaks:
-            table.add_row(peak.site, f"{peak.magnitude:,.0f}", "passed" if peak.magnitude > FLOAT16_MAX else "")
-        broken = overflow_lines((row.name, row.first_overflow) for row in self.rows)
+            over = texts["over"] if peak.magnitude > FLOAT16_MAX else ""
+            table.add_row(place_text(peak.site, self.language), f"{peak.magnitude:,.0f}", over)
+        broken = overflow_lines([(self._name(row), row.first_overflow) for row in self.rows], texts, self.language)
         return Group(*parts, table, *map(Text, broken), Styled(Text(f"\n{self.summary()}"), "bold"))
 
+    def _name(self, row: DemoRow) -> str:
+        kind, _, how = row.name.partition(" ")
+        return TEXTS[self.language][kind].format(how=how)
 
-def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstration:
+
+@one_thread()
+def measure(folder: Path = CHECKPOINT, *, language: str = "en", progress: Progress = None) -> Demonstration:
     """Runs the prompt through every row.
 
-    progress: True to name each row on stderr as it begins, or a rich Console to name it on. Returns a Demonstration:
-    `as_promised`, and in `rows` the text and the perplexity of each.
-    Raises CheckpointError if `folder` holds no demo checkpoint.
+    language: of the table, "en" or "zh". progress: True for a bar on stderr, or a rich Console to show it on. Returns a
+    Demonstration: `as_promised`, and in `rows` the text and the perplexity of each.
+    Raises CheckpointError if `folder` holds no demo checkpoint, or there is no such language.
     """
+    check_language(language, CheckpointError)
     tokenizer, passage = _load_text(folder)
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    console = console_of(progress)
     rows: list[DemoRow] = []
     peaks: list[Peak] = []
-    for name, fixed, dtype, attention in ROWS:
-        if console is not None:
-            console.print(f"{name} …", highlight=False)
+    for name, fixed, dtype, attention in with_bar(ROWS, "running the demo checkpoint", progress):
         model = load(folder, fixed, dtype, attention)
         with Magnitudes(model) as magnitudes:
             logits = forward(model, prompt)
@@ -125,7 +135,7 @@ def measure(folder: Path = CHECKPOINT, progress: Progress = None) -> Demonstrati
         rows.append(row)
         del model
         gc.collect()
-    return Demonstration(status(), PROMPT, rows, peaks, as_promised=_as_promised(rows))
+    return Demonstration(status(), PROMPT, rows, peaks, as_promised=_as_promised(rows), language=language)
 
 
 def save(folder: Path) -> None:

@@ -8,6 +8,7 @@ All derive from Qwen2FP16FixError. The number is the exit code of the command li
     ├── ExportError       2
     ├── PublishError      2
     ├── ScanError         2
+    ├── HubError          4
     └── BrokenInstallationError 3
 """
 
@@ -35,7 +36,7 @@ class ExportError(Qwen2FP16FixError):
 
 
 class PublishError(Qwen2FP16FixError):
-    """An exported folder cannot be pushed: it is no export, the repository holds something else, or the Hub refuses."""
+    """An exported folder cannot be pushed: it is not an export, the repository has other files, or the Hub refuses."""
 
     exit_code = 2
 
@@ -44,6 +45,12 @@ class ScanError(Qwen2FP16FixError):
     """A checkpoint cannot be scanned or reported on as asked: the prompts, a setting, a file or a missing extra."""
 
     exit_code = 2
+
+
+class HubError(Qwen2FP16FixError):
+    """The Hub cannot be reached, or does not give or take what was asked for: no such repository, no access."""
+
+    exit_code = 4
 
 
 class BrokenInstallationError(Qwen2FP16FixError, ImportError):

@@ -76,10 +76,20 @@ def _installed() -> dict[str, Any]:
 
 
 def lock(path: str | Path, force: bool = False) -> Path:
-    """Writes the lock of this installation to `path`, whole or not at all, and returns the path.
+    """Writes the lock of this installation: the versions and hashes that decide a fixed model's numbers.
 
-    Raises LockFileError if it cannot be written, or if `path` holds anything else and `force` is not given, and
-    UnsupportedTransformersError for a transformers that is not supported.
+    The file is written whole or not at all. The same installation always gives the same bytes.
+
+    Args:
+        path: The file to write.
+        force: Whether to overwrite a file with other content.
+
+    Returns:
+        The path of the lock.
+
+    Raises:
+        LockFileError: The file cannot be written, or has other content and `force` is False.
+        UnsupportedTransformersError: The installed transformers is not supported.
     """
     path = to_path(path, LockFileError)
     content = as_text(make_lock()).encode()
@@ -90,7 +100,7 @@ def lock(path: str | Path, force: bool = False) -> Path:
     if there is None:
         write_whole(path, lambda part: part.write_bytes(content), "another file", LockFileError)
     elif there != content:
-        raise LockFileError(f"{path} is there already and says something else: use another name, or force it.")
+        raise LockFileError(f"{path} already exists with other content: name another file, or force to overwrite it.")
     return path
 
 
@@ -100,11 +110,17 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def check(lock: str | Path, folder: str | Path | None = None) -> LockCheck:
-    """Compares this installation with the lock in the file `lock`.
+    """Compares this installation, or an exported folder, with a lock.
 
-    folder: an exported folder, whose files are then compared instead of the installed ones. None of its code runs.
-    Returns a LockCheck: `passed`, and in `differences` a sentence for each difference.
-    Raises LockFileError if the file is no lock, or the folder is not there.
+    Args:
+        lock: A file made by `lock`.
+        folder: An exported folder, whose files are then compared instead of the installed ones. None of its code runs.
+
+    Returns:
+        The result: `passed`, and in `differences` one sentence for each difference.
+
+    Raises:
+        LockFileError: The file is not a lock, or the folder does not exist.
     """
     found = find_differences(lock, None if folder is None else to_path(folder, LockFileError))
     return LockCheck(
@@ -118,7 +134,7 @@ def find_differences(lock: str | Path, folder: Path | None = None) -> list[str]:
     if folder is None:
         return [*differences(locked, _installed()), *strays()]
     if not folder.is_dir():
-        raise LockFileError(f"{folder} is no folder: name one that `qwen2-fp16-fix export` has made.")
+        raise LockFileError(f"{folder} is not a folder: name one that `qwen2-fp16-fix export` has made.")
     found = describe(folder)
     del found["numerics"]  # of this package, not of the folder
     return [*differences(locked, found), *strays(folder), *_foreign_code(folder, locked["patches"])]

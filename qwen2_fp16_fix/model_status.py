@@ -10,17 +10,28 @@ import transformers
 from torch import nn
 
 from ._version import __version__
-from .patches.errors import Qwen2FP16FixError
+from .patches.errors import NotQwen2Error, Qwen2FP16FixError
 from .patches.lock import is_switched_off
 from .patches.version_map import NUMERICS, SUPPORTED, is_untested, range_for
 from .status_result import LayerStatus, ModelStatus, PartCount, Status
 
 
-def status(model: nn.Module | None = None) -> Status:
-    """The versions here, whether the fix can be used and is on, and with `model` which of its parts are fixed.
+def status(model: Any = None) -> Status:
+    """Says whether the fix can be used here and is switched on, and how far a model is fixed.
 
-    Returns a Status: `problem` says why the fix cannot be used, `model.fixed` and `model.problem` how the model is.
-    Never raises for an unsupported release: `problem` holds the sentence, and `model` is then None.
+    It does not raise for an unsupported release of transformers: `problem` then holds the sentence, and `model` is
+    None.
+
+    Args:
+        model: A loaded model to look at as well, or an object that has one as its `model`: a pipeline, a Trainer, an
+            HFLM of lm-eval.
+
+    Returns:
+        The versions, `problem` with the reason if the fix cannot be used, and `model` with what was found in the
+        model: `fixed`, `problem`, and the state of each layer in `ranges`.
+
+    Raises:
+        NotQwen2Error: `model` is not a model and has none.
     """
     patch, tested, problem = None, False, None
     registered: dict[str, bool] = {}
@@ -34,9 +45,13 @@ def status(model: nn.Module | None = None) -> Status:
 
         registered = {auto.__name__: is_registered(auto) for auto in qwen2_auto_classes()}
         if model is None:
-            check_structure(STOCK, PARTS, transformers.__version__)  # anew: a tool may have replaced code since
+            check_structure(STOCK, PARTS, transformers.__version__)  # again: a tool may have replaced code since
         else:
-            about = examine_model(model)
+            from .code_copies import model_in
+
+            about = examine_model(model_in(model))
+    except NotQwen2Error:  # this is not a model at all; what a model lacks is said by `examine_model`
+        raise
     except Qwen2FP16FixError as error:
         problem = str(error)
     return Status(
@@ -100,8 +115,8 @@ def load_problem(model: nn.Module, code: Any) -> str | None:
             found = code.load_problem(layer) if known_class(layer, stock_of(code)) else None
             if found:
                 return (
-                    f"layers.{index}.{found}: the model has not been loaded as it was saved; load it with a "
-                    "transformers and a quantisation library that know the checkpoint."
+                    f"layers.{index}.{found}: the model was not loaded as it was saved; load it with versions of "
+                    "transformers and of the quantisation library that support the checkpoint."
                 )
     return None
 
@@ -121,30 +136,35 @@ def count_parts(model: nn.Module, code: ModuleType) -> tuple[Counter[str], Count
 
 
 def is_fixed(model: Any) -> bool:
-    """Whether `model` holds a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
+    """Whether a model contains a Qwen2 and every part of every Qwen2 in it is fixed, by this package or by remote code.
 
-    False for anything else. Only the parts are looked at: `status` says how each layer is planned.
+    Only the parts are looked at. `status` says how each layer keeps its numbers in range.
+
+    Args:
+        model: Any object.
+
+    Returns:
+        True for a fixed model, False for anything else.
     """
-    if not isinstance(model, nn.Module):
-        return False
     try:
-        from .code_copies import code_of, own_errors
+        from .code_copies import code_of, model_in, own_errors
         from .patches.attention import is_stock_eager
 
-        code = code_of(model)
+        root = model_in(model)
+        code = code_of(root)
         with own_errors():
-            code.check_modules(model)
-            is_stock_eager(getattr(getattr(model, "config", None), "_attn_implementation", None))
+            code.check_modules(root)
+            is_stock_eager(getattr(getattr(root, "config", None), "_attn_implementation", None))
     except Qwen2FP16FixError:  # no Qwen2, parts replaced by another tool, or an unsupported transformers
         return False
-    total, fixed = count_parts(model, code)
+    total, fixed = count_parts(root, code)
     return total == fixed
 
 
 def ranges_of(model: nn.Module) -> list[LayerStatus]:
     """How each fixed layer keeps its numbers in range.
 
-    The weights are bounded anew, and a plan that was made for other weights is dropped.
+    The weights are bounded again, and a plan that was made for other weights is dropped.
     """
     from .code_copies import code_of, sibling, stock_classes, stock_of
     from .patches.swap import known_class, layers_of

@@ -6,7 +6,7 @@
     found.summary()          # one line, which `repr` shows as well
     rich.print(found)        # the table that `certify` prints
 
-Each class is in the room of its function. docs/api.md lists them.
+Each class is in the subpackage of its function. docs/api.md lists them.
 """
 
 import dataclasses
@@ -14,6 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+#: Notebooks give <pre> the font of their text, in which the columns of a table do not line up.
+NOTEBOOK_TABLE = (
+    '<pre style="white-space:pre;overflow-x:auto;line-height:normal;'
+    "font-family:Menlo,'DejaVu Sans Mono',Consolas,'Courier New',monospace\">{code}</pre>"
+)
 
 
 class Record:
@@ -50,7 +56,7 @@ class Result(Record):
 
         page = Console(file=io.StringIO(), record=True, width=120, force_jupyter=False)
         page.print(self)
-        return page.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return page.export_html(inline_styles=True, code_format=NOTEBOOK_TABLE)
 
 
 def plain(value: Any) -> Any:

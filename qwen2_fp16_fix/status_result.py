@@ -97,7 +97,7 @@ class Status(Result):
     transformers: str
     torch: str
     numerics: int  # the version of the arithmetic
-    supported: str  # the releases of transformers, as a requirement
+    supported: str  # the supported releases of transformers, in words
     enabled: bool  # False under QWEN2_FP16_FIX=0
     patch: str | None  # the module that serves the installed transformers
     tested: bool  # whether the installed transformers is in the tested range

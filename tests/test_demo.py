@@ -1,6 +1,7 @@
 """The demonstration shows what it says, and would say so if it did not."""
 
 import filecmp
+import io
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qwen2_fp16_fix
@@ -18,7 +20,7 @@ from qwen2_fp16_fix.checkpoints import loading
 from qwen2_fp16_fix.cli import commands
 from qwen2_fp16_fix.demo import Demonstration
 from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
-from tests.helpers import kl_to
+from tests.helpers import ROOT, kl_to
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
 
@@ -42,15 +44,26 @@ def test_the_demo_is_as_promised(findings: Demonstration) -> None:
     json.dumps(findings.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize(("readme", "row"), [("README.md", "fixed float16"), ("README.zh-CN.md", "修复后 float16")])
-def test_the_readmes_fixed_rows_are_what_the_demo_finds(findings: Demonstration, readme: str, row: str) -> None:
+@pytest.mark.parametrize(("page", "row"), [("fixed.md", "fixed float16"), ("zh/fixed.md", "修复后 float16")])
+def test_the_pages_fixed_rows_are_what_the_demo_finds(findings: Demonstration, page: str, row: str) -> None:
     """They were remembered: eager stood at 18.838 where the demo prints 18.837."""
-    text = (Path(__file__).parents[1] / readme).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     shown = re.search(rf"^\| \*\*{row}\*\* \| \*\*([\d.]+)\*\* \| \*\*([\d.]+)\*\* \|$", text, re.M)
     assert shown is not None
     found = [row.perplexity for row in findings.rows if row.name.startswith("fixed")]
     # half a unit of the last digit shown, and the noise of float16 rounding as above: each CPU adds up in another order
     assert [float(figure) for figure in shown.groups()] == pytest.approx(found, rel=0, abs=5e-4 + 1.5e-4 * found[0])
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_show_what_the_demo_prints(findings: Demonstration, readme: str) -> None:
+    """Line by line, in a terminal of 80 columns; the last digits of a perplexity differ from CPU to CPU."""
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(findings)
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```\n(╭.*?)^```$", text, re.M | re.S)
+    for panel in shown.split("╭")[1:]:
+        assert re.sub(r"\d\.\d+", "", panel) in re.sub(r"\d\.\d+", "", printed.getvalue()), "copy it from `demo`"
 
 
 def test_the_demo_says_what_was_wrong_where(findings: Demonstration) -> None:

@@ -9,13 +9,14 @@ from qwen2_fp16_fix import errors
 from qwen2_fp16_fix.patches import errors as patches_errors
 from qwen2_fp16_fix.patches.errors import Qwen2FP16FixError
 
-#: As scripts around the command line rely on them: 1 a finding, 2 wrong usage, 3 not supported.
+#: As scripts around the command line rely on them: 1 a finding, 2 wrong usage, 3 not supported, 4 the Hub.
 EXIT_CODES = {
     "BrokenInstallationError": 3,
     "CheckpointError": 2,
     "ExportError": 2,
     "ForeignCacheError": 3,
     "HalfPrecisionScoresError": 3,
+    "HubError": 4,
     "LockError": 1,
     "LockFileError": 2,
     "MetaTensorError": 2,

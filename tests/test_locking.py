@@ -81,7 +81,7 @@ def test_an_edited_an_added_and_a_missing_file_are_named(locked: Path, folder: P
     assert q.check(locked, folder).differences == [
         "key_centring.so is not in the lock.",
         "numerics.py is not the file that was locked.",
-        "v4_37.py is locked and missing.",
+        "v4_37.py is locked but missing.",
         "blocks/__init__.py is not in the lock.",
     ]
 
@@ -114,7 +114,7 @@ def test_a_class_that_another_tool_has_replaced_is_named(locked: Path, monkeypat
     assert found[:3] == [f"{name} of transformers is not there." for name in names]
     assert len(found) == 6
     where = f"test_a_class_that_another_tool_has_replaced_is_named.<locals>.LigerRMSNorm of {__name__}"
-    assert f"{stock.__name__}.Qwen2RMSNorm is not what its source says: in its place is {where}." in found
+    assert f"{stock.__name__}.Qwen2RMSNorm does not run the code in its source file, but {where}." in found
 
 
 def test_our_own_classes_under_stock_names_are_no_drift(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_fingerprints_do_without_sources() -> None:
 
 
 def test_register_takes_a_lock(locked: Path, tmp_path: Path) -> None:
-    with pytest.raises(q.LockError, match=r"numerics are version \d+, 99 is locked\..* lock anew"):
+    with pytest.raises(q.LockError, match=r"numerics are version \d+, 99 is locked\..* make a new lock"):
         q.register(lock=changed(locked, tmp_path, numerics=99))
     assert not any(q.status().registered.values())
     q.register(lock=locked)
@@ -288,7 +288,7 @@ def test_a_folder_is_checked_by_the_command(locked: Path, folder: Path) -> None:
     (folder / "swap.py").write_text("")
     found = run("check", str(locked), "--folder", str(folder))
     assert (found.exit_code, found.stdout) == (1, "swap.py is not the file that was locked.\n")
-    with pytest.raises(q.LockFileError, match="is no folder"):
+    with pytest.raises(q.LockFileError, match="is not a folder"):
         q.check(locked, folder / "absent")
 
 
@@ -332,7 +332,7 @@ def test_drift_ends_a_command_with_a_finding(
 def test_a_file_that_is_there_is_not_lost(locked: Path, tmp_path: Path) -> None:
     path = tmp_path / "lock.json"
     path.write_text("precious")
-    with pytest.raises(q.LockFileError, match="is there already"):
+    with pytest.raises(q.LockFileError, match="already exists"):
         q.lock(path)
     assert path.read_text() == "precious"
     q.lock(path, force=True)

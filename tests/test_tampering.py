@@ -99,9 +99,9 @@ def test_code_appended_to_a_file_of_transformers_is_named(locked: Path, edited: 
 ANYWHERE: dict[str, tuple[str, str]] = {
     "a file that no forward enters": (
         "models/llama/modeling_llama.py",
-        "Other files of transformers are not as they were installed: models/llama/modeling_llama.py.",
+        "Other files of transformers have changed since they were installed: models/llama/modeling_llama.py.",
     ),
-    "a new file": ("fast.py", "Other files of transformers are not as they were installed: fast.py."),
+    "a new file": ("fast.py", "Other files of transformers have changed since they were installed: fast.py."),
     "an extension beside a source": (
         "cache_utils.abi3.so",
         "cache_utils.abi3.so of transformers is not in the lock.",
@@ -137,7 +137,7 @@ def test_without_a_record_of_pip_a_change_is_noticed(
     append(edited / "models" / "llama" / "modeling_llama.py")
     monkeypatch.setattr(importlib.metadata, "distribution", none)
     (said,) = q.check(locked).differences
-    assert said == "Some file of transformers is not the one that was locked, and pip's record does not say which."
+    assert said == "A file of transformers is not the one that was locked, and pip's record does not say which."
 
 
 def test_a_change_anywhere_in_the_package_is_named(locked: Path, package: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_change_anywhere_in_the_package_is_named(locked: Path, package: Path, 
         "qwen2_fp16_fix/cli/extra.py is not in the lock.",
         "qwen2_fp16_fix/locking.abi3.so is not in the lock.",
         "qwen2_fp16_fix/registration/register.py is not the file that was locked.",
-        "qwen2_fp16_fix/report/page.py is locked and missing.",
+        "qwen2_fp16_fix/report/page.py is locked but missing.",
         "blocks/__init__.py is not in the lock.",
     ]
     with pytest.raises(q.LockError) as caught:
@@ -167,7 +167,7 @@ def test_a_change_anywhere_in_the_package_is_named(locked: Path, package: Path, 
     assert str(asked.value) == str(caught.value)
     assert str(caught.value) == (
         f"this is not what {locked} locks: {' '.join(found[:3])} And 4 more: `qwen2-fp16-fix check {locked}` lists "
-        "all. Install what is locked, or lock anew."
+        "all. Install what is locked, or make a new lock."
     )
     assert not any(q.status().registered.values())
 
@@ -237,31 +237,31 @@ QWEN2 = stock.__name__
 RUN_TIME: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "another function": (
         lambda patch: patch.setattr(masking_utils, "create_causal_mask", other),
-        f"transformers.masking_utils.create_causal_mask is not what its source says: in its place is other {HERE}.",
+        f"transformers.masking_utils.create_causal_mask does not run the code in its source file, but other {HERE}.",
     ),
     "another class": (
         lambda patch: patch.setattr(cache_utils, "DynamicLayer", OtherLayer),
-        f"transformers.cache_utils.DynamicLayer is not what its source says: in its place is OtherLayer {HERE}.",
+        f"transformers.cache_utils.DynamicLayer does not run the code in its source file, but OtherLayer {HERE}.",
     ),
     "a method that the source lacks": (
         lambda patch: patch.setattr(stock.Qwen2MLP, "__call__", other, raising=False),
-        f"{QWEN2}.Qwen2MLP.__call__ is not what its source says: in its place is other {HERE}.",
+        f"{QWEN2}.Qwen2MLP.__call__ does not run the code in its source file, but other {HERE}.",
     ),
     "other code in the same function": (
         lambda patch: patch.setattr(stock.Qwen2MLP.forward, "__code__", wrapped(other).__wrapped__.__code__),
-        f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is other of {QWEN2}.",
+        f"{QWEN2}.Qwen2MLP.forward does not run the code in its source file, but other of {QWEN2}.",
     ),
     "an object in place of a method": (
         lambda patch: patch.setattr(stock.Qwen2MLP, "forward", functools.partial(stock.Qwen2MLP.forward)),
-        f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is partial of functools.",
+        f"{QWEN2}.Qwen2MLP.forward does not run the code in its source file, but partial of functools.",
     ),
     "a compiled method": (
         lambda patch: patch.setattr(stock.Qwen2MLP, "forward", torch.compiler.disable(stock.Qwen2MLP.forward)),
-        f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is ",
+        f"{QWEN2}.Qwen2MLP.forward does not run the code in its source file, but ",
     ),
     "a method under a decorator of torch's": (
         lambda patch: patch.setattr(stock.Qwen2MLP, "forward", torch.no_grad()(stock.Qwen2MLP.forward)),
-        f"{QWEN2}.Qwen2MLP.forward is not what its source says: in its place is ",
+        f"{QWEN2}.Qwen2MLP.forward does not run the code in its source file, but ",
     ),
     "an activation": (
         lambda patch: patch.setitem(activations.ACT2FN, "silu", torch.nn.GELU),
@@ -277,16 +277,16 @@ RUN_TIME: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "a function of the fix": (
         lambda patch: patch.setattr(numerics, "rms_norm", other),
-        f"qwen2_fp16_fix.patches.numerics.rms_norm is not what its source says: in its place is other {HERE}.",
+        f"qwen2_fp16_fix.patches.numerics.rms_norm does not run the code in its source file, but other {HERE}.",
     ),
     "a function of the package": (
         lambda patch: patch.setattr(sys.modules[f"{registration.__name__}.register"], "registered", other),
-        f"qwen2_fp16_fix.registration.register.registered is not what its source says: in its place is other {HERE}.",
+        f"qwen2_fp16_fix.registration.register.registered does not run the code in its source file, but other {HERE}.",
     ),
     "a drop-in class's method": (
         lambda patch: patch.setattr(DROP_IN_OF[stock.Qwen2ForCausalLM].__mro__[1], "__init__", other),
-        "qwen2_fp16_fix.patches.modeling_qwen2_fp16.FixedOnConstruction.__init__ is not what its source says: in its "
-        f"place is other {HERE}.",
+        "qwen2_fp16_fix.patches.modeling_qwen2_fp16.FixedOnConstruction.__init__ does not run the code in its source "
+        f"file, but other {HERE}.",
     ),
 }
 

@@ -43,7 +43,7 @@ def demo_config() -> Qwen2Config:
         num_hidden_layers=4,
         num_attention_heads=3,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
+        max_position_embeddings=256,  # as many tokens as it is trained on
         initializer_range=0.05,
         rope_theta=1e6,
         tie_word_embeddings=False,

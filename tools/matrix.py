@@ -3,7 +3,7 @@
 Not one environment a release: torch and pytest are installed once, each distinct set of dependencies once (a layer),
 and a release is a thin folder that goes before them on PYTHONPATH. What is finished is kept, so a stopped run resumes.
 
-    python tools/matrix.py                 every release of releases.json; writes tests/matrix.json and the READMEs
+    python tools/matrix.py                 every release of releases.json; writes tests/matrix.json and docs/supported.md
     python tools/matrix.py --ci            one release of each family, but for the installed one, which `make test` runs
     python tools/matrix.py --only 4.57.6   these releases alone
 """
@@ -30,7 +30,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = ROOT / "tests" / "conformance"
 RECORD = ROOT / "tests" / "matrix.json"
-READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
+PAGE = ROOT / "docs" / "supported.md"  # shows the tables, between marks
 BEGIN, END = "<!-- support-table:begin -->", "<!-- support-table:end -->"
 TORCH = "2.13.0"
 LIMIT = 900  # seconds for one release; a slow machine takes 60
@@ -174,13 +174,11 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def write_tables(made: str, begin: str = BEGIN, end: str = END) -> None:
-    """Puts a table between its marks in every README."""
-    for readme in READMES:
-        if readme.exists():
-            before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
-            after = rest.partition(end)[2]
-            readme.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")
+def write_table(made: str, begin: str = BEGIN, end: str = END) -> None:
+    """Puts a table between its marks in the handbook."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    PAGE.write_text(f"{before}{begin}\n{made}\n{end}{after}", encoding="utf-8")
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -230,7 +228,7 @@ def recorded(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def write_record(outcomes: Sequence[Outcome], sources: str, torch: str) -> None:
-    """Writes tests/matrix.json, and the tables of the READMEs."""
+    """Writes tests/matrix.json, and the table of the handbook."""
     record = {
         "digest": sources,
         "torch": torch,
@@ -238,7 +236,7 @@ def write_record(outcomes: Sequence[Outcome], sources: str, torch: str) -> None:
         "releases": recorded(outcomes),
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    write_tables(table(record))
+    write_table(table(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 Each version has an environment of its own, 1 to 7 GB, which is deleted once its releases have run. The suite compiles
 more here than in the matrix, and with a C++ compiler, so this needs g++.
 
-    python tools/torch_matrix.py               every pair of PAIRS; writes tests/torch_versions.json and the READMEs
+    python tools/torch_matrix.py               every pair of PAIRS; writes tests/torch_versions.json and docs/supported.md
     python tools/torch_matrix.py --only 2.4.0  these versions of torch alone
 """
 
@@ -35,7 +35,7 @@ PAIRS = {
 
 
 def table(record: dict[str, Any]) -> str:
-    """The table of torch versions for the READMEs."""
+    """The table of torch versions for the handbook."""
     rows = ["| torch | transformers | result |", "| --- | --- | --- |"]
     for torch, outcomes in record["torch"].items():
         failed = [version for version, outcome in outcomes.items() if outcome["problem"]]
@@ -73,14 +73,14 @@ def run_torch(torch: str, sources: str, options: argparse.Namespace) -> list[mat
 
 
 def write_record(found: dict[str, list[matrix.Outcome]], sources: str) -> None:
-    """Writes tests/torch_versions.json, and the tables of the READMEs."""
+    """Writes tests/torch_versions.json, and the table of the handbook."""
     record = {
         "digest": sources,
         "python": platform.python_version(),
         "torch": {torch: matrix.recorded(outcomes) for torch, outcomes in found.items()},
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    matrix.write_tables(table(record), BEGIN, END)
+    matrix.write_table(table(record), BEGIN, END)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .sites import Attended, SitePlace, Watch, execution_order
+from .sites import Attended, SitePlace, Watch, execution_order, place_text
 
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 BLOCK = 2**21  # numbers measured at a time, 8 MiB in fp32
@@ -24,7 +24,7 @@ ROWS_LOOKED_AT = 4096  # searched together for a number that is not finite
 class TokenPlace:
     """Where a number was. A score has its query's position, its key's, its head, and the channel that adds most to it.
 
-    head and key_position are None for a number that is no score.
+    head and key_position are None for a number that is not a score.
     """
 
     prompt: int
@@ -153,9 +153,13 @@ class Magnitudes(Watch):
         return None if self.first.found is None else str(self.first.found.place)
 
 
-def overflow_lines(rows: Iterable[tuple[str, str | None]]) -> list[str]:
-    """A line for each row that was not finite. rows: the name of each, and its first site that was not, or None."""
-    return [f"{name}: first non-finite value in {site}" for name, site in rows if site is not None]
+def overflow_lines(rows: Iterable[tuple[str, str | None]], texts: Mapping[str, str], language: str = "en") -> list[str]:
+    """A line for each row that was not finite. rows: the name of each, and its first site that was not, or None.
+
+    texts: of the language, with the key "broken".
+    """
+    found = [(name, place_text(site, language)) for name, site in rows if site is not None]
+    return [texts["broken"].format(row=name, place=place) for name, place in found]
 
 
 def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

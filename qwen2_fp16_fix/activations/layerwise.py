@@ -1,7 +1,7 @@
 """Runs prompts through a Qwen2 layer by layer: every prompt through one layer, then through the next.
 
 So a layer's weights are needed once, and only while it runs. Before the run the model is asked which arguments it
-passes to each layer, as masks and rotation.
+passes to each layer, such as masks and rotary embeddings.
 """
 
 import functools

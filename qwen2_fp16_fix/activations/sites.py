@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..patches.architecture import QWEN2, Architecture
+from ..translations import SCAN_TEXTS
 
 #: The sites of a layer in the order of execution, with their names in messages.
 SITES = {site.name: site.title for site in QWEN2.watched_sites()}
@@ -30,6 +31,17 @@ class SitePlace(NamedTuple):
     def __str__(self) -> str:
         """The name in messages."""
         return ENDS[self.site] if self.layer is None else f"layer {self.layer}, {SITES[self.site]}"
+
+
+def place_text(place: str, language: str) -> str:
+    """The name of a place in messages, in a language. place: as `SitePlace` says it in English."""
+    layer, _, title = place.rpartition(", ")
+    name = next((name for name, known in (SITES | ENDS).items() if known == title), None)
+    if language == "en" or name is None:
+        return place
+    texts = SCAN_TEXTS[language]
+    number = [texts["layer"].format(layer=layer.removeprefix("layer "))] if layer else []
+    return texts["comma"].join([*number, texts[f"site_{name}"]])
 
 
 def execution_order(place: SitePlace) -> tuple[int, int]:

@@ -14,7 +14,7 @@ EPSILON = 1e-6  # of a config that names none
 EPSILONS = (2.0**-100, 1e30)
 FP32_MAX = 2.0**128
 BY_TOKEN = (
-    "every layer has its weights whole and keeps its exponents: layers that are offloaded, sharded, quantised, adapted "
+    "every layer has its whole weights and keeps its exponents: layers that are offloaded, sharded, quantised, adapted "
     "or trained scale by token, which is not proven"
 )
 
@@ -61,8 +61,8 @@ def _epsilons(epsilons: Iterable[Any]) -> Iterator[str]:
     for found in epsilons:
         if type(found) not in (int, float) or not least <= found <= most:
             yield (
-                f"its rms_norm_eps is {quoted(found)}, which fp32 does not hold as a positive number with room to "
-                f"spare: a norm of zeros may be NaN; from {least:.0e} on it is bounded"
+                f"its rms_norm_eps is {quoted(found)}, too small or too large for fp32, so a norm of zeros may be "
+                f"NaN: values from {least:.0e} to {most:.0e} are bounded"
             )
 
 
@@ -87,4 +87,4 @@ def residual_obstacles(residual: float, hidden: int) -> Iterator[str]:
     A bound that is infinite has a reason of its own.
     """
     if math.isfinite(residual) and residual**2 * hidden >= FP32_MAX:
-        yield f"the residual stream is bounded by {residual:.3g} only, and norms add its squares in fp32"
+        yield f"the residual stream is bounded by {residual:.3g}, whose squares overflow when a norm adds them in fp32"

@@ -8,17 +8,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.folder import FolderSource
+from ..checkpoints.hub_ids import checkpoint_at
 from ..checkpoints.loaded_model import ModelSource
-from ..errors import CheckpointError
-from ..files.reading import to_path
+from ..checkpoints.threads import own_cores
+from ..code_copies import model_in
 from ..patches.swap import layers_of
 from ..progress import Progress, with_bar
+from ..translations import number_text
 from .assumptions import EPSILON, assumptions_of, residual_obstacles, unbounded_settings
 from .casting import casting_losses
 from .ends import certify_ends
@@ -28,22 +30,20 @@ from .result import Certificate, LayerCertificate
 from .text import verdict_of
 
 
-def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) -> Certificate:
+@own_cores()
+def certify(model_or_path: Any, progress: Progress = None, *, language: str = "en") -> Certificate:
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 
-    model_or_path: a loaded model with a Qwen2Model inside, a checkpoint folder, or a .safetensors file with config.json
-    beside it. progress: True for a bar on stderr, or a rich Console to show it on.
+    model_or_path: a checkpoint folder, a .safetensors file with config.json beside it, OWNER/NAME or
+    OWNER/NAME@REVISION on the Hub, or a loaded model with a Qwen2Model inside; a pipeline or Trainer stands for its
+    model. progress: True for a bar on stderr, or a rich Console to show it on. language: of the verdict and of what is
+    printed, "en" or "zh".
     Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
-    Raises CheckpointError for a folder or file that cannot be read whole, NotQwen2Error for another architecture.
+    Raises CheckpointError for a folder or file that cannot be read whole, HubError if the Hub does not give it,
+    NotQwen2Error for another architecture.
     """
     started = time.monotonic()
-    source: FolderSource | ModelSource = (
-        ModelSource(model_or_path)
-        if isinstance(model_or_path, nn.Module)
-        else FolderSource(to_path(model_or_path, CheckpointError))
-    )
-    if isinstance(source, FolderSource):
-        source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
+    source = source_of(model_or_path)
     losses: dict[str, Counter[str]] = {}
 
     def cast(name: str, stored: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
     reasons += [*unbounded, *(residual_obstacles(residual, source.shape.hidden))]
     reasons += in_memory(source, layers) if isinstance(source, ModelSource) else []
     reasons += [f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons]
-    for kind, what in (("overflow", "pass 65504"), ("nonfinite", "are NaN or infinite")):
-        reasons += [f"{name}: {lost[kind]} weights {what}" for name, lost in casting.items() if lost[kind]]
+    for kind, what in (("overflow", "are over float16's limit of 65,504"), ("nonfinite", "are NaN or infinite")):
+        reasons += [f"{name}: {number_text(lost[kind])} weights {what}" for name, lost in casting.items() if lost[kind]]
     exponents = [max(layer.exponents.values(), default=0) for layer in layers]
     scaled = sum(exponent > 0 for exponent in exponents)
     return Certificate(
         proven=not reasons,
-        verdict=verdict_of(reasons, assumed, len(layers), scaled),
+        verdict=verdict_of(reasons, assumed, layers, language),
         reasons=reasons,
         assumes=assumed.sentences(),
         layers=layers,
@@ -77,7 +77,18 @@ def certify(model_or_path: nn.Module | str | Path, progress: Progress = None) ->
         max_exponent=max(exponents, default=0),
         config=asdict(source.shape) | {"layers": source.layers, "intermediate": source.intermediate},
         seconds=round(time.monotonic() - started, 2),
+        language=language,
     )
+
+
+def source_of(model_or_path: Any) -> FolderSource | ModelSource:
+    """The weights of a checkpoint or of a loaded model."""
+    if not isinstance(model_or_path, str | PathLike):
+        return ModelSource(model_in(model_or_path, also="a checkpoint folder, OWNER/NAME, "))
+    with checkpoint_at(model_or_path) as found:
+        source = FolderSource(found)
+        source.check_complete(head=None)  # an embedding of another vocabulary has a bound, but belongs to another model
+    return source
 
 
 def settings_of(source: FolderSource | ModelSource) -> tuple[Mapping[str, Any], list[str]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checkpoints.weights import UnboundedWeightError, WeightSource, check_shape
 from ..patches.range_bounds import bound_logits, bound_norm
 from ..patches.range_plan import FLOAT16_MAX, LIMIT
+from ..translations import number_text
 from .casting import Cast
 
 
@@ -37,7 +38,7 @@ def certify_ends(source: WeightSource, cast: Cast) -> tuple[float | None, float,
         if name in heads:
             logits = max(found, logits or 0.0)
     if logits is not None and not logits <= LIMIT:
-        reasons.append(f"logits: bound {logits:.3g}")
+        reasons.append(f"logits: bound {number_text(logits)}")
     return logits, largest, reasons
 
 
@@ -50,4 +51,4 @@ def read_final_norm(source: WeightSource, cast: Cast) -> tuple[Tensor, list[str]
     except UnboundedWeightError as reason:
         return torch.full((hidden,), math.inf, dtype=torch.float32, device="cpu"), [str(reason)]
     bound = bound_norm(gain)
-    return gain, [] if bound <= FLOAT16_MAX else [f"the final norm is bounded by {bound:.3g} only"]
+    return gain, [] if bound <= FLOAT16_MAX else [f"the final norm is bounded by {number_text(bound)} only"]

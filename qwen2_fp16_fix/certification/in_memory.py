@@ -23,7 +23,7 @@ GRADIENTS = (
     "a weight holds a gradient that an optimiser may apply, so it scales by token: set the gradients to None, then fix "
     "the model"
 )
-PARTS = "a weight of it is wrapped, quantised, sharded or elsewhere, so it scales by token"
+PARTS = "one of its weights is wrapped, quantised, sharded or not loaded here, so it scales by token"
 
 
 def epsilons_of(base: Any) -> list[Any]:
@@ -74,7 +74,7 @@ def obstacles(base: Any) -> Iterator[str]:
 
 
 def uncovered(model: nn.Module) -> list[str]:
-    """What no certificate covers in the Qwen2 inside a model as it is now, in sentences. No plan is looked at anew."""
+    """What no certificate covers in the Qwen2 inside a model as it is now, in sentences. It checks no plan again."""
     found: list[str] = []
     for base in base_models(model, stock_classes(code_of(model))):
         layers = [layer for layer in layers_of(base) if hasattr(layer, "plan")]
@@ -101,13 +101,13 @@ def changed_parts(layer: Any, exponents: Mapping[str, int], activation: str) -> 
     for site, exponent in (("input_norm", "input_norm"), ("post_norm", "post_norm")):
         for linear in QWEN2.fed_by(site) if exponents.get(exponent) else ():
             if _is_called_whole(module_at(layer, linear.name)):
-                yield f"{linear.name} has backward hooks, so it is called as stock's is, unscaled"
+                yield f"{linear.name} has backward hooks, so it is called as in stock, unscaled"
     for owner, scaled in ((ATTENTION, ("input_norm", "o_proj", "rotated")), (MLP, ("post_norm", "mlp"))):
         if hasattr(layer, "plan") and not can_scale_input(layer, owner) and any(map(exponents.get, scaled)):
-            yield f"{owner} is stock's under this attention and does not scale: choose eager or sdpa"
+            yield f"{owner} is stock's with this attention implementation and does not scale: choose eager or sdpa"
     found = type(getattr(getattr(layer, MLP), "act_fn", None))
     if activation in CONTRACTIONS and found is not type(ACT2FN[activation]):
-        yield f"its activation is a {found.__name__}, not that of its config, {activation}"
+        yield f"its activation is a {found.__name__}, but its config names {activation}"
 
 
 def _is_called_whole(linear: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..results import Record, Result
 
@@ -44,12 +44,26 @@ class Certificate(Result):
     max_exponent: int
     config: dict[str, int | float]  # the sizes of the model
     seconds: float
+    language: str = "en"  # of the verdict and the page; not in `to_dict`
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data: what `certify --json` prints."""
+        found = super().to_dict()
+        del found["language"]
+        return found
 
     def summary(self) -> str:
         """The verdict."""
         return self.verdict
 
     def __rich__(self) -> "RenderableType":
-        """The bounds of the layers, fixed beside stock; the losses of the cast to float16; and the verdict."""
-        table: RenderableType = importlib.import_module(f"{__package__}.text").table_of(self)
-        return table
+        """The verdict and what it rests on, on one screen."""
+        return self._text("page_of")
+
+    def details(self) -> "RenderableType":
+        """The verdict and every reason, layer and tensor, for rich: what `certify --details` prints."""
+        return self._text("details_of")
+
+    def _text(self, name: str) -> "RenderableType":
+        shown: RenderableType = getattr(importlib.import_module(f"{__package__}.text"), name)(self)
+        return shown

@@ -21,6 +21,7 @@ STRICT = MODEL_TYPES[1]  # of an export that loads with its own code only
 OWN_CODE = ("modeling_qwen2_fp16", "configuration_qwen2_fp16")
 #: By these every release reads another file, or one setting for another.
 ELSEWHERE = ("configuration_files", "attribute_map")
+ADAPTER = "{} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model."
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     with reachable(folder):
         found = (folder / "config.json").is_file()
     if not found:
-        raise CheckpointError(f"{folder} has no config.json: it is no checkpoint, or an unfinished download.")
+        raise CheckpointError(_without_config(folder))
     config = read_json(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise NotQwen2Error(f"{folder} holds a model of type {quoted(config.get('model_type'))}, not 'qwen2'.")
@@ -36,9 +37,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in ELSEWHERE:
         if config.get(key):
             raise CheckpointError(
-                f"config.json has {key}, so transformers takes other settings: remove it, set them here."
+                f"config.json has {key}, so transformers takes other settings: remove it and write the settings here."
             )
     return config
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder without a config.json is, as far as its files show."""
+    if (folder / "adapter_config.json").is_file():
+        return ADAPTER.format(folder)
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files, which are not read here: give the original checkpoint in safetensors."
+    return f"{folder} has no config.json: it is not a checkpoint, or its download is unfinished."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,7 +63,7 @@ def reachable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): change the rights, or name another folder."
+            f"{path} cannot be read ({error.strerror}): change its permissions, or name another folder."
         ) from None
 
 
@@ -130,7 +140,9 @@ def read_shape(config: Mapping[str, Any]) -> LayerShape:
     positions = read_size(config, "max_position_embeddings", 32768)
     head_dim = read_size(config, "head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
-        raise CheckpointError(f"config.json has {heads} heads for {kv_heads} key heads, {head_dim} wide: no Qwen2 has.")
+        raise CheckpointError(
+            f"config.json has {heads} heads for {kv_heads} key heads, {head_dim} wide: no Qwen2 has such sizes."
+        )
     _check_number("rms_norm_eps", config.get("rms_norm_eps"))
     for group in groups(config):
         _check_number("rope_theta", group.get("rope_theta"))
@@ -142,4 +154,4 @@ def read_shape(config: Mapping[str, Any]) -> LayerShape:
 def _check_number(key: str, found: Any) -> None:
     """Raises CheckpointError for a number that would fail later, in a model's arithmetic. null means the default."""
     if found is not None and (type(found) not in (int, float) or not 0 <= found < math.inf):
-        raise CheckpointError(f"config.json has {key} = {quoted(found)}, not a finite number from 0.")
+        raise CheckpointError(f"config.json has {key} = {quoted(found)}, not a finite number of at least 0.")

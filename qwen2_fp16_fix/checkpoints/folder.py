@@ -44,8 +44,8 @@ class FolderSource:
         self.warnings: tuple[str, ...] = ()
         if self.foreign_code is not None:
             self.warnings = (
-                f"its auto_map names code of its own ({self.foreign_code}): with trust_remote_code=True that is what "
-                "loads, not what was looked at here",
+                f"its auto_map names code of its own ({self.foreign_code}): with trust_remote_code=True that code "
+                "loads, which was not examined here",
             )
         numerics = numerics_of_export(folder, self.config)
         if numerics not in (None, NUMERICS):
@@ -58,7 +58,9 @@ class FolderSource:
         self.prefix = prefix_of(self.stored, self.config)
         held = {found[1] for name in self.stored if (found := LAYER.search(name))}
         if self.layers > len(held):
-            raise CheckpointError(f"config.json has num_hidden_layers = {self.layers}, the weights {len(held)} layers.")
+            raise CheckpointError(
+                f"config.json has num_hidden_layers = {self.layers}, but the weights {len(held)} layers."
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -100,7 +102,7 @@ class FolderSource:
         if not all(torch.equal(*rows) for rows in zip(self.rows(LM_HEAD), self.rows(embedding), strict=True)):
             raise CheckpointError(
                 f"{LM_HEAD} is not {embedding}, to which config.json ties it, and releases of transformers differ in "
-                "which they use: set tie_word_embeddings to false, or remove the one."
+                f"which they use: set tie_word_embeddings to false, or remove {LM_HEAD}."
             )
 
     def _wanted_shapes(self, head: str | None) -> Iterator[tuple[str, tuple[int, ...] | None]]:
@@ -163,7 +165,7 @@ class FolderSource:
     def _stored(self, name: str) -> Stored:
         if name not in self.stored:
             raise CheckpointError(
-                f"the checkpoint has no tensor {name}: it is incomplete, or its config.json another's."
+                f"the checkpoint has no tensor {name}: it is incomplete, or its config.json is another's."
             )
         return self.stored[name]
 
@@ -173,12 +175,14 @@ def open_checkpoint(folder: Path) -> FolderSource:
     with reachable(folder):
         is_file = folder.is_file()
     if is_file:
-        raise CheckpointError(f"{folder} is a file: give the folder it lies in, which is what transformers loads.")
+        raise CheckpointError(f"{folder} is a file: give the folder it is in, which is what transformers loads.")
     source = FolderSource(folder)
     if source.config.get("quantization_config"):
-        raise CheckpointError(f"{folder} is quantised: there is no fp32 to compare with, give the original checkpoint.")
+        raise CheckpointError(
+            f"{folder} is quantised, so there is no fp32 to compare with: give the original checkpoint."
+        )
     if source.prefix == "transformer.":
-        raise CheckpointError(f"{folder} answers questions: give a checkpoint of a Qwen2ForCausalLM.")
+        raise CheckpointError(f"{folder} is for question answering: give a checkpoint of a Qwen2ForCausalLM.")
     source.check_complete()
     return source
 

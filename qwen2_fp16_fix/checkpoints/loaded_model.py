@@ -122,11 +122,11 @@ def _check_loaded(model: Any) -> None:
     for module, stock in ((model, STOCK.Qwen2ForCausalLM), (model.model, STOCK.Qwen2Model)):
         if type(module).forward is not stock.forward:
             raise CheckpointError(
-                f"{type(module).__qualname__} has a forward of its own: what verify builds from the weights is "
-                "transformers' Qwen2, another model."
+                f"{type(module).__qualname__} has a forward of its own: verify builds transformers' Qwen2 "
+                "from the weights, which is another model."
             )
     if getattr(model.config, "quantization_config", None):
-        raise CheckpointError("this model is quantised: there is no fp32 to compare with, load it unquantised.")
+        raise CheckpointError("this model is quantised, so there is no fp32 to compare with: load it unquantised.")
     for name, module in model.named_modules():
         if name.endswith(LINEARS) and not is_plain_linear(module):
             raise CheckpointError(f"{name} is a {type(module).__name__}: verify takes a model of plain linear layers.")

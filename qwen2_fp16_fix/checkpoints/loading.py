@@ -43,7 +43,7 @@ def load_options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
 def build(fixed: bool, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """make(*args, **kwargs), a fixed or a stock model, whatever else is registered or asked for by this thread."""
     if fixed:
-        return contextvars.Context().run(make, *args, **kwargs)  # in an empty context nobody wants stock models
+        return contextvars.Context().run(make, *args, **kwargs)  # in an empty context no block of stock_models runs
     from ..patches.stock_wanted import stock_models
 
     with stock_models():
@@ -59,7 +59,7 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @contextmanager
 def checkpoint_at_fault(said: str, advice: str = "", passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """For a block of transformers' own code. A bad config makes that trip over anything: it becomes a CheckpointError.
+    """For a block of transformers' own code. A bad config makes it raise any error: that becomes a CheckpointError.
 
     said, advice: of its sentence, before and behind the first line of what was raised. passed: errors that go on as
     they are, as this project's own do.

@@ -32,20 +32,20 @@ LISTS = ("short_factor", "long_factor")  # a number for each pair of channels
 def groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Each group of rotary settings, with those of the config itself that a release takes where the group has none.
 
-    Releases from 5.0 on may have a group for each type of layer inside. Raises CheckpointError for what is no group.
+    Releases from 5.0 on may have a group for each type of layer inside. Raises CheckpointError for what is not a group.
     """
     outer = {key: config[key] for key in OUTSIDE if key in config}
     yield outer
     for place in ("rope_scaling", "rope_parameters"):
         found = config.get(place) or {}
         if not isinstance(found, Mapping):
-            raise CheckpointError(f"config.json has {place} = {quoted(found)}, which is no group of settings.")
+            raise CheckpointError(f"config.json has {place} = {quoted(found)}, which is not a group of settings.")
         yield {**outer, **found}
         yield from ({**outer, **inner} for inner in found.values() if isinstance(inner, Mapping))
 
 
 def check_rotary(config: Mapping[str, Any], pairs: int | None = None) -> None:
-    """Raises CheckpointError for a setting that is no number where all releases take one. null means the default.
+    """Raises CheckpointError for a setting that is not a number where all releases take one. null means the default.
 
     pairs: of a head's channels, if known. longrope has a factor for each of them.
     """

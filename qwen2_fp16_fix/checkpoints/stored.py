@@ -15,7 +15,7 @@ import safetensors
 from ..errors import CheckpointError, first_line, quoted
 from ..files.reading import not_a_file
 from ..patches.architecture import QWEN2
-from .config import read_json
+from .config import ADAPTER, read_json
 from .weights import OUTPUT_LAYERS, weight_names
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     """What is loaded, by the names in the files. path: a folder, or a .safetensors file. Raises CheckpointError."""
     if not path.is_dir():
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path.name} is no .safetensors file: convert the checkpoint to safetensors.")
+            raise CheckpointError(f"{path.name} is not a .safetensors file: convert the checkpoint to safetensors.")
         return _headers([path])
     _check_beside(path, config)
     single, index = path / SINGLE, path / INDEX
@@ -90,7 +90,7 @@ def has_pickles(folder: Path) -> bool:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, for reading. Raises CheckpointError if it is missing, damaged, or no file."""
+    """A safetensors file, for reading. Raises CheckpointError if it is missing, damaged, or not a file."""
     try:
         if (other := not_a_file(file.stat().st_mode)) is not None:  # opening a pipe would wait for a writer
             raise CheckpointError(f"{file.name} is {other}: put the weights themselves there.")
@@ -106,7 +106,7 @@ def opened(file: Path) -> Iterator[Any]:
 def _check_beside(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises CheckpointError for what makes transformers, or a release of it, load other weights than the usual."""
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a PEFT adapter: merge it (merge_and_unload) and save the merged model.")
+        raise CheckpointError(ADAPTER.format(folder))
     if config.get("transformers_weights") is not None:  # 4.51 does not know it
         raise CheckpointError(
             f"config.json has transformers_weights = {quoted(config['transformers_weights'])}, which older releases "
@@ -127,12 +127,12 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
             framework = (tensors.metadata() or {}).get("format")
             if framework in ("tf", "flax"):  # releases before 5 read these otherwise
                 raise CheckpointError(
-                    f"{file.name} has weights of another framework ({framework}): save them by torch."
+                    f"{file.name} has weights of another framework ({framework}): save them with torch."
                 )
-            for name in tensors.keys():  # noqa: SIM118, an opened file is no mapping
+            for name in tensors.keys():  # noqa: SIM118, an opened file is not a mapping
                 if name in found:
                     other = found[name].file.name
-                    raise CheckpointError(f"{quoted(name)} is in {other} and in {file.name}: one is another's.")
+                    raise CheckpointError(f"{quoted(name)} is in {other} and in {file.name}: one file is another's.")
                 header = tensors.get_slice(name)
                 found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
     return found
@@ -145,7 +145,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index.name} has no weight_map from tensors to files: it is damaged.")
     for file in listed.values():
         if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
-            raise CheckpointError(f"{index.name} names {quoted(file)}, which is no .safetensors file beside it.")
+            raise CheckpointError(f"{index.name} names {quoted(file)}, which is not a .safetensors file beside it.")
     return listed
 
 

@@ -7,17 +7,35 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..errors import CheckpointError, VerificationError, first_line
+from ..errors import CheckpointError, HubError, VerificationError, first_line
 from ..files.packaged import PASSAGE
 from ..files.reading import SURROGATE, read_utf8
+from ..patches.errors import Qwen2FP16FixError
 from .folder import FolderSource
+from .hub_ids import VOCABULARIES, Wanted, find_checkpoint
 from .loading import quiet
 
-VOCABULARIES = ("tokenizer.json", "vocab.json")  # without either file transformers 5 builds an empty tokenizer
+TEXT_FILES = (".txt", ".md", ".json", ".jsonl")
+
+
+def file_named(text: str, refusal: type[Qwen2FP16FixError]) -> Path | None:
+    """The file whose path a text is, as "prompts.txt"; None for what is a text. Raises `refusal` if it is not there."""
+    if any(sign in text for sign in "\n\0") or not (Path(text).suffix or "/" in text):
+        return None
+    try:
+        if Path(text).is_file():
+            return Path(text)
+    except OSError:  # a text that is too long for a path
+        return None
+    if text.endswith(TEXT_FILES) and " " not in text:
+        raise refusal(f"there is no file {text}: name one that is there, or give the text itself.")
+    return None
 
 
 def read_text(text: str | Path | None) -> str:
     """The text itself, that of a UTF-8 file, or by default the packaged passage. Raises VerificationError."""
+    if isinstance(text, str):
+        text = file_named(text, VerificationError) or text
     if isinstance(text, str):
         found, name = text, "the text"
     else:
@@ -58,3 +76,18 @@ def open_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({first_line(error)}).") from None
+
+
+def tokenizer_in(given: Any, model: Any) -> Any:
+    """The tokenizer beside a loaded model: of a pipeline, a Trainer or lm-eval's HFLM, or of the model's checkpoint.
+
+    None if there is none on this machine.
+    """
+    for name in ("processing_class", "tokenizer"):
+        if hasattr(found := getattr(given, name, None), "convert_ids_to_tokens"):
+            return found
+    checkpoint = getattr(getattr(model, "config", None), "_name_or_path", None)
+    try:
+        return open_tokenizer(find_checkpoint(checkpoint, Wanted(download=False))) if checkpoint else None
+    except (CheckpointError, HubError):
+        return None

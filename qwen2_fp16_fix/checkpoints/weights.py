@@ -51,7 +51,7 @@ def older_code(numerics: int) -> str:
     """Why nothing is said about a checkpoint whose exported code has another arithmetic: it has other exponents."""
     return (
         f"the code that was exported with it has numerics {numerics} and this package {NUMERICS}: with "
-        "trust_remote_code=True the former loads, which was not looked at here; export the checkpoint anew"
+        "trust_remote_code=True the former loads, which was not examined here; export the checkpoint again"
     )
 
 

@@ -1,68 +1,98 @@
 """Commands that look at a checkpoint, at this machine or at what is installed."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, AttentionChoice, DeviceOption, Language
-from .terminal import Notices, printing, show, stderr
+from .options import (
+    FLAG,
+    AsJson,
+    AttentionChoice,
+    DeviceOption,
+    Force,
+    Lang,
+    Language,
+    Output,
+    PathOrId,
+)
+from .output import as_json_text, check_output
+from .terminal import Notices, loading, printing, show, stderr
 
 
 def demo(
     as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
+    lang: Lang = Language.ENGLISH,
     save: Annotated[
-        Path | None, typer.Option(help="Run nothing: put the checkpoint into this new folder, to scan or certify it.")
+        Path | None, typer.Option(metavar="FOLDER", help="Run nothing: put the checkpoint into a new folder.")
     ] = None,
 ) -> None:
     """Show stock float16 printing !!!!!!!! and the fix printing the fp32 text, on a checkpoint inside this package."""
-    from .. import demo as demonstration
+    check_output(output, force)
+    with loading():
+        from .. import demo as demonstration
 
     if save is not None:
         demonstration.save(save)
         stderr.print(f"wrote {save}", markup=False)
         if as_json:
             with printing():
-                print(json.dumps({"saved": str(save)}, indent=2))
+                print(as_json_text({"saved": str(save)}))
         return
-    found = demonstration.measure(progress=Notices())
-    show(found.to_dict(), found, as_json)
+    found = demonstration.measure(language=lang.value, progress=Notices())
+    show(found.to_dict(), found, as_json, output=output)
     raise typer.Exit(0 if found.as_promised else 1)
 
 
 def certify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a .safetensors file beside its config.json.")],
+    path: PathOrId,
     as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
 ) -> None:
     """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
-    from ..certification import certify as certification
+    check_output(output, force)
+    with loading():
+        from ..certification import certify as certification
 
     found = certification.certify(path, progress=Notices())
-    show(found.to_dict(), found, as_json)
+    show(found.to_dict(), found, as_json, output=output)
     raise typer.Exit(0 if found.proven else 1)
 
 
 def verify(  # noqa: PLR0913, options of a command
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder, with its tokenizer.")],
+    path: PathOrId,
     text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text; else a passage that comes with this package.")
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read. Default: a passage of this package.")
     ] = None,
     as_json: AsJson = False,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL allowed to fixed float16, in nats.")] = None,
-    max_ppl_drift: Annotated[
-        float | None, typer.Option(help="Largest relative change of perplexity allowed to fixed float16.")
+    output: Output = None,
+    force: Force = False,
+    lang: Lang = Language.ENGLISH,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Largest mean KL allowed to fixed float16.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens read together; 1024, or what the model can.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; half a window.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many of the text's tokens to read.")] = 4096,
+    max_ppl_drift: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Largest relative change of perplexity allowed to it.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens read together. Default: 1024, or as many as the model can.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens from window to window. Default: half a window.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the text to read.")] = 4096,
     resume: Annotated[
-        Path | None, typer.Option(help="A JSON file of finished rows: written after each, read at the start.")
+        Path | None, typer.Option(metavar="FILE", help="Keep finished rows in a JSON file, and go on from there.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Run your checkpoint stock and fixed in three precisions and measure how far each row is from stock fp32."""
-    from ..verification import verify as verification
+    check_output(output, force)
+    with loading():
+        from ..verification import verify as verification
 
     found = verification.verify(
         path,
@@ -74,77 +104,94 @@ def verify(  # noqa: PLR0913, options of a command
         max_kl=max_kl,
         max_ppl_drift=max_ppl_drift,
         resume=resume,
+        language=lang.value,
         progress=Notices(),
     )
-    show(found.to_dict(), found, as_json)
+    show(found.to_dict(), found, as_json, output=output)
     raise typer.Exit(0 if found.passed else 1)
 
 
 def doctor(
-    path: Annotated[Path | None, typer.Argument(help="A checkpoint folder, to be examined too.")] = None,
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="PATH_OR_ID", help="A checkpoint, to be examined too: a folder, or OWNER/NAME."),
+    ] = None,
     as_json: AsJson = False,
-    lang: Annotated[Language, typer.Option(help="Of the sentences.")] = Language.ENGLISH,
+    output: Output = None,
+    force: Force = False,
+    lang: Lang = Language.ENGLISH,
 ) -> None:
     """Say how to run Qwen2 on this machine, test the fix on it, and name what is in the way. Safe to paste anywhere."""
-    from ..diagnosis import doctor as diagnosis
+    check_output(output, force)
+    with loading():
+        from ..diagnosis import doctor as diagnosis
 
     found = diagnosis.doctor(path, language=lang.value, progress=Notices())
-    show(found.to_dict(), found, as_json, whole_lines=True, escaped=False)
+    show(found.to_dict(), found, as_json, output=output, whole_lines=True, escaped=False)
     raise typer.Exit(found.exit_code)
 
 
 def scan(  # noqa: PLR0913, options of a command
-    path: Annotated[
-        Path, typer.Argument(help="A checkpoint folder, with its tokenizer; it may be larger than memory.")
-    ],
+    path: PathOrId,
     prompts: Annotated[
-        Path | None, typer.Option(help="A prompt a line, or a JSON list of prompts; else four short ones.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A prompt a line, or a JSON list of prompts. Default: four short ones."),
     ] = None,
     fixed: Annotated[
         bool | None,
-        typer.Option("--fixed/--stock", help="Which model to scan; stock, or both for a report or picture."),
+        typer.Option("--fixed/--stock", metavar=FLAG, help="Which model. Default: stock; both for a report."),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a page to show, one HTML file.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the data, as JSON.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
-    verification: Annotated[Path | None, typer.Option(help="What verify --json printed, for the report.")] = None,
-    lang: Annotated[Language, typer.Option(help="Of what is printed and reported.")] = Language.ENGLISH,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report, one HTML page.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture.")] = None,
+    as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
+    lang: Lang = Language.ENGLISH,
+    verification: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Result of verify, as JSON, for the report.")
+    ] = None,
     attention: Annotated[
-        AttentionChoice, typer.Option(help="eager stores raw scores, sdpa does not.")
+        AttentionChoice, typer.Option(metavar="eager|sdpa", help="eager stores raw scores, sdpa does not.")
     ] = AttentionChoice.eager,
-    tokens: Annotated[int, typer.Option(help="How many tokens of each prompt to read.")] = 2048,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt to read.")] = 2048,
     device: DeviceOption = None,
 ) -> None:
-    """Measure on real prompts how close your checkpoint comes to float16's limit, and name what passes it first."""
-    from ..report.files import ScanFiles, scan_to_files
-    from ..scanning.sentences import rendered
+    """Measure on real prompts how close your checkpoint comes to float16's limit, and name what exceeds it first."""
+    with loading():
+        from ..report.files import ScanFiles, as_data, scan_to_files
+        from ..scanning.sentences import rendered
 
-    def show(scans: list[Any]) -> None:
+    def display(scans: list[Any]) -> None:
         with printing() as page:
-            for each in scans:
-                page.print(rendered(each, lang.value))
+            if as_json:
+                print(as_json_text(as_data(scans)))
+            else:
+                for each in scans:
+                    page.print(rendered(each, lang.value))
 
     found = scan_to_files(
         path,
-        ScanFiles(report, json_file, png, verification, lang.value),
+        ScanFiles(report, output, png, verification, lang.value),
         fixed=fixed,
         force=force,
         wrote=lambda written: stderr.print(f"wrote {written}", markup=False),
-        show=show,
+        show=display,
         prompts=prompts,
         attention=attention.value,
         tokens=tokens,
         device=device,
+        language=lang.value,
         progress=Notices(),
     )
     raise typer.Exit(0 if all(scan.finite for scan in found) else 1)
 
 
-def status(as_json: AsJson = False) -> None:
+def status(as_json: AsJson = False, output: Output = None, force: Force = False) -> None:
     """Say what is installed, whether this release is supported, and whether the fix is switched on."""
-    from .. import model_status
+    check_output(output, force)
+    with loading():
+        from .. import model_status
 
     found = model_status.status()
-    show(found.to_dict(), found, as_json, whole_lines=True)
+    show(found.to_dict(), found, as_json, output=output, whole_lines=True)
     raise typer.Exit(3 if found.problem else 0)

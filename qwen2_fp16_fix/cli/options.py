@@ -1,6 +1,7 @@
 """Options that several commands share, and the choices that an option has."""
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,5 +28,22 @@ class WeightsChoice(str, Enum):
     copy = "copy"
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the data as JSON.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]
+#: A flag: typer would write `<bool>` behind its name.
+FLAG = ""
+
+PathOrId = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH_OR_ID",
+        help="A checkpoint folder, or a model on the Hub: OWNER/NAME or OWNER/NAME@REVISION.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print JSON.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result to a file, as JSON.")
+]
+Force = Annotated[bool, typer.Option("--force", metavar=FLAG, help="Overwrite files that exist.")]
+Lang = Annotated[Language, typer.Option("--lang", metavar="en|zh", help="Language of the text.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu or cuda. Default: cuda where there is one.")
+]

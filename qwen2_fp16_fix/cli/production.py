@@ -7,27 +7,35 @@ import typer
 
 from ..errors import ExportError, PublishError
 from ..launch import launcher
-from .options import AsJson, WeightsChoice
-from .terminal import printing, show
+from .options import FLAG, AsJson, Force, Output, PathOrId, WeightsChoice
+from .output import as_json_text, check_output
+from .terminal import loading, printing, show
 
 
 def export(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or OWNER/NAME on the Hub.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    path: PathOrId,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
     weights: Annotated[
-        WeightsChoice, typer.Option(help="Hard links to the original's, where they can be had, or copies.")
+        WeightsChoice,
+        typer.Option(metavar="link|copy", help="Hard links to the original's weights where possible, or copies."),
     ] = WeightsChoice.link,
-    code_only: Annotated[bool, typer.Option("--code-only", help="Leave the weights out.")] = False,
+    code_only: Annotated[bool, typer.Option("--code-only", metavar=FLAG, help="Leave the weights out.")] = False,
     code_repo: Annotated[
-        str | None, typer.Option(help="OWNER/NAME or OWNER/NAME@REVISION, which holds the code; none is copied then.")
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="The repository that holds the code, with or without @REVISION."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="A model type of its own: without trust_remote_code loading fails.")
+        bool,
+        typer.Option("--strict", metavar=FLAG, help="Own model type: without trust_remote_code loading fails."),
     ] = False,
-    verification: Annotated[Path | None, typer.Option(help="What `verify --json` printed, for the model card.")] = None,
+    verification: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Result of verify, as JSON, for the model card.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a folder for the Hub: the checkpoint with the fix as remote code, for use without this package."""
-    from ..hub import export as exporting
+    with loading():
+        from ..hub import export as exporting
 
     try:
         made = exporting.export(
@@ -41,61 +49,80 @@ def export(
     except KeyboardInterrupt:
         raise ExportError(f"interrupted: {out} was not written, and what was begun is removed.") from None
     with printing():
-        print(made)
+        print(as_json_text({"exported": str(made)}) if as_json else made)
 
 
-def push(
-    folder: Annotated[Path, typer.Argument(help="What `export` has written.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch; main if left away.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list, and leave the network alone.")] = False,
+def push(  # noqa: PLR0913, options of a command
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` has written.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; made if there is none.")],
+    public: Annotated[bool, typer.Option("--public", metavar=FLAG, help="Make a new repository public.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="A branch. Default: main.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar=FLAG, help="Check and list the files, without the network.")
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also into a repository that holds something else.")
+        bool, typer.Option("--overwrite", metavar=FLAG, help="Also into a repository that holds something else.")
     ] = False,
     as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
 ) -> None:
     """Upload an exported folder to the Hub, into a private repository unless told otherwise."""
+    check_output(output, force)
     from ..hub import push as pushing
 
     try:
         found = pushing.push(folder, repo, private=not public, revision=revision, dry_run=dry_run, overwrite=overwrite)
     except KeyboardInterrupt:
         raise PublishError(f"interrupted: {repo} may have part of the weights; push again to go on.") from None
-    show(found, pushing.as_table(found), as_json)
+    show(found, pushing.as_table(found), as_json, output=output)
 
 
 def run(context: typer.Context) -> None:
-    """Run an unchanged program with the fix registered, child processes included: run -- python eval.py …"""
+    """Run an unchanged program with the fix registered, its child processes included.
+
+    `python` and `python3` are the Python that this package is installed in. For another one write its path.
+    """
     raise typer.Exit(launcher.run(context.args))
 
 
 def lock(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write it; else it is printed.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the lock to a file, not to stdout.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it says something else.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", metavar=FLAG, help="Overwrite a file that says something else.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar=FLAG, help="As in the other commands; a lock is JSON anyway.")
+    ] = False,
 ) -> None:
     """Write down what decides the numbers here: versions, and hashes of the code of the fix and of transformers."""
-    from .. import locking
+    with loading():
+        from .. import locking
 
-    if output is None:
+    if output is not None:
+        locking.lock(output, force)
+    if output is None or as_json:
         with printing():
             print(locking.as_text(locking.make_lock()), end="")
-    else:
-        locking.lock(output, force)
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="A lock that `qwen2-fp16-fix lock` has made.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A lock that `qwen2-fp16-fix lock` has made.")],
     folder: Annotated[
-        Path | None, typer.Option(help="Check the files of an exported folder, not the installed ones.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Check the files of an exported folder, not the installed ones."),
     ] = None,
     as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
 ) -> None:
-    """Say what has drifted from a lock, a sentence each: the code of the fix, transformers and its Qwen2, torch."""
-    from .. import locking
+    """Say what has changed since a lock was made, a sentence each: the fix, transformers and its Qwen2, torch."""
+    check_output(output, force)
+    with loading():
+        from .. import locking
 
     found = locking.check(file, folder)
-    show(found.to_dict(), found, as_json, whole_lines=True)
+    show(found.to_dict(), found, as_json, output=output, whole_lines=True)
     raise typer.Exit(0 if found.passed else 1)

@@ -2,14 +2,16 @@
 
 import errno
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from rich.console import Console, RenderableType
+
+from .output import as_json_text, write_output
 
 CLOSED = 128 + 13  # the exit code that a shell gives a program ended by SIGPIPE
 
@@ -125,15 +127,37 @@ stderr = Notices(soft_wrap=True)
 
 
 def show(
-    data: dict[str, Any], table: RenderableType, as_json: bool, *, whole_lines: bool = False, escaped: bool = True
+    data: dict[str, Any],
+    table: RenderableType,
+    as_json: bool,
+    *,
+    output: Path | None = None,
+    whole_lines: bool = False,
+    escaped: bool = True,
 ) -> None:
-    """Prints what a command has found, as JSON or as a table.
+    """Prints what a command has found, as JSON or as a table, and writes it to a file if one is named.
 
-    whole_lines: no line of the table is wrapped. escaped: letters beyond ASCII become escapes in JSON.
+    whole_lines: no line of the table is wrapped. escaped: letters beyond ASCII become escapes in printed JSON.
     """
-    with printing() as page:
-        if as_json:
-            # JSON has no NaN and no infinity. Results have None instead; anything else raises here.
-            print(json.dumps(data, indent=2, ensure_ascii=escaped, allow_nan=False))
-        else:
-            page.print(table, soft_wrap=whole_lines)
+    try:
+        if output is not None:
+            write_output(output, data)
+            stderr.print(f"wrote {output}", markup=False)
+    finally:  # what took minutes is shown even if it cannot be written
+        with printing() as page:
+            if as_json:
+                print(as_json_text(data, escaped))
+            else:
+                page.print(table, soft_wrap=whole_lines)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For a block that imports torch and transformers, which takes seconds: a terminal shows that something happens."""
+    from ..progress import can_move, working
+
+    if "torch" in sys.modules or not can_move(stderr):
+        yield
+        return
+    with working("loading torch and transformers", stderr):
+        yield

@@ -13,8 +13,7 @@ from typing import Any
 import transformers
 
 from .. import locking
-from ..errors import CheckpointError
-from ..files.reading import to_path
+from ..checkpoints.hub_ids import find_checkpoint
 from ..model_status import status
 from ..patches.errors import Qwen2FP16FixError, UnsupportedTransformersError
 from ..patches.lock import VARIABLE
@@ -36,15 +35,14 @@ Examined = tuple[Any, list[Remark], list[Remark]]  # facts, findings and warning
 def doctor(path: str | Path | None = None, *, language: str = "en", progress: Progress = None) -> Diagnosis:
     """Examines this environment and process and, with `path`, a checkpoint.
 
-    path: a checkpoint folder or a .safetensors file. language: of the sentences, "en" or "zh". progress: True to say on
-    stderr what is being tested, or a rich Console to say it on.
+    path: a checkpoint folder, a .safetensors file, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. language: of the
+    sentences, "en" or "zh". progress: True to say on stderr what is being tested, or a rich Console to say it on.
     Returns a Diagnosis: `healthy` and `verdict` (a sentence) say how it ended, `findings` what breaks, `warnings` what
     may break, `advice` how to run a Qwen2 on each device. `to_dict()` is the same as plain data.
-    Raises CheckpointError if `path` holds no checkpoint.
+    Raises CheckpointError if `path` holds no checkpoint, HubError if the Hub does not give it.
     """
-    place = (
-        None if path is None else to_path(path, CheckpointError).absolute()
-    )  # so that the redaction finds it in every sentence
+    # absolute, so that the redaction finds it in every sentence
+    place = None if path is None else find_checkpoint(path).absolute()
     if place is not None:
         config_of(place)  # before the self-test: a wrong path is said at once
     console = console_of(progress)

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..checkpoints.threads import one_thread
 from ..results import Record
 from ..verification.divergence import Divergence
 from .devices import Device
@@ -96,6 +97,7 @@ def examine_with_self_test(
     return SelfTests(KL_LIMIT, text, results), findings, []
 
 
+@one_thread()
 def self_test(place: str) -> Outcome:
     """Runs stock and fixed float16 on the device that torch calls `place`, against stock fp32 eager on the CPU.
 

@@ -67,7 +67,7 @@ def _remove_leftovers(out: Path, prefix: str) -> None:
             shutil.rmtree(path)
             logger.warning("removed %s, which an interrupted export had left", path)
         else:
-            logger.warning("%s is another export's: delete it if none is running", path)
+            logger.warning("%s belongs to another export: delete it if none is running", path)
 
 
 def _is_running(process: str) -> bool:
@@ -87,7 +87,7 @@ def _is_running(process: str) -> bool:
 def _marked_as_ours(folder: Path) -> Iterator[None]:
     """Locks the folder while the block runs. Two containers may share a host's name and not see each other's processes.
 
-    A file system that has no locks is left without one. Windows renames no folder that is open.
+    A file system without locks is left without one. Windows cannot rename a folder that is open.
     """
     if sys.platform == "win32":
         yield
@@ -124,10 +124,12 @@ def flush(folder: Path) -> None:
 def _sentence(error: OSError, out: Path) -> str:
     """The error as one sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {out} was not written; make room, or name a folder on another disk."
+        return f"the disk is full: {out} was not written; free some space, or name a folder on another disk."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         where = error.filename2 or error.filename or out
-        return f"{where} may not be read or written: {out} was not written; name another folder or change its rights."
+        return (
+            f"{where} cannot be read or written: {out} was not written; name another folder or change the permissions."
+        )
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-        return f"{out} cannot be made, something else is there: nothing was written; name another folder."
+        return f"{out} cannot be created, since something else is there: nothing was written; name another folder."
     return f"{out} was not written: {error.strerror or error} ({error.filename or out})."

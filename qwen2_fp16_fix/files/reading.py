@@ -19,7 +19,7 @@ from ..patches.errors import Qwen2FP16FixError
 LARGEST_JSON = 8 * 2**20
 #: Bytes of a text or of prompts: some million tokens. Tokenising takes a hundred times that in memory.
 LARGEST_TEXT = 16 * 2**20
-#: Brackets within brackets. The files of a checkpoint have up to ten, and Python cannot follow thousands.
+#: Nested brackets. The files of a checkpoint have up to ten, and Python cannot follow thousands.
 DEEPEST = 64
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -32,7 +32,7 @@ KINDS = (
 )
 
 
-def to_path(given: str | Path, refusal: type[Qwen2FP16FixError]) -> Path:
+def to_path(given: str | os.PathLike[str], refusal: type[Qwen2FP16FixError]) -> Path:
     """The path that a caller gave. Raises `refusal` for an empty one, which would be the current folder.
 
     So it does for one that is not UTF-8 or has a NUL character: what reads checkpoints opens none, and nothing can
@@ -47,8 +47,9 @@ def to_path(given: str | Path, refusal: type[Qwen2FP16FixError]) -> Path:
 
 
 def not_a_file(mode: int) -> str | None:
-    """What something is that is no regular file, as "a pipe"; None for a regular file. mode: `st_mode` of its stat."""
-    return None if stat.S_ISREG(mode) else next((name for is_kind, name in KINDS if is_kind(mode)), "no regular file")
+    """None for a regular file, and for anything else what it is, as "a pipe". mode: `st_mode` of its stat."""
+    kind = next((name for is_kind, name in KINDS if is_kind(mode)), "not a regular file")
+    return None if stat.S_ISREG(mode) else kind
 
 
 def read_bytes(path: Path, wanted: str, refusal: type[Qwen2FP16FixError], limit: int, name: str = "") -> bytes:
@@ -86,7 +87,7 @@ def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
     """
     content = read_bytes(path, wanted, refusal, LARGEST_TEXT)
     try:
-        text = content.decode("utf-8-sig")  # Windows writes a byte order mark, which is no part of the text
+        text = content.decode("utf-8-sig")  # Windows writes a byte order mark, which is not part of the text
     except UnicodeDecodeError:
         raise refusal(f"{path} is not UTF-8: convert it, or name another file.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -95,7 +96,8 @@ def read_utf8(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> str:
 def read_json(path: Path, wanted: str, refusal: type[Qwen2FP16FixError], name: str = "") -> dict[str, Any]:
     """The object in a JSON file. wanted: what to name instead. name: what to call the file; by default its path.
 
-    Raises `refusal` for a file that `read_bytes` refuses, and for JSON that `parse_json` refuses or that is no object.
+    Raises `refusal` for a file that `read_bytes` refuses, for JSON that `parse_json` refuses, and for what is not an
+    object.
     """
     name = name or str(path)
     content = read_bytes(path, wanted, refusal, LARGEST_JSON, name)
@@ -112,8 +114,8 @@ def read_json(path: Path, wanted: str, refusal: type[Qwen2FP16FixError], name: s
 def parse_json(text: str, name: str, wanted: str, refusal: type[Qwen2FP16FixError]) -> Any:
     """JSON that every reader understands alike. name: of the file. wanted: what to name instead.
 
-    Raises `refusal` for what is no JSON, for NaN and infinities, for numbers past the range of a float, for a key that
-    is there twice, for half a surrogate pair, which is no letter, and for more than DEEPEST brackets within brackets.
+    Raises `refusal` for what is not JSON, for NaN and infinities, for numbers beyond a float's range, for a key that
+    appears twice, for half a surrogate pair, which is not a character, and for more than DEEPEST nested brackets.
     """
     try:
         found = json.loads(
@@ -121,7 +123,7 @@ def parse_json(text: str, name: str, wanted: str, refusal: type[Qwen2FP16FixErro
         )
         _check_tree(found)
     except RecursionError:
-        problem = f"it has more than {DEEPEST} brackets within brackets"
+        problem = f"it has more than {DEEPEST} nested brackets"
     except ValueError as error:
         problem = str(error)
     else:
@@ -131,13 +133,13 @@ def parse_json(text: str, name: str, wanted: str, refusal: type[Qwen2FP16FixErro
 
 def _refuse_constant(text: str) -> NoReturn:
     """NaN and infinities: Python's JSON reads them, no other JSON does."""
-    raise ValueError(f"{text} is no finite number")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def _float(text: str) -> float:
     found = float(text)
     if not math.isfinite(found):
-        raise ValueError(f"the number {_shortened(text)} passes the range of a float")
+        raise ValueError(f"the number {shortened(text)} is beyond the range of a float")
     return found
 
 
@@ -152,23 +154,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_shortened(key)!r} is there twice")
+        raise ValueError(f"the key {shortened(key)!r} appears twice")
     return found
 
 
 def _check_tree(tree: Any) -> None:
-    """Raises ValueError for half a surrogate pair in any string, and for too many brackets within brackets."""
+    """Raises ValueError for half a surrogate pair in any string, and for too many nested brackets."""
     level, depth = [tree], 0
     while level:
         depth += 1
         if depth > DEEPEST + 1:
-            raise ValueError(f"it has more than {DEEPEST} brackets within brackets")
+            raise ValueError(f"it has more than {DEEPEST} nested brackets")
         below: list[Any] = []
         for branch in level:
             if isinstance(branch, dict | list):
                 below += _branches(branch)
             elif isinstance(branch, str) and not branch.isascii() and SURROGATE.search(branch):
-                raise ValueError(f"{_shortened(branch)!a} has a surrogate without its other half, which is no letter")
+                raise ValueError(f"{shortened(branch)!a} has half of a surrogate pair, which is not a character")
         level = below
 
 
@@ -181,5 +183,6 @@ def _branches(tree: dict[str, Any] | list[Any]) -> Iterator[Any]:
         yield from tree
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """The first 40 letters of a text, for a sentence."""
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,4 +1,4 @@
-"""Whether data from a file has the form that a dataclass or a TypedDict says, and the place where it has not."""
+"""Whether data from a file has the form of a dataclass or a TypedDict, and the place where it does not."""
 
 import dataclasses
 import functools
@@ -8,7 +8,9 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: Types without parts, what they are called, and what may stand for them. A bool is no number here.
+from .reading import shortened
+
+#: Types without parts, what they are called, and what may stand for them. A bool is not a number here.
 PLAIN: dict[Any, tuple[str, tuple[type, ...]]] = {
     str: ("a text", (str,)),
     bool: ("true or false", (bool,)),
@@ -92,5 +94,4 @@ def _name(form: Any) -> str:
 def _shown(data: Any) -> str:
     if isinstance(data, dict | list | tuple):
         return "an object" if isinstance(data, dict) else "a list"
-    text = "null" if data is None else ascii(data)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened("null" if data is None else ascii(data))

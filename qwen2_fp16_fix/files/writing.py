@@ -14,7 +14,7 @@ from .reading import not_a_file
 def check_writable(path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> Path:
     """The file that `write_whole` would write: `path`, or what its links lead to.
 
-    Raises `refusal` if that is a device, a pipe or anything else that is there and is no file, or if nothing can be
+    Raises `refusal` if that is a device, a pipe or anything else that exists and is not a file, or if nothing can be
     written beside it. wanted: the kind of file to name instead, as "another file".
     """
     try:
@@ -32,7 +32,7 @@ def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal
     """Calls `make(part)` with an empty file beside `path` to write into, and renames that file to `path`.
 
     So `path` is the old file or the whole new one, also after a crash of the machine. A link stays a link: the file
-    that it leads to is written. What is there and is no file, as a device or a pipe, is left alone.
+    that it leads to is written. A device, a pipe or anything else that is not a file is left alone.
     wanted: the kind of file to name instead, as "another file". Raises `refusal` if the file cannot be written.
     """
     part = None
@@ -57,7 +57,7 @@ def write_whole(path: Path, make: Callable[[Path], object], wanted: str, refusal
 
 
 def _refuse_other_kinds(file: Path, path: Path, wanted: str, refusal: type[Qwen2FP16FixError]) -> int | None:
-    """The mode of the file that is there; None if nothing is. Raises `refusal` for what is no file."""
+    """The mode of the file that is there; None if nothing is. Raises `refusal` for what is not a file."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def settle(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk. Windows opens no folder, and syncs only a file opened to write."""
+    """Waits until a file or folder is on the disk. Windows opens files only, and syncs only what is opened to write."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

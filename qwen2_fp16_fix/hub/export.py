@@ -7,16 +7,14 @@ import errno
 import fnmatch
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
-
 from .. import locking
 from ..checkpoints.config import reachable, read_config, read_json
 from ..checkpoints.folder import FolderSource
+from ..checkpoints.hub_ids import TEMPLATES, TOKENIZER, Wanted, checkpoint_at, is_repo_id
 from ..checkpoints.stored import INDEX
 from ..errors import CheckpointError, ExportError
 from ..files.folders import whole_folder
@@ -29,21 +27,7 @@ from .export_config import check_foreign_code, exported_config, heads_to_check
 
 PATCHES = Path(patches_errors.__file__).parent
 CODE_FILES = tuple(sorted(path.name for path in PATCHES.glob("*.py")))
-TEMPLATES = "additional_chat_templates"
-CARRIED = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    f"{TEMPLATES}/*",
-    "generation_config.json",
-    "quantize_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+CARRIED = (*TOKENIZER, "generation_config.json", "quantize_config.json", "LICENSE*", "NOTICE*")
 Weights = Literal["link", "copy", "none"]
 
 
@@ -56,37 +40,51 @@ def export(
     strict: bool = False,
     verification: Result | dict[str, Any] | str | Path | None = None,
 ) -> Path:
-    """Writes a folder that loads fixed with `trust_remote_code=True`, and returns its path.
+    """Exports a checkpoint with the fix as remote code, to load with `trust_remote_code=True` and without this package.
 
-    path_or_repo: a checkpoint folder, or OWNER/NAME on the Hub (from the cache, if HF_HUB_OFFLINE=1). out: a new
-    folder, or an empty one. weights: hard links (copies, if links are not possible), copies, or none.
-    code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which is then not copied.
-    strict: a model type of its own: loading without `trust_remote_code` then fails instead of giving the stock class.
-    verification: for the model card, a result of `verify`, or a file with its JSON.
-    Raises CheckpointError and NotQwen2Error for a checkpoint that is not a whole Qwen2, ExportError for everything
-    else. After an error, an interruption or a kill there is nothing at `out`.
+    The folder is written whole or not at all: after an error, an interruption or a kill there is nothing at `out`.
+
+    Args:
+        path_or_repo: A checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        out: A new folder, or an empty one.
+        weights: "link" for hard links, or copies where links are not possible; "copy" for copies; "none" to export
+            the code alone.
+        code_repo: OWNER/NAME or OWNER/NAME@REVISION of a repository with the code, which is then not copied.
+        strict: Whether to give the export a model type of its own. Loading it without `trust_remote_code` then fails
+            instead of giving the stock class.
+        verification: A result of `verify`, or a file with its JSON, for the model card.
+
+    Returns:
+        The path of the exported folder.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or damaged.
+        NotQwen2Error: The checkpoint is not a Qwen2.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
+        ExportError: Anything else: the place, an option, the disk, or a file beside the weights.
     """
     if weights not in ("link", "copy", "none"):
-        raise ExportError(f"weights={weights!r}: give link, copy or none.")
+        raise ExportError(f"weights is {weights!r}: give link, copy or none.")
     code_name, code_revision = _code_repo(code_repo, weights)
     findings = None if verification is None else read_saved(verification, ExportError)
-    folder, base_model = _source(path_or_repo, weights)
     target = to_path(out, ExportError).absolute()
-    _check_apart(folder, target)
-    config = read_config(folder)
-    exported = exported_config(config, strict, code_name, _tokenizer_class(folder))
-    files = [*_weight_files(folder, config, weights), *_carried_files(folder)]
-    for file in files:
-        _check_inside(file, folder)
-    card = model_card.model_card(
-        folder,
-        exported,
-        base_model=base_model,
-        code_repo=code_name,
-        code_revision=code_revision,
-        has_weights=weights != "none",
-        verification=findings,
-    )
+    with checkpoint_at(path_or_repo, Wanted(weights != "none", also=(*CARRIED, "README.md"))) as found:
+        folder = _real_folder(found)
+        _check_apart(folder, target)
+        config = read_config(folder)
+        exported = exported_config(config, strict, code_name, _tokenizer_class(folder))
+        files = [*_weight_files(folder, config, weights), *_carried_files(folder)]
+        for file in files:
+            _check_inside(file, folder)
+        card = model_card.model_card(
+            folder,
+            exported,
+            base_model=_cached_repo(folder),
+            code_repo=code_name,
+            code_revision=code_revision,
+            has_weights=weights != "none",
+            verification=findings,
+        )
     with whole_folder(target, ExportError) as written:
         for file in files:
             _place(file, written / file.relative_to(folder), link=weights == "link" and file.suffix == ".safetensors")
@@ -105,40 +103,19 @@ def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | N
     if code_repo is None:
         return None, None
     if weights == "none":
-        raise ExportError("neither code nor weights: leave out --code-only, or --code-repo.")
+        raise ExportError("there is nothing to export, neither code nor weights: leave out --code-only or --code-repo.")
     name, at, revision = code_repo.partition("@")
     if not is_repo_id(name) or bool(at) != bool(revision):
-        raise ExportError(f"{code_repo!r} is no repository: give OWNER/NAME, or OWNER/NAME@REVISION.")
+        raise ExportError(f"{code_repo!r} is not a repository: give OWNER/NAME, or OWNER/NAME@REVISION.")
     return name, revision or None
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether `name` is an OWNER/NAME of the Hub. `--` is refused: it ends the name in an `auto_map`."""
-    return re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.A) is not None
-
-
-def _source(path_or_repo: str | Path, weights: str) -> tuple[Path, str | None]:
-    """The checkpoint's folder, absolute, and the repository that it came from, if that is known."""
-    folder = to_path(path_or_repo, CheckpointError)
-    with reachable(folder):
-        if folder.is_dir():
-            real = to_path(os.path.realpath(folder), CheckpointError)  # the card says its name
-            return real, _cached_repo(real)
-        if folder.exists():
-            raise CheckpointError(f"{folder} is a file: give the folder it lies in.")
-    if isinstance(path_or_repo, Path) or not is_repo_id(path_or_repo):
-        raise CheckpointError(f"there is no {path_or_repo}: give a checkpoint folder, or OWNER/NAME on the Hub.")
-    wanted = ["config.json", "README.md", *CARRIED]
-    if weights != "none":
-        wanted += [INDEX, "*.safetensors", "adapter_config.json"]  # the last to see that it is there
-    try:
-        found = huggingface_hub.snapshot_download(path_or_repo, allow_patterns=wanted)
-    except Exception as error:  # of the Hub, of its HTTP client, which has changed three times, or of the cache
-        offline = "; HF_HUB_OFFLINE=1 leaves only the cache" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
-        raise CheckpointError(
-            f"there is no folder {path_or_repo}, nor a repository on the Hub ({type(error).__name__}{offline})."
-        ) from None
-    return Path(os.path.realpath(found)), path_or_repo
+def _real_folder(found: Path) -> Path:
+    """The checkpoint's folder, absolute: the card says its name, and links are looked at from there."""
+    with reachable(found):
+        if not found.is_dir():
+            raise CheckpointError(f"{found} is a file: give the folder it is in.")
+    return to_path(os.path.realpath(found), CheckpointError)
 
 
 def _cached_repo(folder: Path) -> str | None:
@@ -151,9 +128,9 @@ def _cached_repo(folder: Path) -> str | None:
 def _check_apart(folder: Path, target: Path) -> None:
     place = Path(os.path.realpath(target.parent), target.name)  # Path.resolve raises for a link to itself, to 3.12
     if place == folder or folder in place.parents:
-        raise ExportError(f"{target} lies inside {folder}, which would be exported into itself: name a folder outside.")
+        raise ExportError(f"{target} is inside {folder}, which would be exported into itself: name a folder outside.")
     if place in folder.parents:
-        raise ExportError(f"{folder} lies inside {target}: name a new folder to export into.")
+        raise ExportError(f"{folder} is inside {target}: name a new folder to export into.")
 
 
 def _weight_files(folder: Path, config: dict[str, Any], weights: str) -> list[Path]:
@@ -194,9 +171,9 @@ def _check_inside(file: Path, folder: Path) -> None:
             f"{file} is a link to {real}, outside the checkpoint: put the file itself there if it belongs to it."
         )
     if not file.exists():
-        raise CheckpointError(f"{file} is a link to nothing: the download is unfinished.")
+        raise CheckpointError(f"{file} is a broken link: the download is unfinished.")
     if not file.is_file():
-        raise CheckpointError(f"{file} is no regular file: remove it, or put the file itself there.")
+        raise CheckpointError(f"{file} is not a regular file: remove it, or put the file itself there.")
 
 
 def _place(file: Path, target: Path, link: bool) -> None:

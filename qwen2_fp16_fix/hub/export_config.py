@@ -79,5 +79,5 @@ def check_foreign_code(config: Mapping[str, Any], name: str) -> None:
 
 
 def _module(value: Any) -> str:
-    """The module of `OWNER/NAME--module.Class` or `module.Class`. Other values give something that is no module."""
+    """The module of `OWNER/NAME--module.Class` or `module.Class`. Other values give something that is not a module."""
     return str(value).rpartition("--")[2].partition(".")[0]

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
 from ..checkpoints.config import STRICT
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..files.reading import read_utf8
 from ..patches.version_map import SUPPORTED
 from .export_config import heads_of
@@ -83,9 +83,8 @@ def source_metadata(folder: Path) -> dict[str, Any]:
         try:
             found = dict(ModelCard(text, ignore_metadata_errors=True).data.__dict__)
         except Exception as error:  # errors of yaml and of the Hub's client have no common base
-            first = str(error).strip().partition("\n")[0]
             raise ExportError(
-                f"{card} has a front matter that cannot be read ({first}): correct or remove it."
+                f"{card} has front matter that cannot be read ({first_line(error)}): correct it or remove it."
             ) from None
     if not found.get("license"):
         found |= _licence_of(folder)
@@ -106,7 +105,7 @@ def _licence_of(folder: Path) -> dict[str, str]:
 def _measured(verification: Mapping[str, Any] | None) -> str:
     """The measured rows as a table, and the verdict."""
     if verification is None:
-        return "Not measured: `qwen2-fp16-fix verify` on the folder does."
+        return "Not measured. `qwen2-fp16-fix verify` on the folder measures it."
     versions, settings = verification["versions"], verification["settings"]
     name = PureWindowsPath(str(verification["checkpoint"])).name  # of a path of any system; its folders are private
     lines = [
@@ -136,8 +135,8 @@ def _without_remote_code(strict: bool) -> str:
             "and so does every engine that has no code for that type."
         )
     return (
-        "**Without `trust_remote_code=True` transformers silently builds its own Qwen2 from these files, with\n"
-        "the NaN.** An export with `--strict` fails instead."
+        "**Without `trust_remote_code=True` transformers silently builds its own Qwen2 from these files, and the\n"
+        "NaN are back.** An export with `--strict` fails instead."
     )
 
 
@@ -145,7 +144,7 @@ def _pin(code_repo: str | None, code_revision: str | None) -> str:
     if code_repo is None:
         return ""
     wanted = f" This export was made for `{code_revision}`." if code_revision else ""
-    return f"\nThe code lies in [{code_repo}](https://huggingface.co/{code_repo}): `code_revision` pins it.{wanted}"
+    return f"\nThe code is in [{code_repo}](https://huggingface.co/{code_repo}): `code_revision` pins it.{wanted}"
 
 
 def _licence(licence: Mapping[str, Any], base_model: str | None) -> str:

@@ -18,13 +18,15 @@ from rich.text import Text
 from .._version import __version__
 from ..checkpoints.config import builds_own_model, reachable, read_config
 from ..checkpoints.folder import FolderSource
-from ..errors import CheckpointError, PublishError
+from ..checkpoints.hub_answers import status_of
+from ..checkpoints.hub_ids import is_repo_id
+from ..errors import CheckpointError, HubError, PublishError
 from ..files.reading import read_json, to_path
 from ..locking import FILE_NAME as LOCK
 from ..patches.errors import LockFileError
 from ..patches.lock_file import read_lock
 from ..patches.version_map import SUPPORTED
-from .export import CODE_FILES, is_repo_id
+from .export import CODE_FILES
 from .export_config import has_own_code, heads_to_check
 
 WEIGHTS = "*.safetensors"
@@ -55,7 +57,8 @@ def push(
     HfApi to upload with; by default one with this machine's login.
     Returns a dict as JSON has them: `repo`, `revision`, `private`, `message`, `files` (each `path` and `bytes`),
     `deleted` (files of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
-    Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, PublishError for everything else.
+    Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, HubError if the Hub cannot be reached
+    or refuses, PublishError for everything else.
     """
     folder = to_path(folder, CheckpointError)
     files = check_export(folder)
@@ -170,14 +173,13 @@ def _one_sentence(repo: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        raise PublishError(_answer(repo, status)) from None
+        raise HubError(_answer(repo, status_of(error))) from None
     except OfflineModeIsEnabled:
-        raise PublishError("HF_HUB_OFFLINE=1 keeps the Hub's client offline: unset it to push.") from None
+        raise HubError("HF_HUB_OFFLINE=1 keeps the Hub's client offline: unset it to push.") from None
     except LocalTokenNotFoundError:
-        raise PublishError(_answer(repo, 401)) from None
+        raise HubError(_answer(repo, 401)) from None
     except NETWORK_ERRORS as error:
-        raise PublishError(
+        raise HubError(
             f"{repo} could not be reached ({type(error).__name__}): nothing more was pushed; push again to go on."
         ) from None
 

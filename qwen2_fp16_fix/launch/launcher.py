@@ -18,17 +18,23 @@ class UsageError(Exception):
 
 
 def command_for(arguments: Sequence[str]) -> list[str]:
-    """The command to start. `-m module` and `script.py` run under this interpreter, anything else as it is.
+    """The command to start. `python`, `-m module` and `script.py` mean this interpreter; anything else runs as it is.
+
+    Another `python` of the PATH may lack this package, and would end with an error.
 
     Raises UsageError for an empty or unknown command, and for switches of Python that would keep the fix out.
     """
     if not arguments:
         raise UsageError("nothing to run: write the program after `--`, as in `qwen2-fp16-fix run -- python eval.py`.")
     first = arguments[0]
-    command = [sys.executable, *arguments] if first == "-m" or first.endswith(".py") else list(arguments)
+    command = list(arguments)
+    if first in ("python", "python3"):
+        command[0] = sys.executable
+    elif first == "-m" or first.endswith(".py"):
+        command = [sys.executable, *arguments]
     program = shutil.which(command[0])
     if program is None:
-        raise UsageError(f"cannot find the program {command[0]!r}.")
+        raise UsageError(f"cannot find the program {command[0]!r}: check its name, or give its full path.")
     if re.fullmatch(r"python[\d.]*(\.exe)?", Path(command[0]).name):
         _refuse_isolation(command[1:])
     return [program, *command[1:]]
@@ -47,7 +53,7 @@ def _refuse_isolation(switches: Sequence[str]) -> None:
             next(rest, None)
         for place, letter in enumerate("" if switch.startswith("--") else switch[1:], start=2):
             if letter in "EIS":
-                raise UsageError(f"python {switch} keeps the fix out of the process: leave -E, -I and -S away.")
+                raise UsageError(f"python {switch} keeps the fix out of the process: run it without -E, -I and -S.")
             if letter in "cm":
                 return
             if letter in "WX":

@@ -171,8 +171,8 @@ def _warn(model: Any, reason: str) -> None:
         return
     kind = type(model)
     warnings.warn(
-        f"{kind.__module__}.{kind.__qualname__} is a Qwen2 with code of its own and is NOT fixed, so in float16 it may "
-        f"overflow: {reason} Run it in bfloat16 or float32.",
+        f"{kind.__module__}.{kind.__qualname__} is a Qwen2 with code of its own and is NOT fixed, so it may overflow "
+        f"in float16: {reason} Run it in bfloat16 or float32.",
         NotFixedWarning,
         stacklevel=2,
     )

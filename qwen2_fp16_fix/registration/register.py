@@ -28,18 +28,25 @@ _blocks = 0  # of `registered`, running in any thread
 
 
 def register(lock: str | Path | None = None) -> None:
-    """From here on every Qwen2 that this process builds is fixed, whichever way it is built.
+    """Fixes every Qwen2 that this process builds from now on, whichever way it is built.
 
     AutoModel, AutoModelForCausalLM and the Auto classes of every Qwen2 head build the drop-in classes. transformers'
-    own classes, named directly or inside another model, are fixed at the end of their construction. It does not matter
+    own classes, used by name or inside another model, are fixed at the end of their construction. It does not matter
     when their names were imported. Subclasses of Qwen2Model and code that comes with a checkpoint run as they are. They
     are fixed if their parts are Qwen2's; otherwise a NotFixedWarning names them.
-    lock: a file made by `qwen2_fp16_fix.lock`. Raises LockError if anything differs from it, LockFileError if the
-    file is no lock. Calling `register` again changes nothing. With QWEN2_FP16_FIX=0 in the environment it does nothing
-    and logs a warning.
-    Raises UnsupportedTransformersError or PatchConflictError if the installed transformers cannot be fixed, and
-    RegistrationError if an Auto class still builds another class afterwards. After an error nothing is
-    registered.
+
+    Calling it again changes nothing. After an error nothing is registered. With QWEN2_FP16_FIX=0 in the environment it
+    does nothing and logs a warning.
+
+    Args:
+        lock: A file made by `qwen2_fp16_fix.lock`. Anything that differs from it is then an error.
+
+    Raises:
+        UnsupportedTransformersError: The installed transformers cannot be fixed.
+        PatchConflictError: Another tool has replaced parts of transformers' Qwen2.
+        RegistrationError: An Auto class still builds another class afterwards.
+        LockError: Something differs from the lock.
+        LockFileError: The file is not a lock.
     """
     global _asked
     if _may_apply(lock):
@@ -49,9 +56,9 @@ def register(lock: str | Path | None = None) -> None:
 
 
 def unregister() -> None:
-    """Lets transformers build the classes it built before `register`. Models already built stay as they are.
+    """Lets transformers build the classes that it built before `register`. Existing models stay as they are.
 
-    While a block of `registered` runs, in this thread or another, that waits until the last block ends.
+    While a block of `registered` runs, in this thread or another, the fix stays registered until the last block ends.
     """
     global _asked
     with _lock:
@@ -61,9 +68,16 @@ def unregister() -> None:
 
 @contextlib.contextmanager
 def registered(lock: str | Path | None = None) -> Iterator[None]:
-    """`register` for the length of a with block. A registration made before it, or by another block, outlives it.
+    """Registers the fix for the length of a with block.
 
-    lock and errors: as for `register`, before the block begins.
+        with qwen2_fp16_fix.registered():
+            model = AutoModelForCausalLM.from_pretrained("checkpoint", dtype=torch.float16)
+
+    A registration made before the block, or by another block, stays. The errors are those of `register`, raised before
+    the block begins.
+
+    Args:
+        lock: As for `register`.
     """
     global _blocks
     if not _may_apply(lock):
@@ -150,5 +164,5 @@ def _register_one(auto: Any) -> None:
     if not is_registered(auto):
         raise RegistrationError(
             f"{auto.__name__} still builds a class of {mapping[Qwen2Config].__module__} after registering: this "
-            "transformers keeps its table in an unknown way; use qwen2_fp16_fix.fix(model) on the loaded model instead."
+            "release of transformers keeps its table in an unknown way; call qwen2_fp16_fix.fix(model) on the model."
         )

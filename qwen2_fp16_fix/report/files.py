@@ -64,8 +64,7 @@ class ScanFiles:
         """Writes the files that were asked for and returns their paths. scans: stock's, fixed's, or both."""
         written: list[Path] = []
         if self.json is not None:
-            named = {"fixed" if scan.settings.fixed else "stock": scan.to_dict() for scan in scans}
-            text = json.dumps(named, indent=2, allow_nan=False, ensure_ascii=False)
+            text = json.dumps(as_data(scans), indent=2, allow_nan=False, ensure_ascii=False)
             written.append(_write(self.json, lambda part: part.write_text(text + "\n", encoding="utf-8")))
         if self.report is not None:
             from .page import page
@@ -120,6 +119,11 @@ def scan_to_files(
     finally:  # a scan takes minutes: it is shown even if it cannot be written
         show(found)
     return found
+
+
+def as_data(scans: Sequence[ScanResult]) -> dict[str, Any]:
+    """Scans as plain data, by the model that each is of."""
+    return {"fixed" if scan.settings.fixed else "stock": scan.to_dict() for scan in scans}
 
 
 def save(found: ScanResult, verification: dict[str, Any] | None, force: bool, **paths: Any) -> None:

@@ -88,7 +88,7 @@ class Findings(NamedTuple):
     def first_nonfinite(self, sites: tuple[MeasuredSite, ...]) -> FirstNonfinite | None:
         """The first site that is not finite, and how large its largest number is in fp32. None if all are finite.
 
-        If the site's largest passes 65504, that number is named. Otherwise it is the first that float16 lost: its size
+        If the site's largest exceeds 65504, that number is named. Otherwise it is the first that float16 lost: its size
         is not known.
         """
         if self.broken is None:
@@ -164,7 +164,7 @@ def scanned_prompts(read: TokenisedPrompts) -> Iterator[ScannedPrompt]:
 
 
 def _finite_spike(spike: BiasSpike) -> BiasSpike:
-    """A checkpoint in a wider type may have a bias past float16's range: its infinity becomes None."""
+    """A checkpoint in a wider type may have a bias beyond float16's range: its infinity becomes None."""
     times = None if spike.times_median is None else finite(spike.times_median)
     return replace(spike, bias=None if spike.bias is None else finite(spike.bias), times_median=times)
 

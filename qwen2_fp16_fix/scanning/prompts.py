@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProvider, layers_are_fixed
 from ..checkpoints.loading import default_device, device_problem, quiet
-from ..checkpoints.tokenizer import open_tokenizer
+from ..checkpoints.tokenizer import file_named, open_tokenizer
 from ..errors import CheckpointError, ScanError, first_line
 from ..files.reading import SURROGATE, parse_json, read_utf8
 from ..patches.modeling_qwen2_fp16 import STOCK, check_modules
@@ -30,10 +30,15 @@ def read_prompts(prompts: Prompts | None) -> list[str | Sequence[int] | Tensor]:
     """The prompts: one text, several texts or lists of token ids, or what a file holds. Raises ScanError."""
     if prompts is None:
         return list(DEFAULT_PROMPTS)
-    found: list[Any] = (
-        _read_file(prompts) if isinstance(prompts, Path) else [prompts] if isinstance(prompts, str) else list(prompts)
-    )
+    if isinstance(prompts, str):
+        prompts = file_named(prompts, ScanError) or [prompts]
+    if not isinstance(prompts, Path | Sequence | Tensor):
+        raise ScanError(f"the prompts are a {type(prompts).__qualname__}: give a text, a list, or a Path to a file.")
+    found: list[Any] = _read_file(prompts) if isinstance(prompts, Path) else list(prompts)
     name = str(prompts) if isinstance(prompts, Path) else "prompts"
+    odd = next((prompt for prompt in found if not isinstance(prompt, str | Sequence | Tensor)), None)
+    if odd is not None:
+        raise ScanError(f"{name} holds a {type(odd).__qualname__}: each prompt is a text or a list of token ids.")
     if not found or any(isinstance(prompt, str) and not prompt.strip() for prompt in found):
         raise ScanError(f"{name} holds no prompt, or an empty one: give at least one, and text in each.")
     if any(isinstance(prompt, str) and SURROGATE.search(prompt) for prompt in found):

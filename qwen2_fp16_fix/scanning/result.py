@@ -36,7 +36,7 @@ class Where(Record):
     key_token: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data. A number that is no score has no keys of a score."""
+        """As plain data. A number that is not a score has no keys of a score."""
         found = super().to_dict()
         if self.key_position is None:
             for name in ("head", "key_position", "key_token_id", "key_token"):
@@ -75,7 +75,7 @@ class MeasuredSite(_Placed):
 
     @property
     def past_limit(self) -> bool:
-        """Whether the largest passes what it is stored as, or is not finite."""
+        """Whether the largest exceeds the type that it is stored in, or is not finite."""
         return self.headroom_bits is None or self.headroom_bits < 0
 
 
@@ -188,7 +188,7 @@ class ScanResult(Result):
     versions: of the software that ran. checkpoint: its path, or the class of a loaded model. foreign_code: the class of
     the checkpoint's own code, which loads in place of the scanned model, or None. model: the sizes. sites: in the order
     of execution. first_nonfinite: the site where the model broke; None if `finite`. bias_spikes: the largest of the
-    `bias_spikes_found`. verdict: a sentence. seconds: of the whole scan.
+    `bias_spikes_found`. verdict: a sentence. seconds: of the whole scan. language: of the verdict and the table.
     """
 
     versions: Status
@@ -207,10 +207,11 @@ class ScanResult(Result):
     certificate: Proof
     verdict: str
     seconds: float
+    language: str = "en"
 
     @property
     def past_limit(self) -> list[MeasuredSite]:
-        """The sites whose largest passes what they are stored as, or is not finite."""
+        """The sites whose largest exceeds the type that they are stored in, or is not finite."""
         return [site for site in self.sites if site.past_limit]
 
     @property
@@ -226,7 +227,7 @@ class ScanResult(Result):
         """The tightest site of each layer, sentences about it, and the verdict."""
         from .sentences import rendered
 
-        return rendered(self)
+        return rendered(self, self.language)
 
     def save_html(
         self,

@@ -9,21 +9,26 @@ cannot hold. A fixed model runs once, as it is, and is measured as it stores its
 
 import time
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations.extremes import Break
 from ..activations.layerwise import LayerwiseRun
 from ..activations.weights_on_demand import ModelOnDisk, WeightProvider
 from ..certification.certify import certify
 from ..checkpoints.folder import open_checkpoint
-from ..errors import CheckpointError, ScanError
-from ..files.reading import to_path
+from ..checkpoints.hub_ids import Wanted, checkpoint_at
+from ..checkpoints.threads import own_cores
+from ..checkpoints.tokenizer import tokenizer_in
+from ..code_copies import model_in
+from ..errors import ScanError
 from ..model_status import status
 from ..patches.lock import is_switched_off
 from ..progress import Progress, console_of, with_bar
+from ..translations import check_language
 from .findings import Findings
 from .measurements import BreakSearch, Measurements
 from .prompts import Prompts, check_loaded, choose_device, read_prompts, tokenise
@@ -34,8 +39,9 @@ from .sentences import verdict
 ATTENTIONS = ("eager", "sdpa")
 
 
-def scan(
-    model_or_path: nn.Module | str | Path,
+@own_cores()
+def scan(  # noqa: PLR0913  # the options of the command
+    model_or_path: Any,
     prompts: Prompts | None = None,
     *,
     fixed: bool | None = None,
@@ -43,33 +49,43 @@ def scan(
     tokenizer: Any = None,
     tokens: int = 2048,
     device: str | None = None,
+    language: str = "en",
     progress: Progress = None,
 ) -> ScanResult:
     """Runs prompts through a Qwen2 and measures every site of every layer against float16's limit of 65504.
 
-    model_or_path: a checkpoint folder, run as stock float16 unless `fixed`, or a loaded float16 model, taken as it is.
-    prompts: a text, texts or lists of token ids, or a Path to a file (a prompt a line, or a JSON list); by default four
-    short ones. Texts go through the tokenizer's chat template if it has one. tokens: how many of a prompt's are read.
-    attention: "eager", where stock stores raw scores, or "sdpa", for a folder. tokenizer: in place of the folder's; a
-    loaded model needs one for texts. device: for a folder; by default cuda where there is one. progress: True for a bar
-    on stderr, or a rich Console to show it on.
+    model_or_path: a checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, run as stock float16 unless
+    `fixed`; or a loaded float16 model, taken as it is. A pipeline or Trainer stands for its model.
+    prompts: a text, texts or lists of token ids, or a file (a prompt a line, or a JSON list); by default four short
+    ones. Texts go through the tokenizer's chat template if it has one. tokens: how many of a prompt's are read.
+    attention: "eager", where stock stores raw scores, or "sdpa", for a folder. tokenizer: in place of that of the
+    folder, of the pipeline, or of the checkpoint that a loaded model comes from. device: for a folder; by default cuda
+    where there is one. language: of the verdict and the table, "en" or "zh". progress: True for a bar on stderr, or a
+    rich Console to show it on.
     Returns a ScanResult: `finite` and `verdict` say how it ended, `first_nonfinite` where the model broke, `sites` the
     largest number of each site, where that was, its headroom, and what certify proves of it. `to_dict()` is the same
     as plain data; `save_html` and `save_png` write a report.
-    Raises CheckpointError and NotQwen2Error for a model that cannot be scanned, ScanError for the rest.
+    Raises CheckpointError and NotQwen2Error for a model that cannot be scanned, HubError if the Hub does not give it,
+    ScanError for the rest.
     """
     started, console = time.monotonic(), console_of(progress)
-    _check_settings(attention, tokens)
+    _check_settings(attention, tokens, language)
     asked = read_prompts(prompts)
     weights: WeightProvider
-    if isinstance(model_or_path, nn.Module):
-        weights, fixed = check_loaded(model_or_path, fixed)
-        name = type(model_or_path).__qualname__
-        attention = str(getattr(weights.base.config, "_attn_implementation", attention))
-    else:
+    if isinstance(model_or_path, str | PathLike):
         fixed, name = bool(fixed), str(model_or_path)
-        weights = _open_folder(to_path(model_or_path, CheckpointError), fixed, attention, device)
-    read = tokenise(asked, weights, tokenizer, tokens)
+        wanted = Wanted(tokenizer=tokenizer is None and any(isinstance(prompt, str) for prompt in asked))
+        with checkpoint_at(model_or_path, wanted) as folder:
+            weights = _open_folder(folder, fixed, attention, device)
+            read = tokenise(asked, weights, tokenizer, tokens)
+        scanned: Any = folder
+    else:
+        scanned = model_in(model_or_path, also="a checkpoint folder, OWNER/NAME, ")
+        weights, fixed = check_loaded(scanned, fixed)
+        name = type(scanned).__qualname__
+        attention = str(getattr(weights.base.config, "_attn_implementation", attention))
+        tokenizer = tokenizer_in(model_or_path, scanned) if tokenizer is None else tokenizer
+        read = tokenise(asked, weights, tokenizer, tokens)
     measured, broken, spikes = measure_prompts(weights, read.ids, fixed, console)
     findings = Findings(measured, broken, spikes, read, fixed, attention)
     found = ScanResult(
@@ -77,14 +93,16 @@ def scan(
         checkpoint=name,
         foreign_code=weights.source.foreign_code if isinstance(weights, ModelOnDisk) else None,
         settings=ScanSettings(fixed, attention, tokens, str(weights.device)),
-        **findings.fields(certify(model_or_path, console)),
+        **findings.fields(certify(scanned, console)),
         verdict="",
         seconds=0.0,
+        language=language,
     )
-    return replace(found, verdict=verdict(found), seconds=round(time.monotonic() - started, 2))
+    return replace(found, verdict=verdict(found, language), seconds=round(time.monotonic() - started, 2))
 
 
-def _check_settings(attention: str, tokens: int) -> None:
+def _check_settings(attention: str, tokens: int, language: str) -> None:
+    check_language(language, ScanError)
     if attention not in ATTENTIONS:
         raise ScanError(f"{attention!r} is no attention to scan: give {' or '.join(ATTENTIONS)}.")
     if tokens < 1:

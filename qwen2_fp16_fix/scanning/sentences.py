@@ -24,7 +24,7 @@ def number(value: float | None, lang: str = "en") -> str:
 
 
 def bias_text(spike: BiasSpike, form: str, lang: str = "en") -> str:
-    """A spike's bias. One past float16's range is infinite in it, and None in the result."""
+    """A spike's bias. One beyond float16's range is infinite there, and None in the result."""
     return TEXTS[lang]["not_finite"] if spike.bias is None else format(spike.bias, form)
 
 

@@ -1,4 +1,7 @@
-"""How far a run's logits are from the oracle's, over the tokens of a text read in sliding windows."""
+"""How far a run's logits are from the oracle's, over the tokens of a text read in sliding windows.
+
+The oracle is stock transformers in float32 with eager attention.
+"""
 
 import math
 import shutil
@@ -60,7 +63,7 @@ class OracleLogits:
             torch.save(logits.float().cpu().clone(), self.folder / f"{index}.pt")
         except (OSError, RuntimeError) as error:  # torch's own error for a disk that has filled up since
             raise VerificationError(
-                f"the oracle's logits cannot be written to {self.folder.parent} ({first_line(error)}): make room, or "
+                f"the oracle's logits cannot be written to {self.folder.parent} ({first_line(error)}): free space, or "
                 "set TMPDIR to a larger disk."
             ) from None
 

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredRow(Record):
-    """One way of running the checkpoint, against the oracle. The measures are None if its logits are not finite.
+    """One way of running the checkpoint, against the oracle: stock transformers in float32 with eager attention.
+
+    The measures are None if its logits are not finite.
 
     finite: whether all logits are. kl_mean, kl_max: KL(oracle || row) of a token, in nats. first_overflow: the first
     site that is not finite, in the first window whose logits are not, or else in the first window; None if there is
     none. first_differences: for each prompt the index of the first greedy token that differs from the oracle's, or
-    None. seconds: of the windows' forwards. peak_bytes: see PeakMemory; None if it is not known.
+    None. first_margins: for each of these, by how much the oracle's logit of its own token is above that of the row's
+    token there; None where no token differs, or one of the texts has ended. seconds: of the windows' forwards.
+    peak_bytes: see PeakMemory; None if it is not known.
     """
 
     name: str
@@ -37,6 +41,7 @@ class MeasuredRow(Record):
     largest_logit_difference: float | None
     first_overflow: str | None
     first_differences: tuple[int | None, ...]
+    first_margins: tuple[float | None, ...]
     seconds: float
     peak_bytes: int | None
 
@@ -54,6 +59,7 @@ class VerificationResult(Result):
 
     versions: of the software that ran. checkpoint: its path, or the class of a loaded model. rows: the oracle first.
     reasons: why it does not pass; empty if it passes. verdict: a sentence. seconds: of the whole verification.
+    language: of the sentences and the table.
     """
 
     versions: Status
@@ -64,6 +70,7 @@ class VerificationResult(Result):
     passed: bool
     verdict: str
     seconds: float
+    language: str = "en"
 
     def summary(self) -> str:
         """The verdict."""

@@ -11,9 +11,11 @@ from ..errors import VerificationError
 from ..files.reading import read_json
 from ..files.schema import problem
 from ..files.writing import check_writable, write_whole
+from ..progress import Progress, bar
 from .result import MeasuredRow
 
 WANTED = "another file to resume from"
+BLOCK = 2**20  # bytes read at a time
 
 
 class Saved(TypedDict):
@@ -27,7 +29,7 @@ class FinishedRows:
     """Rows by name, written to the file after each. Without a file they are only kept in memory."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises VerificationError for a file that is no such file, or cannot be written."""
+        """Raises VerificationError for a file that holds anything else, or cannot be written."""
         self.path = path
         self.rows: dict[str, MeasuredRow] = {}
         self.key: dict[str, Any] | None = None  # of the file; None without one
@@ -57,7 +59,7 @@ class FinishedRows:
         names = [field.name for field in fields(MeasuredRow)]
         rows = [MeasuredRow(**{name: row[name] for name in names}) for row in found["rows"]]
         self.key = found["key"]
-        self.rows = {row.name: replace(row, first_differences=tuple(row.first_differences)) for row in rows}
+        self.rows = {row.name: _with_tuples(row) for row in rows}
 
     def _write(self) -> None:
         if self.path is None:
@@ -67,20 +69,30 @@ class FinishedRows:
         write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"), WANTED, VerificationError)
 
 
+def _with_tuples(row: MeasuredRow) -> MeasuredRow:
+    """JSON has lists."""
+    return replace(row, first_differences=tuple(row.first_differences), first_margins=tuple(row.first_margins))
+
+
 def _impossible(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Perplexities that no loss gives, from which no drift can be told."""
+    """Perplexities that no loss gives, from which no drift can be told, and differences without their margins."""
     for number, row in enumerate(rows):
         if row["perplexity"] is not None and row["perplexity"] < 1:
-            yield f"rows[{number}].perplexity is {row['perplexity']}, not a number from 1"
+            yield f"rows[{number}].perplexity is {row['perplexity']}, not a number of at least 1"
+        if len(row["first_differences"]) != len(row["first_margins"]):
+            yield f"rows[{number}] has first_differences and first_margins of different lengths"
 
 
-def digest_of(files: list[Path]) -> str:
+def digest_of(files: list[Path], progress: Progress = None) -> str:
     """SHA-256 of the files' names and whole contents: two trainings of a model have the same headers."""
     digest = hashlib.sha256()
-    for file in sorted(files):
-        own = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                own.update(block)
-        digest.update(f"{file.name} {own.hexdigest()}\n".encode())
+    size = sum(-(-file.stat().st_size // BLOCK) for file in files)
+    with bar("hashing the checkpoint, so that --resume can recognise it", size, progress) as shown:
+        for file in sorted(files):
+            own = hashlib.sha256()
+            with file.open("rb") as stream:
+                while block := stream.read(BLOCK):
+                    own.update(block)
+                    shown.advance()
+            digest.update(f"{file.name} {own.hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""The rows of a verification. Each is one way of running a checkpoint, measured against the oracle's logits."""
+"""The rows of a verification. Each is one way of running a checkpoint, measured against the oracle's logits.
+
+The oracle is the first row: stock transformers in float32 with eager attention.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -42,12 +45,19 @@ class Row:
         return f"{'fixed' if self.fixed else 'stock'} {self.dtype} {self.attention}"
 
 
+class Continuation(NamedTuple):
+    """Greedy tokens, and the logits (tokens, vocabulary) in fp32 that each is the largest of."""
+
+    tokens: list[int]
+    logits: Tensor
+
+
 ORACLE = Row("float32", "eager", fixed=False)
 
 
 @dataclass
 class RowInputs:
-    """The inputs of every row. tokens (1, S); oracle: its logits; continuations: its greedy tokens, by prompt."""
+    """The inputs of every row. tokens (1, S); oracle: its logits; continuations: of it, by prompt."""
 
     folder: Path
     tokens: Tensor
@@ -55,7 +65,7 @@ class RowInputs:
     device: torch.device
     oracle: OracleLogits
     tick: Callable[[int], None]
-    continuations: list[list[int]] = field(default_factory=list)
+    continuations: list[Continuation] = field(default_factory=list)
 
 
 def planned_rows(device: torch.device) -> list[Row]:
@@ -98,6 +108,8 @@ def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
         continued = [continuation(model, prompt) for prompt in prompts_of(inputs.tokens)]
     if row == ORACLE:
         inputs.continuations = continued
+    pairs = zip(continued, inputs.continuations, strict=True)
+    differences = tuple(first_difference(ours.tokens, theirs.tokens) for ours, theirs in pairs)
     return MeasuredRow(
         name=row.name,
         dtype=row.dtype,
@@ -106,9 +118,8 @@ def measure(inputs: RowInputs, row: Row) -> MeasuredRow:
         finite=broken is None,
         **(divergence.summary() if broken is None else UNKNOWN),
         first_overflow=site,
-        first_differences=tuple(
-            first_difference(ours, theirs) for ours, theirs in zip(continued, inputs.continuations, strict=True)
-        ),
+        first_differences=differences,
+        first_margins=tuple(map(margin_at, differences, continued, inputs.continuations)),
         seconds=round(seconds, 3),
         peak_bytes=peak.bytes(),
     )
@@ -171,11 +182,11 @@ def prompts_of(tokens: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def continuation(model: Any, prompt: Tensor) -> list[int]:
+def continuation(model: Any, prompt: Tensor) -> Continuation:
     """The greedy tokens that follow prompt (1, P)."""
     prompt = prompt.to(model.device)
     with quiet():
-        found: Tensor = model.generate(
+        found = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=NEW_TOKENS,
@@ -183,11 +194,25 @@ def continuation(model: Any, prompt: Tensor) -> list[int]:
             num_beams=1,
             repetition_penalty=1.0,  # Qwen2.5's own generation_config.json has another
             pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
         )
-    return [int(token) for token in found[0, prompt.shape[1] :]]
+    tokens = [int(token) for token in found.sequences[0, prompt.shape[1] :]]
+    return Continuation(tokens, torch.cat(found.scores).float().cpu())
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     """The index of the first token that differs, also if one continuation is shorter; None if they are equal."""
     pairs = enumerate(zip_longest(ours, theirs))
     return next((index for index, (own, other) in pairs if own != other), None)
+
+
+def margin_at(index: int | None, ours: Continuation, theirs: Continuation) -> float | None:
+    """By how much the oracle's logit of its own token is above that of our token, where the two texts part.
+
+    None if they do not, or if one of them has ended there.
+    """
+    if index is None or index >= min(len(ours.tokens), len(theirs.tokens)):
+        return None
+    logits = theirs.logits[index]
+    return float(logits[theirs.tokens[index]] - logits[ours.tokens[index]])

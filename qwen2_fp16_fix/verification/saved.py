@@ -9,7 +9,7 @@ from ..files.schema import problem
 from ..patches.errors import Qwen2FP16FixError
 from ..results import Result
 
-WANTED = "what `qwen2-fp16-fix verify PATH --json` printed"
+WANTED = "a file with the JSON that `qwen2-fp16-fix verify PATH --json` prints"
 
 
 class SavedVersions(TypedDict):
@@ -66,5 +66,5 @@ def read_saved(given: Result | Mapping[str, Any] | str | Path, refusal: type[Qwe
         name, found = str(path), read_json(path, WANTED, refusal)
     wrong = problem(found, Saved) or ("it has no rows" if not found["rows"] else None)
     if wrong is not None:
-        raise refusal(f"{name} is no result of verify ({wrong}): name {WANTED}.")
+        raise refusal(f"{name} is not a result of verify ({wrong}): name {WANTED}.")
     return found

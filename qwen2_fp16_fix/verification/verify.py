@@ -8,26 +8,27 @@ import gc
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.folder import FolderSource, open_checkpoint
+from ..checkpoints.hub_ids import Wanted, checkpoint_at
 from ..checkpoints.loaded_model import saved
-from ..checkpoints.tokenizer import read_text, tokens_of
+from ..checkpoints.threads import own_cores
+from ..checkpoints.tokenizer import read_text, tokenizer_in, tokens_of
+from ..code_copies import model_in
 from ..errors import CheckpointError, VerificationError
 from ..files.reading import to_path
 from ..model_status import status
 from ..patches.lock import is_switched_off
-from ..progress import Progress, console_of
+from ..progress import Progress, bar, console_of
 from .divergence import OracleLogits, sliding_windows
 from .judgement import shortcomings, verdict_of
 from .result import MeasuredRow, VerificationResult, VerifiedRow
@@ -36,8 +37,9 @@ from .rows import ORACLE, Row, RowInputs, measure, planned_rows
 from .settings import Request, Settings
 
 
+@own_cores()
 def verify(  # noqa: PLR0913  # the options of the command
-    model_or_path: nn.Module | str | Path,
+    model_or_path: Any,
     text: str | Path | None = None,
     *,
     tokenizer: Any = None,
@@ -48,21 +50,25 @@ def verify(  # noqa: PLR0913  # the options of the command
     max_kl: float | None = None,
     max_ppl_drift: float | None = None,
     resume: str | Path | None = None,
+    language: str = "en",
     progress: Progress = None,
 ) -> VerificationResult:
     """Runs a checkpoint stock and fixed, in fp32, float16 and bfloat16, and measures each row against stock fp32 eager.
 
-    model_or_path: a checkpoint folder, or a loaded Qwen2ForCausalLM, which is saved to a temporary folder first.
-    text: the text, or a Path to a UTF-8 file; by default a passage that comes with the package. tokenizer: used in
-    place of the folder's; a loaded model needs one. window and stride: see `sliding_windows`; tokens: how many of the
-    text's are read. device: "cpu" or "cuda"; by default cuda where there is one. resume: see FinishedRows.
-    progress: True for a bar on stderr, or a rich Console to show the rows and a bar on.
+    model_or_path: a checkpoint folder, OWNER/NAME or OWNER/NAME@REVISION on the Hub, or a loaded Qwen2ForCausalLM,
+    which is saved to a temporary folder first; a pipeline or Trainer stands for its model.
+    text: the text, or the path of a UTF-8 file; by default a passage that comes with the package. tokenizer: in place
+    of that of the folder, of the pipeline, or of the checkpoint that a loaded model comes from. window and stride: see
+    `sliding_windows`; tokens: how many of the text's are read. device: "cpu" or "cuda"; by default cuda where there is
+    one. resume: see FinishedRows. language: of the sentences and the table, "en" or "zh". progress: True for a bar on
+    stderr, or a rich Console to show it on.
     Returns a VerificationResult: `passed`, `verdict` (a sentence) and `reasons` say how it ended, `rows` how far each
     is from the oracle. `to_dict()` is the same as plain data.
     `passed`: every fixed row is finite and, where asked for, each fixed float16 row has a mean KL up to `max_kl` and a
     perplexity within `max_ppl_drift`, relatively.
-    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, VerificationError for other
-    arguments, PatchConflictError if a stock row turns out to be patched, or a fixed one not to be.
+    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, HubError if the Hub does not give it,
+    VerificationError for other arguments, PatchConflictError if a stock row turns out to be patched, or a fixed one not
+    to be.
     """
     if is_switched_off():
         raise VerificationError("QWEN2_FP16_FIX=0 switches the fix off, so nothing here would be fixed: unset it.")
@@ -76,15 +82,20 @@ def verify(  # noqa: PLR0913  # the options of the command
         max_kl=max_kl,
         max_ppl_drift=max_ppl_drift,
         resume=None if resume is None else to_path(resume, VerificationError),
+        language=language,
         console=console_of(progress),
     )
-    request.check_thresholds()
-    if isinstance(model_or_path, nn.Module):
-        if tokenizer is None:
-            raise CheckpointError("a loaded model has no tokenizer: pass tokenizer=, or verify its folder.")
-        with saved(model_or_path) as folder:
-            return _verify(folder, type(model_or_path).__qualname__, request)
-    return _verify(to_path(model_or_path, CheckpointError), str(model_or_path), request)
+    request.check()
+    if isinstance(model_or_path, str | PathLike):
+        with checkpoint_at(model_or_path, Wanted(tokenizer=tokenizer is None)) as folder:
+            return _verify(folder, str(model_or_path), request)
+    model = model_in(model_or_path, also="a checkpoint folder, OWNER/NAME, ")
+    if tokenizer is None:
+        request = replace(request, tokenizer=tokenizer_in(model_or_path, model))
+    if request.tokenizer is None:
+        raise CheckpointError("a loaded model has no tokenizer: pass tokenizer=, or verify its folder.")
+    with saved(model) as folder:
+        return _verify(folder, type(model).__qualname__, request)
 
 
 def _verify(folder: Path, name: str, request: Request) -> VerificationResult:
@@ -102,7 +113,8 @@ def _verify(folder: Path, name: str, request: Request) -> VerificationResult:
     if missing:
         _fill(finished, missing, folder, source, tokens, settings, request.console)
     rows = with_drift([finished.rows[row.name] for row in planned])
-    reasons = (*shortcomings(rows, settings.max_kl, settings.max_ppl_drift), *source.warnings)
+    language = request.language
+    reasons = (*shortcomings(rows, settings.max_kl, settings.max_ppl_drift, language), *source.warnings)
     return VerificationResult(
         versions=status(),
         checkpoint=name,
@@ -110,8 +122,9 @@ def _verify(folder: Path, name: str, request: Request) -> VerificationResult:
         rows=tuple(rows),
         reasons=reasons,
         passed=not reasons,
-        verdict=verdict_of(rows, reasons),
+        verdict=verdict_of(rows, reasons, language),
         seconds=round(time.monotonic() - started, 2),
+        language=language,
     )
 
 
@@ -124,14 +137,12 @@ def _key(
     console: Console | None,
 ) -> dict[str, Any]:
     """Everything that finished rows depend on. `resume` accepts only a file with the same."""
-    if console is not None:
-        console.print("hashing the checkpoint, so that --resume can recognise it …", highlight=False)
     own = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
     found = status().to_dict()
     gpu = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else ""
     numbers = hashlib.sha256(str(tokens.tolist()).encode()).hexdigest()
     return {
-        "checkpoint": digest_of([*own, *source.files]),
+        "checkpoint": digest_of([*own, *source.files], console),
         "text": hashlib.sha256(passage.encode()).hexdigest(),
         "tokenizer": numbers,  # by what it made of the text
         "window": settings.window,
@@ -157,12 +168,12 @@ def _fill(
     size = (tokens.shape[1] - 1) * int(source.config["vocab_size"])
     with (
         tempfile.TemporaryDirectory(prefix="qwen2-fp16-fix-", ignore_cleanup_errors=True) as logits,
-        _progress(console, len(todo) * len(windows)) as (announce, tick),
+        bar("verifying", len(todo) * len(windows), console) as shown,
     ):
         oracle = OracleLogits(Path(logits), size)
-        inputs = RowInputs(folder, tokens, windows, torch.device(settings.device), oracle, tick)
+        inputs = RowInputs(folder, tokens, windows, torch.device(settings.device), oracle, shown.advance)
         for row in todo:
-            announce(row.name)
+            shown.name(row.name)
             try:
                 measured = measure(inputs, row)
             except torch.cuda.OutOfMemoryError:
@@ -174,21 +185,6 @@ def _fill(
             gc.collect()
             if inputs.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-@contextmanager
-def _progress(console: Console | None, steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """Shows a bar. Yields two functions: one names the row that runs, the other advances by windows."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console or Console(quiet=True), disable=console is None, transient=True) as bar:
-        task = bar.add_task("", total=steps)
-
-        def announce(name: str) -> None:
-            bar.update(task, description=name)
-            if console is not None and not console.is_terminal:
-                console.print(f"{name} …", highlight=False)
-
-        yield announce, lambda windows: bar.advance(task, windows)
 
 
 def with_drift(rows: Sequence[MeasuredRow]) -> list[VerifiedRow]:

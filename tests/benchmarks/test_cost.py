@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,12 +201,11 @@ def test_the_documents_count_what_is_counted_now(attention: str, phase: str, wor
         block.mlp.set_exponent(3)  # as random weights of this width ask for
     before, after = (cost_of_layer(model, phase, CASES[phase], 1) for model in (stock, fixed))
     row = layer_cost.Row(phase, CASES[phase], 1, attention, before[0], after[0], before[1], after[1])
-    root = Path(__file__).parents[2]
-    assert report.markdown_table((), [layer_cost.cells(row)]).splitlines()[-1] in report.DOCUMENT.read_text("utf-8")
+    page = report.DOCUMENT.read_text("utf-8")
+    assert report.markdown_table((), [layer_cost.cells(row)]).splitlines()[-1] in page
     launches, moved = ((getattr(row.stock, of), getattr(row.fixed, of)) for of in ("kernels", "moved"))
     short = "| {} → {} | {:,.0f} → {:,.0f} |".format(*launches, *(number / 1e6 for number in moved))
-    for name in ("README.md", "README.zh-CN.md"):
-        assert short in (root / name).read_text("utf-8")
+    assert short in page
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

@@ -148,4 +148,4 @@ def test_a_residual_whose_squares_pass_fp32_is_named() -> None:
     """A norm would divide by infinity: 2^64 squared is the first number that fp32 does not hold."""
     assert list(residual_obstacles(2.0**63, 1)) == []
     assert list(residual_obstacles(float("inf"), 1)) == []  # some layer has said so
-    assert "norms add its squares" in next(residual_obstacles(2.0**62, 16))
+    assert "squares overflow" in next(residual_obstacles(2.0**62, 16))

@@ -103,7 +103,7 @@ def test_a_row_too_large_for_float16_gets_an_exponent(folder: Path) -> None:
     assert layer.exponents["input_norm"] > 0
     assert layer.exponents["rotated"] > 0
     page = io.StringIO()
-    Console(file=page, width=200).print(found)
+    Console(file=page, width=200).print(found.details())
     assert f"input_norm {layer.exponents['input_norm']}" in page.getvalue()
 
 
@@ -144,7 +144,7 @@ def test_a_weight_that_the_cast_makes_infinite_is_a_reason(folder: Path) -> None
     found = qwen2_fp16_fix.certify(folder)
     assert not found.proven
     assert found.casting["model.layers.1.mlp.up_proj.weight"]["overflow"] == 1
-    assert any("1 weights pass 65504" in reason for reason in found.reasons)
+    assert any("1 weights are over float16's limit of 65,504" in reason for reason in found.reasons)
 
 
 def no_such_folder(folder: Path) -> Path:
@@ -189,9 +189,21 @@ def pickled(folder: Path) -> Path:
     return folder
 
 
+def adapter(folder: Path) -> Path:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    return folder
+
+
+def gguf(folder: Path) -> Path:
+    (folder / "config.json").rename(folder / "model-Q8_0.gguf")
+    return folder
+
+
 BAD = {
     no_such_folder: "there is no",
     empty: "has no config.json",
+    adapter: "holds a PEFT adapter: merge it",
+    gguf: "holds GGUF files",
     broken_json: "config.json is not valid JSON",
     half_written: "damaged or half written",
     missing_shard: "the shard model-00001-of-00002.safetensors is missing",

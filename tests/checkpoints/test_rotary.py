@@ -73,7 +73,7 @@ def test_settings_whose_frequencies_may_not_be_finite_are_named(settings: dict[s
 def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"config.json has {name} = "):
         check_rotary({"rope_parameters": YARN | {name: value}})
-    with pytest.raises(CheckpointError, match="no group of settings"):
+    with pytest.raises(CheckpointError, match="not a group of settings"):
         check_rotary({"rope_scaling": [YARN]})
 
 

@@ -21,7 +21,7 @@ from tests.commands.in_process import run_command
 from tests.helpers import ROOT
 
 DEMO = str(demo.CHECKPOINT)
-SCAN = ("scan", DEMO, "--fixed", "--tokens", "4", "--device", "cpu", "--json")
+SCAN = ("scan", DEMO, "--fixed", "--tokens", "4", "--device", "cpu", "--output")
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways elsewhere")
 
 
@@ -104,7 +104,7 @@ def test_no_stream_makes_a_finding(
 def test_a_scan_writes_its_file_whatever_its_streams_are(
     stdout: Any, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`scan --json a.json | head -1` printed first, died of that and wrote nothing; so it did for a token's `␣`."""
+    """`scan --output a.json | head -1` printed first, died of that and wrote nothing; so it did for a token's `␣`."""
     data = tmp_path / "scan.json"
     streams = {"stdout": stdout} if stdout is old_encoding else {"stdout": stdout, "stderr": stdout}
     assert code_with(monkeypatch, streams, *SCAN, str(data)) == code
@@ -169,7 +169,7 @@ def test_a_signal_cleans_up(
     [
         ("certify", ""),
         ("lock", "-o", ""),
-        ("scan", DEMO, "--json="),
+        ("scan", DEMO, "--output="),
         ("push", "x", ""),
         ("export", "", "x"),
     ],
@@ -201,7 +201,7 @@ LONG = "x" * 300  # no file system has names of that length
     [
         *(("scan", LONG), ("verify", LONG), ("certify", LONG), ("doctor", LONG), ("export", LONG, "out")),
         *(("push", LONG, "a/b", "--dry-run"), ("check", "lock.json", "--folder", LONG), ("lock", "-o", LONG)),
-        *(("scan", str(demo.CHECKPOINT), "--json", LONG), ("verify", str(demo.CHECKPOINT), "--resume", LONG)),
+        *(("scan", str(demo.CHECKPOINT), "--output", LONG), ("verify", str(demo.CHECKPOINT), "--resume", LONG)),
         *(("scan", str(demo.CHECKPOINT), "--prompts", LONG), ("demo", "--save", LONG)),
         ("scan", "locked"),
     ],

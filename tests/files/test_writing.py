@@ -213,4 +213,4 @@ def test_a_folder_of_another_container_that_runs_is_left(
             (second / "file").write_text(OLD)
         (tmp_path / "out" / "file").unlink()  # an empty folder may be replaced
     assert (tmp_path / "out" / "file").read_text() == NEW
-    assert "is another export's" in caplog.text
+    assert "belongs to another export" in caplog.text

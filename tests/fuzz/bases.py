@@ -124,9 +124,9 @@ def resume() -> Path:
 
 @functools.cache
 def scan() -> Path:
-    """What `scan --json` writes."""
+    """What `scan --output` writes."""
     path = home() / "scan.json"
-    call("scan", str(healthy()), "--tokens", "4", "--json", str(path))
+    call("scan", str(healthy()), "--tokens", "4", "--output", str(path))
     assert path.is_file()
     return path
 

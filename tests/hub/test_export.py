@@ -21,7 +21,7 @@ from qwen2_fp16_fix.checkpoints import loading
 from qwen2_fp16_fix.checkpoints.folder import open_checkpoint
 from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.demo import CHECKPOINT
-from qwen2_fp16_fix.errors import CheckpointError, ExportError
+from qwen2_fp16_fix.errors import CheckpointError, ExportError, HubError
 from qwen2_fp16_fix.hub import export
 from qwen2_fp16_fix.hub.export import CARRIED, CODE_FILES, PATCHES
 from tests.hub.examples import SHARDS, change_config, config_of, contents
@@ -231,9 +231,9 @@ def test_a_repository_is_exported_from_the_cache(tmp_path: Path, monkeypatch: py
     assert not any(path.is_symlink() for path in by_name.iterdir())
     assert (by_name / "model.safetensors").stat().st_ino == (folder / "model.safetensors").stat().st_ino
     assert ModelCard.load(by_name / "README.md").data.base_model == "some/model"
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         qwen2_fp16_fix.export("some/other", tmp_path / "other")
-    with pytest.raises(CheckpointError, match="give a checkpoint folder, or OWNER/NAME"):
+    with pytest.raises(CheckpointError, match=r"give a checkpoint folder, a \.safetensors file, or OWNER/NAME"):
         qwen2_fp16_fix.export("nowhere", tmp_path / "other")
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import qwen2_fp16_fix
 from qwen2_fp16_fix.cli import commands, main
 from qwen2_fp16_fix.demo import CHECKPOINT
-from qwen2_fp16_fix.errors import CheckpointError, PublishError
+from qwen2_fp16_fix.errors import CheckpointError, HubError, PublishError
 from qwen2_fp16_fix.hub.push import LOCK, push
 from qwen2_fp16_fix.patches.errors import NotQwen2Error
 
@@ -218,7 +218,7 @@ def test_large_weights_go_first_and_an_interrupted_push_goes_on(
             raise ConnectionError("reset")
 
     monkeypatch.setattr(hub, "note", interrupt)
-    with pytest.raises(PublishError, match="push again to go on"):
+    with pytest.raises(HubError, match="push again to go on"):
         push(exported, "me/new", api=hub)
     assert set(hub.repos["me/new"]["main"]) == {".gitattributes", "model.safetensors"}
     hub.commits["me/new"].append(("Add weights", ""))  # for all a push knows, these are another's
@@ -308,7 +308,7 @@ def test_what_the_hub_answers_becomes_one_sentence_without_the_token(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     hub.fails[method] = failure
-    with pytest.raises(PublishError, match=says) as raised:
+    with pytest.raises(HubError, match=says) as raised:
         push(exported, "me/new", api=hub)
     assert "\n" not in str(raised.value)
     assert SECRET not in str(raised.value)
@@ -318,7 +318,7 @@ def test_what_the_hub_answers_becomes_one_sentence_without_the_token(
 
 def test_the_real_client_offline_is_one_sentence(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PublishError, match="unset it to push"):
+    with pytest.raises(HubError, match="unset it to push"):
         push(exported, "me/new")
 
 
@@ -342,15 +342,15 @@ def test_the_command_pushes(exported: Path, hub: Hub, monkeypatch: pytest.Monkey
     assert set(hub.repos["me/new"]["v1"]) == {*contents(exported), ".gitattributes"}
 
 
-def test_errors_and_interruptions_are_one_sentence_with_exit_code_2(
+def test_errors_and_interruptions_are_one_sentence_with_an_exit_code(
     exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("qwen2_fp16_fix.hub.push.HfApi", lambda: hub)
-    for failure in (answered(403), KeyboardInterrupt()):
+    for failure, code in ((answered(403), 4), (KeyboardInterrupt(), 2)):
         hub.fails["create_repo"] = failure
         monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", "push", str(exported), "me/new"])
         with pytest.raises(SystemExit) as ended:
             main.main()
-        assert ended.value.code == 2
+        assert ended.value.code == code
         printed = capsys.readouterr()
         assert (printed.out, printed.err.count("\n")) == ("", 1)

@@ -87,7 +87,7 @@ def broken_card(folder: Path) -> None:
         (adapter, CheckpointError, "PEFT adapter"),
         (link_out, ExportError, "tokenizer.json is a link to .*outside"),
         (weights_link_out, ExportError, "model.safetensors is a link to .*outside"),
-        (link_to_nothing, CheckpointError, "link to nothing"),
+        (link_to_nothing, CheckpointError, "broken link"),
         (broken_card, ExportError, "front matter"),
     ],
 )
@@ -121,7 +121,7 @@ def test_an_index_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> 
     index = sharded / "model.safetensors.index.json"
     shutil.copy(sharded / "model-00001-of-00004.safetensors", tmp_path / "secret.safetensors")
     index.write_text(index.read_text().replace("model-00001-of-00004", "../secret"))
-    with pytest.raises(CheckpointError, match=r"no \.safetensors file beside it"):
+    with pytest.raises(CheckpointError, match=r"not a \.safetensors file beside it"):
         qwen2_fp16_fix.export(sharded, tmp_path / "out")
 
 
@@ -129,9 +129,9 @@ def test_an_index_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> 
     ("asked", "says"),
     [
         ({"weights": "none", "code_repo": "some/code"}, "neither code nor weights"),
-        ({"code_repo": "code"}, "'code' is no repository"),
-        ({"code_repo": "some/code@"}, "no repository"),
-        ({"code_repo": "some/co--de"}, "no repository"),
+        ({"code_repo": "code"}, "'code' is not a repository"),
+        ({"code_repo": "some/code@"}, "not a repository"),
+        ({"code_repo": "some/co--de"}, "not a repository"),
         ({"weights": "move"}, "link, copy or none"),
     ],
 )
@@ -153,9 +153,9 @@ def test_what_is_there_is_never_overwritten(checkpoint: Path, tmp_path: Path) ->
         full: "not empty",
         file: "not a folder",
         link: "not a folder",
-        checkpoint: "lies inside",
-        checkpoint / "sub" / "out": "lies inside",
-        tmp_path: "lies inside",
+        checkpoint: "is inside",
+        checkpoint / "sub" / "out": "is inside",
+        tmp_path: "is inside",
         file / "out": "something else is there|not written",
     }
     for place, says in places.items():
@@ -194,7 +194,7 @@ def test_a_read_only_place_is_one_sentence() -> None:
         if root:
             os.seteuid(65534)
         try:
-            with pytest.raises(ExportError, match="may not be read or written"):
+            with pytest.raises(ExportError, match="cannot be read or written"):
                 qwen2_fp16_fix.export(source, place / "locked" / "out")
         finally:
             if root:

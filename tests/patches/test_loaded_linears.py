@@ -86,5 +86,5 @@ def test_status_knows_weights_of_another_kind_than_their_linear() -> None:
     k_proj.weight = nn.Parameter(k_proj.weight.detach().to(torch.int8), requires_grad=False)
     found = qwen2_fp16_fix.status(model).model
     assert not found.fixed
-    assert "layers.1.self_attn.k_proj is a plain linear with weights of int8" in found.problem
+    assert "layers.1.self_attn.k_proj is a plain linear with int8 weights" in found.problem
     assert qwen2_fp16_fix.status(quantised()).model.fixed

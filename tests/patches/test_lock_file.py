@@ -102,11 +102,11 @@ def test_a_value_of_another_kind_is_named(field: str, value: Any, tmp_path: Path
 @pytest.mark.parametrize("value", ["text", "G" * 64, DIGEST + "\n", 7, None])
 def test_a_value_that_is_no_digest_is_named_with_its_key(field: str, value: Any, tmp_path: Path) -> None:
     path = written(tmp_path, LOCK | {field: {"good.py": DIGEST, "bad.py": value}})
-    assert f"is a lock whose {field}['bad.py'] is not a digest: make it anew" in refusal(path)
+    assert f"is a lock whose {field}['bad.py'] is not a digest: make a new one" in refusal(path)
     assert f"whose {field} is not a digest for each name" in refusal(written(tmp_path, LOCK | {field: {}}))
 
 
 def test_a_lock_of_an_older_format_says_so(tmp_path: Path) -> None:
-    assert f"is a lock of format 1, and this version reads {lock_file.FORMAT}: lock anew, or install" in refusal(
+    assert f"is a lock of format 1, and this version reads {lock_file.FORMAT}: make a new lock, or " in refusal(
         written(tmp_path, {"format": 1})
     )

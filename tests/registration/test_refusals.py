@@ -73,7 +73,7 @@ def test_the_models_with_pictures_are_refused_and_the_pages_say_so(name: str, ti
         text_config=sizes | heads | rotation, vision_config=tower | {"out_hidden_size": 32, "mlp_ratio": 2}
     )
     refuses(q.NotQwen2Error, getattr(transformers, f"{name}ForConditionalGeneration")(settings), "no Qwen2")
-    for page in ("README.md", "README.zh-CN.md", "docs/troubleshooting.md", "docs/troubleshooting.zh.md"):
+    for page in ("README.md", "README.zh-CN.md", "docs/troubleshooting.md", "docs/zh/troubleshooting.md"):
         text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
         said = [part for part in re.split(r"\n\n|\n- ", text) if title in part and "`fix`" in part]
         assert len(said) == 1, page
@@ -367,3 +367,12 @@ def test_a_switch_that_keeps_the_fix_out_is_found_behind_others(switches: str) -
 def test_letters_in_arguments_are_no_switches(arguments: str) -> None:
     """`-Wignore::ImportWarning` was refused for its I."""
     assert launcher.command_for([sys.executable, *arguments.split()])[1:] == arguments.split()
+
+
+@pytest.mark.parametrize("name", ["python", "python3"])
+def test_python_means_the_one_that_runs_us(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first on the PATH may be one without this package."""
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launcher.command_for([name, "-c", "0"]) == [sys.executable, "-c", "0"]

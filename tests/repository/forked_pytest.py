@@ -15,7 +15,7 @@ import pytest
 
 #: What the tests import, the slowest first: once here, and not in each fork.
 SLOW = ("torch._dynamo", "transformers.models.qwen2.modeling_qwen2", "peft", "accelerate", "torch.distributed.tensor")
-SLOW += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "hypothesis", "xdist")
+SLOW += ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "hypothesis")
 CRASHED = 70
 
 

@@ -62,23 +62,23 @@ def test_the_record_is_up_to_date_and_all_passed() -> None:
     assert all(o["tests"] >= len(matrix.suite_functions()) for o in record["releases"].values())
 
 
-@pytest.mark.parametrize("readme", matrix.READMES, ids=lambda path: path.name)
-def test_the_readmes_show_the_record(readme: Path) -> None:
-    shown = readme.read_text(encoding="utf-8").partition(matrix.BEGIN)[2].partition(matrix.END)[0]
+def test_the_page_shows_the_record() -> None:
+    shown = matrix.PAGE.read_text(encoding="utf-8").partition(matrix.BEGIN)[2].partition(matrix.END)[0]
     assert shown.strip() == matrix.table(json.loads(matrix.RECORD.read_text())), "run `make matrix`"
 
 
-@pytest.mark.parametrize("readme", matrix.READMES, ids=lambda path: path.name)
-def test_the_readmes_say_which_python(readme: Path) -> None:
-    """They promised `make test` on 3.10, where the release it installs cannot be had."""
-    text = readme.read_text(encoding="utf-8")
+def test_the_pages_say_which_versions() -> None:
+    """The README promised `make test` on 3.10, where the release it installs cannot be had."""
+    record = json.loads(matrix.RECORD.read_text())
     oldest = {release.version: min(SpecifierSet(release.python), key=str).version for release in LISTED}
     newest_on_310 = max((v for v in VERSIONS if Version(oldest[v]) < Version("3.11")), key=Version)
-    assert f"Python {oldest[NEWEST_TESTED].removesuffix('.0')}" in text.partition("```")[0]
-    supported = next(part for part in text.split("\n## ") if matrix.BEGIN in part)
-    record = json.loads(matrix.RECORD.read_text())
+    before = matrix.PAGE.read_text(encoding="utf-8").partition(matrix.BEGIN)[0]
     for said in ("Python 3.10", newest_on_310, record["python"], record["torch"].removesuffix(".0")):
-        assert said in supported.partition(matrix.BEGIN)[0]
+        assert said in before
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (matrix.ROOT / name).read_text(encoding="utf-8")
+        assert f"Python {oldest[NEWEST_TESTED].removesuffix('.0')}" in text
+        assert f"[{len(record['releases'])} " in text
 
 
 def report(tmp_path: Path, *cases: str) -> Path:

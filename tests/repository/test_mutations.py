@@ -41,6 +41,9 @@ def test_misplaced_mutations_are_named(tmp_path: Path) -> None:
     assert misplaced([there, there], tmp_path) == ["there: 2 mutations have this name"]
 
 
+UNUSED = ("-W", "ignore::pytest.PytestUnknownMarkWarning")  # xdist's marks
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a mutated run needs. The package finds the copy's patches/ through its link."""
@@ -58,6 +61,7 @@ def run_pytest(sources: Path) -> Iterator[Callable[[str], tuple[int, str]]]:
     """Runs a test of the copy; returns pytest's exit code and what it printed."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(sources)  # before any checkout that is installed
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half of a run went into plugins, which no test here needs
     command = [sys.executable, str(ROOT / "tests" / "repository" / "forked_pytest.py")]
     output = sources / "output.txt"
     with subprocess.Popen(
@@ -67,7 +71,7 @@ def run_pytest(sources: Path) -> Iterator[Callable[[str], tuple[int, str]]]:
         assert server.stdout is not None
 
         def run(test: str) -> tuple[int, str]:
-            arguments = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", test]
+            arguments = ["-q", "-x", "-p", "no:cacheprovider", *UNUSED, test]
             print(json.dumps({"arguments": arguments, "output": str(output)}), file=server.stdin, flush=True)
             return int(server.stdout.readline()), output.read_text()
 

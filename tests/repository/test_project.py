@@ -12,6 +12,7 @@ import typer.main
 import qwen2_fp16_fix
 from qwen2_fp16_fix.cli import commands
 from qwen2_fp16_fix.patches import version_map
+from tools import package_page
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
@@ -29,7 +30,8 @@ PROMISED = {
     "Qwen2FP16FixError", "UnsupportedTransformersError", "NotQwen2Error", "PatchConflictError", "MetaTensorError",
     "ForeignCacheError", "HalfPrecisionScoresError", "RegistrationError", "ShardedRangeError", "SymbolicTraceError",
     "BrokenInstallationError",
-    "CheckpointError", "VerificationError", "ExportError", "PublishError", "LockError", "LockFileError", "ScanError",
+    "CheckpointError", "VerificationError", "ExportError", "PublishError", "HubError", "LockError", "LockFileError",
+    "ScanError",
     "UntestedTransformersWarning", "StalePlanWarning", "PatchConflictWarning", "NotFixedWarning",
     "__version__",
 }  # fmt: skip
@@ -74,45 +76,56 @@ def test_versions_agree() -> None:
     newest = re.search(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"), re.M)
     assert newest is not None
     assert version == newest[1]
-    assert f"qwen2-fp16-fix=={version}" in read("README.md")
+    assert f"qwen2-fp16-fix=={version}" in read("docs/pinning.md")
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_readmes_name_every_way_in_and_every_command(readme: str) -> None:
+def test_readmes_fit_a_screen_and_name_every_way_and_every_command(readme: str) -> None:
     text = read(readme)
+    assert len(text.splitlines()) <= 120
     offered = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
     for command, implementation in offered.items():
         assert f"qwen2-fp16-fix {command}" in text
         assert implementation.help
     for name in ("register()", "unregister()", "registered()", "fix(model)", "unfix(model)", "status(model)"):
         assert name in text
-    for target in ("demo", "test", "matrix", "bench", "docs", "dist"):
-        assert f"make {target}" in text
-    for other in ("qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
+    for other in ("make demo", "make test", "make docs", "qwen2_fp16_fix.auto", "QWEN2_FP16_FIX=0"):
         assert other in text
     assert version_map.NEWEST_TESTED in text
 
 
-def test_readmes_show_the_same_code() -> None:
-    def code(text: str) -> list[str]:
-        blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
-        return [re.sub(r"\s*#.*", "", block) for block in blocks]
-
-    assert code(read(READMES[0])) == code(read(READMES[1]))
-
-
-def test_readmes_figures_are_the_demos() -> None:
+def test_the_pages_figures_are_the_demos() -> None:
     """The table is measured, not remembered: the checkpoint's own record has the stock rows."""
     import json
 
     record = json.loads(read("qwen2_fp16_fix/demo_checkpoint/TRAINING.json"))
     stock = record["stock_perplexity"]["demo"]
-    for readme in READMES:
-        text = read(readme)
+    for page in ("docs/fixed.md", "docs/zh/fixed.md"):
+        text = read(page)
         for row in ("float32 eager", "bfloat16 eager", "bfloat16 sdpa"):
             assert f"{stock[row]:.3f}" in text
         assert f"{record['peaks']['scores']:,.0f}" in text
         assert f"{record['peaks']['residual']:,.0f}" in text
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", text)
+
+
+def test_no_link_of_the_package_page_is_dead() -> None:
+    """On an index nothing lies beside the README. Without an address of ours a link there is plain text."""
+    readme = read("README.md")
+    unset, whole = (package_page.page(readme, address, "1.2.3") for address in ("", "https://host/owner/name"))
+    assert [link for link in links(unset) if not link.startswith("https://")] == []
+    assert all(link.startswith("https://") for link in links(whole))
+    assert len(links(whole)) == len(links(readme))
+    assert "(https://host/owner/name/raw/v1.2.3/docs/demo-scan.png)" in whole
+    assert re.search(r"\[docs?/|\]\(|!\[", unset) is None
+    (address,) = re.findall(r'^repository = "(.*?)"', read("pyproject.toml"), re.M)
+    assert (f'repository-code: "{address}"' in read("CITATION.cff")) is bool(address)
+    assert {"Homepage", "Documentation", "Issues", "Changelog"} == set(
+        package_page.addresses("https://host/owner/name")
+    )
 
 
 def test_the_tests_run_on_the_newest_tested_release() -> None:

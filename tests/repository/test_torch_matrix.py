@@ -1,4 +1,4 @@
-"""The record of torch versions: which it has, whether it is up to date, and that the READMEs show it."""
+"""The record of torch versions: which it has, whether it is up to date, and that the handbook shows it."""
 
 import json
 import re
@@ -18,16 +18,15 @@ def record() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
 
 
 def test_the_record_is_up_to_date_and_all_passed() -> None:
-    """The READMEs claim what ran; a change of the patches takes the claim away until it ran again."""
+    """The handbook claims what ran; a change of the patches takes the claim away until it ran again."""
     assert record()["digest"] == matrix.digest(), "the patches or the suite have changed: run `make matrix-torch`"
     ran = record()["torch"]
     assert {torch: tuple(outcomes) for torch, outcomes in ran.items()} == torch_matrix.PAIRS
     assert [(t, v, o["problem"]) for t, found in ran.items() for v, o in found.items() if o["problem"]] == []
 
 
-@pytest.mark.parametrize("readme", matrix.READMES, ids=lambda path: path.name)
-def test_the_readmes_show_the_record(readme: Path) -> None:
-    text = readme.read_text(encoding="utf-8")
+def test_the_page_shows_the_record() -> None:
+    text = matrix.PAGE.read_text(encoding="utf-8")
     shown = text.partition(torch_matrix.BEGIN)[2].partition(torch_matrix.END)[0]
     assert shown.strip() == torch_matrix.table(record()), "run `make matrix-torch`"
 
@@ -59,7 +58,7 @@ def test_a_run_of_some_versions_writes_no_record(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch_matrix, "PAIRS", dict.fromkeys(outcomes, ("4.37.0",)))
     monkeypatch.setattr(torch_matrix, "RECORD", tmp_path / "record.json")
     monkeypatch.setattr(torch_matrix.shutil, "which", lambda name: name)
-    monkeypatch.setattr(matrix, "READMES", ())
+    monkeypatch.setattr(matrix, "write_table", lambda *_: None)
 
     def run(torch: str, *_: object) -> list[matrix.Outcome]:
         return [matrix.Outcome("4.37.0", 3, 1.0, outcomes[torch])]

@@ -69,7 +69,7 @@ def test_rich_prints_the_table_of_the_command(
 
 def test_a_notebook_shows_the_same_table(planted: ScanResult) -> None:
     html = planted._repr_html_()
-    assert html.startswith("<pre>")
+    assert html.startswith("<pre")
     assert "down_proj" in html
     assert planted.verdict.split(",")[0] in " ".join(re.sub("<[^>]*>", "", html).split())
 

@@ -20,7 +20,7 @@ def test_the_command_names_what_was_planted_and_its_exit_code_says_so(
 ) -> None:
     prompts, data = tmp_path / "prompts.txt", tmp_path / "scan.json"
     prompts.write_text(f"{text_of(PROMPT)}\n\nAB\n")
-    done = command(folders("swiglu"), "--prompts", prompts, "--stock", "--json", data)
+    done = command(folders("swiglu"), "--prompts", prompts, "--stock", "--output", data)
     assert done.exit_code == 1, done.output
     assert re.search(r"breaks first in layer 2, down_proj, channel 3,\s+token \d+\s+`.`", done.stdout)
     found = json.loads(data.read_text())
@@ -47,15 +47,15 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
     there.write_text("mine")
     assert "there.html exists: name another file, or add --force" in refused(folder, "--report", there)
     assert there.read_text() == "mine"
-    assert "cannot be written (No such file" in refused(folder, "--json", tmp_path / "no" / "x.json")
+    assert "cannot be written (No such file" in refused(folder, "--output", tmp_path / "no" / "x.json")
     assert "it is a folder" in refused(folder, "--png", tmp_path)
-    assert "cannot be written (Not a directory" in refused(folder, "--json", there / "x.json")
+    assert "cannot be written (Not a directory" in refused(folder, "--output", there / "x.json")
     with monkeypatch.context() as later:
         later.setattr(Path, "is_dir", lambda path: False)  # as from Python 3.14
         later.setattr(Path, "exists", lambda path: False)
-        assert "cannot be written (File name too long" in refused(folder, "--json", tmp_path / ("x" * 300))
+        assert "cannot be written (File name too long" in refused(folder, "--output", tmp_path / ("x" * 300))
     both = tmp_path / "one"
-    assert "have the same name" in refused(folder, "--json", both, "--report", both)
+    assert "have the same name" in refused(folder, "--output", both, "--report", both)
     assert "add --report OUT.html" in refused(folder, "--verification", there)
     report = tmp_path / "out.html"
     for content in (
@@ -65,7 +65,7 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
         '{"rows": [{}], "settings": {"tokens": 1, "window": 1}}',
     ):
         there.write_text(content)
-        assert "`qwen2-fp16-fix verify PATH --json` printed" in refused(
+        assert "`qwen2-fp16-fix verify PATH --json` prints" in refused(
             folder, "--report", report, "--verification", there
         )
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
@@ -81,7 +81,7 @@ def test_force_overwrites_and_a_failed_write_leaves_the_old_file(
     data, prompts = tmp_path / "scan.json", tmp_path / "prompts.json"
     prompts.write_text(json.dumps(["AB\nC"]))
     data.write_text("old")
-    assert command(folders("keys"), "--prompts", prompts, "--json", data, "--force").exit_code == 0
+    assert command(folders("keys"), "--prompts", prompts, "--output", data, "--force").exit_code == 0
     written = data.read_text()
     assert json.loads(written)["stock"]["prompts"] == [{"text": "AB\nC", "tokens": 3}]
 
@@ -89,7 +89,7 @@ def test_force_overwrites_and_a_failed_write_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    sentence = refused(folders("keys"), "--prompts", prompts, "--json", data, "--force")
+    sentence = refused(folders("keys"), "--prompts", prompts, "--output", data, "--force")
     assert "No space left on device" in sentence
     assert data.read_text() == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.json", "scan.json"]
@@ -106,7 +106,7 @@ def test_a_scan_is_printed_even_if_its_file_cannot_be_written(
     monkeypatch.setattr(files.ScanFiles, "write", fail)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("AB")
-    done = command(folders("keys"), "--prompts", prompts, "--json", tmp_path / "scan.json")
+    done = command(folders("keys"), "--prompts", prompts, "--output", tmp_path / "scan.json")
     assert isinstance(done.exception, qwen2_fp16_fix.ScanError)
     assert "tightest" in done.stdout
 
@@ -115,7 +115,7 @@ def test_a_name_that_is_just_short_enough_is_written(folders: Callable[..., Path
     """The longer name that it had while it was written was one too long: a refusal after the run."""
     data, prompts = tmp_path / ("n" * 250), tmp_path / "prompts.txt"
     prompts.write_text("AB")
-    assert command(folders("keys"), "--prompts", prompts, "--json", data).exit_code == 0
+    assert command(folders("keys"), "--prompts", prompts, "--output", data).exit_code == 0
     assert json.loads(data.read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([data.name, prompts.name])
 

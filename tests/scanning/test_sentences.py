@@ -2,7 +2,6 @@
 
 import json
 import re
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,6 @@ def test_a_token_that_is_markup_to_rich_is_printed_as_it_stands(
     for token in ("[/INST]", "[b]", ":smile:"):
         Console(width=200).print(with_tokens(scans("scores"), token))
         assert f"`{token}`" in capsys.readouterr().out
-
-
-def test_both_languages_have_the_same_keys_and_placeholders() -> None:
-    def fields(text: str) -> set[str | None]:
-        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-
-    english, chinese = (SCAN_TEXTS[lang] | REPORT_TEXTS[lang] for lang in ("en", "zh"))
-    assert english.keys() == chinese.keys()
-    assert not SCAN_TEXTS["en"].keys() & REPORT_TEXTS["en"].keys()
-    for key, text in english.items():
-        assert fields(text) == fields(chinese[key]), key
-        assert chinese[key].strip(), key
 
 
 def test_every_text_is_used() -> None:

@@ -104,7 +104,7 @@ def test_a_bad_checkpoint_is_one_sentence(checkpoint: Path, sentence: str) -> No
 BAD_SHARDS: dict[str, Callable[[Path], Any]] = {
     "is missing: the download is unfinished": lambda shard: shard.unlink(),
     "is damaged or half written": lambda shard: shard.write_bytes(shard.read_bytes()[:-100]),
-    "of-00007.safetensors: one is another's": lambda shard: shard.write_bytes(
+    "of-00007.safetensors: one file is another's": lambda shard: shard.write_bytes(
         sorted(shard.parent.glob("*.safetensors"))[0].read_bytes()
     ),
 }
@@ -156,12 +156,12 @@ def test_bad_texts_and_tokenizers_are_one_sentence(checkpoint: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"window": 4097}, "a window of 4097 tokens: give 2 to 4096"),
+        ({"window": 4097}, "a window of 4097 tokens does not fit: give 2 to 4096"),
         ({"window": 1}, "a window of 1 tokens"),
-        ({"stride": 24}, "a stride of 24 for a window of 24: give 1 to 23"),
+        ({"stride": 24}, "a stride of 24 does not fit a window of 24: give 1 to 23"),
         ({"stride": 0}, "a stride of 0"),
-        ({"tokens": 1}, "1 tokens: give at least 2"),
-        ({"device": "tpu"}, "'tpu' is no device to verify on"),
+        ({"tokens": 1}, "1 tokens are too few: give at least 2"),
+        ({"device": "tpu"}, "'tpu' is not a device to verify on"),
         ({"device": "cuda:99"}, "there is no cuda:99 here"),
         ({"max_kl": math.nan}, "a threshold of nan decides nothing"),
         ({"max_ppl_drift": -1.0}, "a threshold of -1.0 decides nothing"),

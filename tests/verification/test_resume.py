@@ -90,7 +90,9 @@ def test_a_file_that_is_damaged_anywhere_is_refused_before_the_run(
     """A key that was missing, or a text for a number, was a traceback once the rows had run."""
     file, whole = tmp_path / "rows.json", FinishedRows(tmp_path / "rows.json")
     whole.begin({"window": 4})
-    whole.add(MeasuredRow("stock", "float16", "eager", False, True, 2.5, *[0.0] * 4, None, (None, 3), 1, 5))
+    whole.add(
+        MeasuredRow("stock", "float16", "eager", False, True, 2.5, *[0.0] * 4, None, (None, 3), (None, 0.5), 1, 5)
+    )
     assert FinishedRows(file).rows == whole.rows
     monkeypatch.setattr(verify, "tokens_of", lambda *_: pytest.fail("ran before the file was read"))
     refused, data = qwen2_fp16_fix.VerificationError, json.loads(file.read_text())
@@ -103,5 +105,5 @@ def test_a_file_that_is_damaged_anywhere_is_refused_before_the_run(
     data["rows"][0]["perplexity"] = 0
     for content in ("", "[]", "\xff", "[" * 10**5, json.dumps(data)):
         file.write_text(content, encoding="latin-1")
-        with pytest.raises(refused, match=r"rows\.json is not|perplexity is 0, not a number from 1"):
+        with pytest.raises(refused, match=r"rows\.json is not|perplexity is 0, not a number of at least 1"):
             FinishedRows(file)

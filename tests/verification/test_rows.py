@@ -107,6 +107,20 @@ def test_continuations_are_compared_token_by_token() -> None:
     assert starts == [0, 34, 68]
 
 
+def test_a_margin_is_the_oracles_where_the_texts_part() -> None:
+    oracle = rows.Continuation([2, 0], torch.tensor([[0.0, 1.0, 3.0], [5.0, 4.5, 0.0]]))
+    ours = rows.Continuation([2, 1], torch.zeros(2, 3))
+    assert rows.margin_at(1, ours, oracle) == 0.5
+    assert rows.margin_at(None, ours, oracle) is None
+    assert rows.margin_at(2, ours, oracle) is None  # a text that has ended has no token there
+
+
+def test_a_continuation_is_the_largest_of_its_logits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "NEW_TOKENS", 4)
+    found = rows.continuation(load(checkpoint, False, torch.float32, "eager"), torch.tensor([[1, 2, 3]]))
+    assert found.logits.argmax(-1).tolist() == found.tokens
+
+
 def test_one_copy_of_the_weights_at_a_time(checkpoint: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "NEW_TOKENS", 4)
     table(checkpoint)

@@ -49,7 +49,7 @@ def test_what_lacks_a_key_or_has_another_type_is_refused(tmp_path: Path) -> None
     for data, place in damaged(PLAIN):
         file.write_text(json.dumps(data))
         for given in (data, file):
-            with pytest.raises(ScanError, match=f"is no result of verify .*{re.escape(place)}"):
+            with pytest.raises(ScanError, match=f"is not a result of verify .*{re.escape(place)}"):
                 read_saved(given, ScanError)
         cases += 1
     assert cases > 40
@@ -75,7 +75,7 @@ def test_the_sentence_names_the_place(change: dict[str, Any], words: str) -> Non
 @pytest.mark.parametrize("text", ["[]", "1", '"text"', "null", "mine", "{}"])
 def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_text(text)
-    with pytest.raises(ScanError, match="name what `qwen2-fp16-fix verify PATH --json` printed"):
+    with pytest.raises(ScanError, match="name a file with the JSON that `qwen2-fp16-fix verify PATH --json` prints"):
         read_saved(tmp_path / "x", ScanError)
     with pytest.raises(ScanError, match="No such file"):
         read_saved(tmp_path / "y", ScanError)

@@ -49,7 +49,7 @@ MUTATIONS = (
     Mutation(
         "somebody else's attention is given wide keys",
         FILE,
-        '        return f"{name} is not transformers\' own and may expect heads of head_dim"\n',
+        '        return f"{name} is not transformers\' own and may expect heads of head_dim channels"\n',
         "        pass\n",
         "tests/patches/test_two_part_caches.py::test_an_implementation_of_somebody_else_gets_heads_of_head_dim",
     ),
