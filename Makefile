@@ -31,14 +31,14 @@ demo:
 	then echo "$(PYTHON) has torch and transformers: nothing to install"; $(PYTHON) -m qwen2_fp16_fix demo; \
 	else $(MAKE) --no-print-directory $(RUNS) && $(BIN)/qwen2-fp16-fix demo; fi
 
-test: lint chromium
+test: chromium lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup  # a worker a core: threads of theirs would only wait
 
-# The report's tests look at it in a browser. Installed where it is missing and we may; else said, not skipped.
+# The report's tests look at it in a browser. Asked for first, before minutes of anything else; never installed unasked.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 chromium:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
-	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-	  || { echo "make test needs the browser chromium: install it (Debian: apt-get install chromium)"; exit 1; }
+	@for browser in $(BROWSERS); do command -v $$browser >/dev/null && exit 0; done; echo "make test needs the browser \
+	Chromium, which is not here: install it (Debian, Ubuntu: sudo apt-get install chromium) and start again." >&2; exit 1
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -71,9 +71,10 @@ docs: $(INSTALLED)
 	! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/handbook --include='*.html'  # else a reader offline lacks it
 
 dist: $(INSTALLED)
-	rm -rf dist
-	$(BIN)/python -m build -q --no-isolation
-	$(BIN)/twine check --strict dist/*
+	@rm -rf dist && mkdir -p build
+	@$(BIN)/python -m build --no-isolation >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	@$(BIN)/twine check --strict dist/* >build/dist.log || { cat build/dist.log; exit 1; }
+	@ls -sh1 dist/*
 
 # torch first and alone: an index that also holds CUDA builds would otherwise choose one. The install is editable.
 $(RUNS): pyproject.toml

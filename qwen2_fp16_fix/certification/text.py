@@ -53,7 +53,8 @@ def details_of(found: Certificate) -> Group:
     above += [say["assumes"].format(sentence=sentence) for sentence in found.assumes]
     below: list[RenderableType] = [Text(), *map(Text, [*_stock(found), *_exponents(found), *_cast(found)])]
     shown: list[RenderableType] = [_verdict(found), *map(Text, [*above, ""]), _layers(found), Text(), _summary(found)]
-    return Group(*shown, *below, *([Text(), _tensors(found)] if found.casting else []))
+    below += [Text(), _tensors(found)] if found.casting else []
+    return Group(*shown, *below)
 
 
 def tightest(layer: LayerCertificate, stock: bool) -> Tightest:

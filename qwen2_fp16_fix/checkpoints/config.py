@@ -27,9 +27,9 @@ ADAPTER = "{} holds a PEFT adapter: merge it (merge_and_unload) and save the mer
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint. Raises CheckpointError, or NotQwen2Error if it is another model's."""
     with reachable(folder):
-        found = (folder / "config.json").is_file()
-    if not found:
-        raise CheckpointError(_without_config(folder))
+        problem = None if (folder / "config.json").is_file() else _without_config(folder)
+    if problem is not None:
+        raise CheckpointError(problem)
     config = read_json(folder / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise NotQwen2Error(f"{folder} holds a model of type {quoted(config.get('model_type'))}, not 'qwen2'.")

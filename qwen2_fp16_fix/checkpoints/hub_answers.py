@@ -68,9 +68,10 @@ def _without_answer(error: Exception, first: BaseException, repo: str, command: 
         return f"{missing}, and {variable} allows no download: {there}, or unset {variable}"
     if isinstance(error, LocalEntryNotFoundError):
         return f"{missing}, and the Hub cannot be reached: {there}"
-    if isinstance(first, OSError) and first.strerror and first.filename:
-        return f"the Hub's cache cannot be written ({first.filename}: {first.strerror}): set HF_HOME to another folder"
-    return f"the download of {repo} broke off ({type(first).__name__}): start again, or run `{command}`"
+    if isinstance(first, OSError) and first.strerror and not isinstance(first, ConnectionError | TimeoutError):
+        place = f"{first.filename}: " if first.filename else ""
+        return f"the Hub's cache cannot be written ({place}{first.strerror}): set HF_HOME to another folder"
+    return f"the download of {repo} failed ({type(first).__name__}): start it again, or run `{command}`"
 
 
 def root_of(error: BaseException) -> BaseException:

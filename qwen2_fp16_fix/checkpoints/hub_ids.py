@@ -105,6 +105,10 @@ def find_checkpoint(given: str | os.PathLike[str], wanted: Wanted = WEIGHTS) -> 
     given: a folder, a file, or OWNER/NAME or OWNER/NAME@REVISION. A folder here wins. wanted: what is needed of it.
     Raises CheckpointError for a path where nothing is, HubError for what the Hub does not give.
     """
+    if not isinstance(given, str | os.PathLike):
+        raise CheckpointError(
+            f"this is a {type(given).__qualname__}: give the path of a checkpoint, or OWNER/NAME of a model on the Hub."
+        )
     path = to_path(given, CheckpointError)
     path = path.expanduser() if str(path).startswith("~") else path
     with reachable(path):
@@ -112,7 +116,7 @@ def find_checkpoint(given: str | os.PathLike[str], wanted: Wanted = WEIGHTS) -> 
             return path
     asked = parse_id(given)
     if asked is None:
-        raise CheckpointError(f"there is no {given}: {_advice(str(given))}.")
+        raise CheckpointError(f"there is no {given}: {_advice(given)}.")
     with one_sentence(asked.repo, asked.revision):
         return _download(asked, wanted) if wanted.download else _snapshot(asked, (), local_files_only=True)
 
@@ -129,18 +133,22 @@ def checkpoint_at(given: str | os.PathLike[str], wanted: Wanted = WEIGHTS) -> It
         raise type(error)(str(error).replace(str(found), str(given))) from error.__cause__
 
 
-def _advice(given: str) -> str:
+def _advice(given: str | os.PathLike[str]) -> str:
     """What to do about a path where nothing is."""
-    address = re.match(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", given)
+    address = re.match(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", str(given))
     if address is not None and is_repo_id(address[1]):
-        return f"it is an address; give the name alone, {address[1]}"
-    name = given.partition("@")[0]
-    if is_repo_id(name) and not name.endswith(SUFFIXES):
-        return (
-            f"{Path(name).parent} is a folder here, so this is taken for a path; for the model on the Hub, give the "
-            f"folder that `hf download {name}` prints"
-        )
-    return "give a checkpoint folder, a .safetensors file, or OWNER/NAME of a model on the Hub"
+        return f"give the name alone, {address[1]}, without the address of the Hub"
+    name, at, revision = str(given).partition("@")
+    if not is_repo_id(name) or name.endswith(SUFFIXES):
+        return "give a checkpoint folder, a .safetensors file, or OWNER/NAME of a model on the Hub"
+    if not isinstance(given, str):
+        return "a Path is never looked up on the Hub; give a str for that"
+    if bool(at) != bool(revision):
+        return "give a branch, a tag or a commit after the @"
+    return (
+        f"{Path(name).parent} is a folder here, so this is taken for a path; for the model on the Hub, give the folder "
+        f"that `hf download {name}` prints"
+    )
 
 
 # The Hub
@@ -150,12 +158,14 @@ def _download(asked: HubId, wanted: Wanted) -> Path:
     """The snapshot of a repository in the Hub's cache."""
     with _no_bars():
         folder = _snapshot(asked, [*SMALL, *(TOKENIZER if wanted.tokenizer else ()), *wanted.also])
+    if (folder / "adapter_config.json").is_file():
+        return folder
     _check_there(asked, folder, ["config.json"])
+    if read_json(folder / "config.json").get("model_type") not in MODEL_TYPES:
+        return folder
     if wanted.tokenizer and not any((folder / name).is_file() for name in VOCABULARIES):
         _check_there(asked, folder, VOCABULARIES[:1])
-    if not wanted.weights or read_json(folder / "config.json").get("model_type") not in MODEL_TYPES:
-        return folder
-    files = _weight_files(folder)
+    files = _weight_files(folder) if wanted.weights else []
     if not all((folder / name).is_file() for name in files):
         # by the commit, so that all files are of one, whatever is pushed meanwhile; a single file beside shards is
         # asked for as well: it is an error, and must be seen
@@ -182,7 +192,8 @@ def _weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     listed = read_json(folder / INDEX).get("weight_map")
     files = listed.values() if isinstance(listed, dict) else ()
-    return sorted({file for file in files if isinstance(file, str) and file.endswith(".safetensors")})
+    # names of other places are left to `FolderSource`, which refuses them
+    return sorted({file for file in files if isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file)})
 
 
 def _check_there(asked: HubId, folder: Path, names: Sequence[str]) -> None:

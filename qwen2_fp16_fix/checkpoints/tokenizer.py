@@ -1,5 +1,6 @@
 """Text to token ids, by the tokenizer of a checkpoint."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ def read_text(text: str | Path | None) -> str:
     """The text itself, that of a UTF-8 file, or by default the packaged passage. Raises VerificationError."""
     if isinstance(text, str):
         text = file_named(text, VerificationError) or text
+    elif text is not None and not isinstance(text, PathLike):
+        raise VerificationError(f"the text is a {type(text).__qualname__}: give a text, or the path of one.")
     if isinstance(text, str):
         found, name = text, "the text"
     else:
         path = PASSAGE if text is None else text
         found, name = read_utf8(path, "a text file", VerificationError), str(path)
     if SURROGATE.search(found):
-        raise VerificationError(f"{name} has a surrogate without its other half, which is no letter: leave it out.")
+        raise VerificationError(f"{name} has half of a surrogate pair, which is not a character: remove it.")
     if not found.strip():
         raise VerificationError(f"{name} is empty: give a text of at least two tokens.")
     return found

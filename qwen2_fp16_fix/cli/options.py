@@ -43,6 +43,7 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result to a file, as JSON.")
 ]
 Force = Annotated[bool, typer.Option("--force", metavar=FLAG, help="Overwrite files that exist.")]
+Details = Annotated[bool, typer.Option("--details", metavar=FLAG, help="Print what the summary leaves out, too.")]
 Lang = Annotated[Language, typer.Option("--lang", metavar="en|zh", help="Language of the text.")]
 DeviceOption = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu or cuda. Default: cuda where there is one.")

@@ -1,13 +1,21 @@
 """The best way to run a Qwen2 on a device, the reason, and the lines of code for it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..checkpoints.config import dtype_keyword
+from ..checkpoints.config import MODEL_TYPES, dtype_keyword
 from ..results import Record
+from .checkpoint import CheckpointFacts
 from .devices import Device
 from .remarks import Remark, in_words, remark
+
+#: The end of an architecture's name, which the Auto class has as well.
+TASK = re.compile(r"(For(CausalLM|SequenceClassification|TokenClassification|QuestionAnswering)|Model)$")
+
+
+CODE_WIDTH = 76  # of a line that fits on a terminal of 80 columns, indented
 
 
 class Way(NamedTuple):
@@ -50,13 +58,14 @@ class Recommendation(Record):
 
 
 def recommend(
-    hardware: Sequence[Device], language: str, release: str
+    hardware: Sequence[Device], language: str, release: str, checkpoint: CheckpointFacts | None = None
 ) -> tuple[list[Recommendation], list[Remark], list[Remark]]:
     """The recommendations, no findings, and a warning if the devices should be used in different ways.
 
-    release: of transformers, for the code.
+    release: of transformers, for the code. checkpoint: what is loaded; there is no advice if it is not a Qwen2.
     """
-    advice = advise(hardware)
+    loading = loading_of(checkpoint)
+    advice = [] if loading is None else advise(hardware)
     facts = [
         Recommendation(
             devices=[device.place for device in item.devices],
@@ -65,7 +74,7 @@ def recommend(
             needs_fix=WAYS[item.way].needs_fix,
             title=in_words(remark(f"way.{item.way}"), language),
             reason=in_words(item.reason, language),
-            code=lines_of_code(item.way, item.devices[0], release, among_others=len(advice) > 1),
+            code=lines_of_code(item.way, item.devices[0], release, loading, among_others=len(advice) > 1),
             also=[in_words(other, language) for other in item.also],
         )
         for item in advice
@@ -111,20 +120,52 @@ def _also(way: str, device: Device) -> list[str]:
     return ["also.float16_eager", *([] if device.float16 is not False else ["also.float32_if_it_fits"])]
 
 
-def lines_of_code(way: str, device: Device, transformers_version: str, among_others: bool = False) -> str:
+class Loading(NamedTuple):
+    """How a checkpoint is loaded."""
+
+    auto_class: str = "AutoModelForCausalLM"
+    own_code: bool = False  # it carries the fix
+    placed: bool = False  # from_pretrained puts it on the device: quantised weights cannot be moved later
+    wrapped: bool = False  # a Qwen2 inside another model, whose class is not known here
+
+
+def loading_of(checkpoint: CheckpointFacts | None) -> Loading | None:
+    """How to load a checkpoint; None if it is not a Qwen2."""
+    if checkpoint is None:
+        return Loading()
+    if checkpoint.model_type not in MODEL_TYPES:
+        return Loading(wrapped=True) if checkpoint.wrapped else None
+    named = (TASK.search(name) for name in checkpoint.architectures)
+    task = next((found[0] for found in named if found), "ForCausalLM")
+    auto_class = "AutoModel" if task == "Model" else f"AutoModel{task}"
+    return Loading(auto_class, checkpoint.exported, placed=checkpoint.quantised is not None)
+
+
+def lines_of_code(
+    way: str,
+    device: Device,
+    transformers_version: str,
+    loading: Loading | None = None,
+    among_others: bool = False,
+) -> str:
     """Code to paste, for a release of transformers. PATH stands for the checkpoint.
 
     among_others: other devices here should be used in another way, so the code names this one.
     """
-    keyword = dtype_keyword(transformers_version)
+    loading = loading or Loading()
     target = device.place if among_others else device.place.partition(":")[0]
-    load = f'"PATH", {keyword}=torch.{WAYS[way].dtype}, attn_implementation="sdpa"'
-    fix = ["import qwen2_fp16_fix", "", "qwen2_fp16_fix.register()"] if WAYS[way].takes_fix else [""]
+    options = ['"PATH"', f"{dtype_keyword(transformers_version)}=torch.{WAYS[way].dtype}", 'attn_implementation="sdpa"']
+    options += ["trust_remote_code=True"] if loading.own_code else []
+    options += [f'device_map="{target}"'] if loading.placed else []
+    moved = "" if target == "cpu" or loading.placed else f'.to("{target}")'
+    fix = ["import qwen2_fp16_fix", "", "qwen2_fp16_fix.register()"]
+    if loading.wrapped:
+        return "\n".join([*fix, f"# then load PATH as its model card says, with {options[1]}"])
+    load = f"model = {loading.auto_class}.from_pretrained({', '.join(options)}){moved}"
+    if len(load) > CODE_WIDTH:
+        lines = "".join(f"    {option},\n" for option in options)
+        load = f"model = {loading.auto_class}.from_pretrained(\n{lines}){moved}"
+    needs_register = WAYS[way].takes_fix and not loading.own_code
     return "\n".join(
-        [
-            "import torch",
-            "from transformers import AutoModelForCausalLM",
-            *fix,
-            f"model = AutoModelForCausalLM.from_pretrained({load})" + ("" if target == "cpu" else f'.to("{target}")'),
-        ]
+        ["import torch", f"from transformers import {loading.auto_class}", *(fix if needs_register else [""]), load]
     )

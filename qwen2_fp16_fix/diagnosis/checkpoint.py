@@ -1,4 +1,4 @@
-"""Facts of a checkpoint, from its config.json and the headers of its shards. Only a quick proof reads weights."""
+"""Facts of a checkpoint: from its config.json, the headers of its shards, a quick proof and a short run."""
 
 import math
 from collections import Counter
@@ -15,17 +15,20 @@ from ..checkpoints.config import (
     foreign_code,
     generates,
     is_exported,
+    read_config,
     read_json,
 )
 from ..checkpoints.folder import LM_HEAD, FolderSource
 from ..checkpoints.stored import has_pickles
+from ..checkpoints.threads import usable_cores
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
 from ..results import Record
+from .answer import StockAnswer, answer_for
 from .remarks import Remark, in_words, remark
 
-QUICK = 2**26  # bytes of weights, which `certify` bounds in about a second
-BYTES_A_SECOND = 5e8  # of weights that `certify` bounds on two cores: 15 GB in half a minute
+QUICK = 2**30  # bytes of weights, which `certify` bounds in some five seconds on one core
+BYTES_A_SECOND = 2.4e8  # of weights that `certify` bounds on one core
 #: Notes that are warnings as well.
 WARNING_CODES = ("checkpoint.stock_name", "checkpoint.no_auto_model", "checkpoint.not_proven")
 QUANTISATIONS = ("gptq", "awq", "bitsandbytes")  # each has a sentence of its own
@@ -43,26 +46,31 @@ class CheckpointFacts(Record):
     layers: int | None
     hidden: int | None
     notes: list[str]  # what is wrong with it, and what else to know
+    wrapped: bool = False  # it is another model with a Qwen2 inside
     bytes: int | None = None  # this and the next two only if the weights could be read
     parameters: int | None = None
     stored: dict[str, int] | None = None  # parameters by dtype
     proven: bool | None = None  # by `certify`, only if that was quick
+    stock: StockAnswer | None = None  # only if its weights are plain floating-point numbers
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, without what is not known, and with the notes last."""
         found = super().to_dict()
         notes = found.pop("notes")
-        unknown = [name for name in ("bytes", "parameters", "stored", "proven") if found[name] is None]
+        unknown = [name for name in ("bytes", "parameters", "stored", "proven", "stock") if found[name] is None]
         return {name: value for name, value in found.items() if name not in unknown} | {"notes": notes}
 
 
 def examine_checkpoint(
-    path: Path | None, language: str, progress: Console | None
+    path: Path | None, language: str, progress: Console | None, supported: bool
 ) -> tuple[CheckpointFacts | None, list[Remark], list[Remark]]:
-    """The facts, problems as findings, and some of the notes as warnings. Nothing without a path."""
+    """The facts, problems as findings, and some of the notes as warnings. Nothing without a path.
+
+    supported: whether the installed transformers is. Without, no model is run.
+    """
     if path is None:
         return None, [], []
-    facts, notes, problems = examine(path, progress)
+    facts, notes, problems = examine(path, progress if supported else None, language if supported else None)
     found = CheckpointFacts(**facts, notes=[in_words(each, language) for each in (*problems, *notes)])
     return found, problems, [note for note in notes if note.code in WARNING_CODES]
 
@@ -78,14 +86,22 @@ def config_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint cannot be read ({error.strerror}): change its rights.") from None
     if not found:
         raise CheckpointError("there is no such checkpoint: give a folder, or a .safetensors file.")
+    if not (folder / "config.json").is_file():
+        try:
+            return read_config(folder)  # says what the folder is instead
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(folder), "the folder")) from None
     config = read_json(folder / "config.json")
     check_architectures(config)
     return config
 
 
-def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any], list[Remark], list[Remark]]:
+def examine(
+    path: Path, progress: Console | None = None, language: str | None = "en"
+) -> tuple[dict[str, Any], list[Remark], list[Remark]]:
     """The fields of CheckpointFacts, notes, and problems that make the checkpoint unusable.
 
+    language: of the answer; None for no answer, so that no weight is read.
     Raises CheckpointError if there is no checkpoint at all.
     """
     config = config_of(path)
@@ -100,7 +116,7 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
     }
     if facts["model_type"] not in MODEL_TYPES:
         if any(isinstance(part, dict) and part.get("model_type") == "qwen2" for part in config.values()):
-            return facts, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
+            return facts | {"wrapped": True}, [remark("checkpoint.wrapped", kind=facts["model_type"])], []
         return facts, [], [remark("checkpoint.not_qwen2", kind=facts["model_type"])]
     notes = [*code_warnings(facts), *_quantised(facts["quantised"])]
     foreign = foreign_code(config)
@@ -111,7 +127,8 @@ def examine(path: Path, progress: Console | None = None) -> tuple[dict[str, Any]
         source = FolderSource(path)
         source.check_complete(LM_HEAD if generates(config, unnamed=True) else None)
         facts |= sizes(source)
-        notes.append(_certificate(path, facts, progress))
+        if language is not None:
+            notes += _proof_and_run(path, facts, progress, language)
     except Qwen2FP16FixError as error:
         return facts, notes, [*problems, remark("checkpoint.broken", problem=str(error))]
     return facts, notes, problems
@@ -147,20 +164,25 @@ def sizes(source: FolderSource) -> dict[str, Any]:
     return {"bytes": size, "parameters": stored.total(), "stored": dict(stored.most_common())}
 
 
-def _certificate(path: Path, facts: dict[str, Any], progress: Console | None) -> Remark:
-    """The verdict of `certify` if that is quick, or else the command to run."""
+def _proof_and_run(path: Path, facts: dict[str, Any], progress: Console | None, language: str) -> list[Remark]:
+    """Adds to the facts what a short run finds, and `certify` if it is quick. Returns a note on the proof."""
     if facts["quantised"]:
-        return remark("checkpoint.never_proven")
+        return [remark("checkpoint.never_proven")]
+    found = None
     if facts["bytes"] > QUICK:
-        seconds = f"{facts['bytes'] / BYTES_A_SECOND:.0f}"
-        return remark("checkpoint.certify", command="qwen2-fp16-fix certify PATH", seconds=seconds)
-    from ..certification.certify import certify
+        seconds = f"{facts['bytes'] / BYTES_A_SECOND / usable_cores():.0f}"
+        said = remark("checkpoint.certify", command="qwen2-fp16-fix certify PATH", seconds=seconds)
+    else:
+        from ..certification.certify import certify
 
-    found = certify(path, progress)
-    facts["proven"] = found.proven
-    if found.proven:
-        return remark("checkpoint.proven", layers=len(found.layers), scaled=found.scaled_layers)
-    return remark("checkpoint.not_proven", reason=found.reasons[0])
+        found = certify(path, progress)
+        facts["proven"] = found.proven
+        said = remark(
+            "checkpoint.proven" if found.proven else "checkpoint.not_proven", reason=next(iter(found.reasons), "")
+        )
+    if path.is_dir() and generates(config_of(path), unnamed=True):
+        facts["stock"] = answer_for(path, found, language, progress)
+    return [said]
 
 
 def _quantised(method: str | None) -> list[Remark]:

@@ -6,6 +6,7 @@ Its report has nothing that says whose machine this is.
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from ..patches.version_map import range_for
 from ..progress import Progress, console_of
 from ..status_result import Status
 from .advice import Recommendation, recommend
-from .checkpoint import config_of, examine_checkpoint
+from .checkpoint import CheckpointFacts, config_of, examine_checkpoint
 from .devices import devices, examine_devices
 from .environment import examine_settings, examine_tools
-from .redaction import private_places, redact
+from .redaction import fill_in, private_places, redact
 from .remarks import Remark, as_findings, in_words, remark
 from .result import Diagnosis, FixState, LockState
 from .self_test import examine_with_self_test
@@ -32,14 +33,25 @@ from .self_test import examine_with_self_test
 Examined = tuple[Any, list[Remark], list[Remark]]  # facts, findings and warnings
 
 
-def doctor(path: str | Path | None = None, *, language: str = "en", progress: Progress = None) -> Diagnosis:
+def doctor(
+    path: str | Path | None = None, *, language: str = "en", redacted: bool = False, progress: Progress = None
+) -> Diagnosis:
     """Examines this environment and process and, with `path`, a checkpoint.
 
-    path: a checkpoint folder, a .safetensors file, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. language: of the
-    sentences, "en" or "zh". progress: True to say on stderr what is being tested, or a rich Console to say it on.
-    Returns a Diagnosis: `healthy` and `verdict` (a sentence) say how it ended, `findings` what breaks, `warnings` what
-    may break, `advice` how to run a Qwen2 on each device. `to_dict()` is the same as plain data.
-    Raises CheckpointError if `path` holds no checkpoint, HubError if the Hub does not give it.
+    Args:
+        path: A checkpoint folder, a .safetensors file, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        language: Language of the sentences: "en" or "zh".
+        redacted: True to write PATH in place of `path`, which lines of code and commands name otherwise. Nothing else
+            in a report is private.
+        progress: True to name on stderr what is being tested, or a rich Console to name it on.
+
+    Returns:
+        A Diagnosis. `healthy` and `verdict` give the outcome, `findings` what breaks, `warnings` what may break,
+        `advice` how to run a Qwen2 on each device. `to_dict()` has the same as plain data.
+
+    Raises:
+        CheckpointError: There is no checkpoint at `path`.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
     """
     # absolute, so that the redaction finds it in every sentence
     place = None if path is None else find_checkpoint(path).absolute()
@@ -58,9 +70,9 @@ def doctor(path: str | Path | None = None, *, language: str = "en", progress: Pr
         "tools": examine_tools(language),
         "settings": examine_settings(hardware, language),
         "self_test": examine_with_self_test(usable, language, console),
-        "checkpoint": examine_checkpoint(place, language, console),
-        "advice": recommend(usable, language, transformers.__version__),
+        "checkpoint": examine_checkpoint(place, language, console, supported),
     }
+    parts["advice"] = recommend(usable, language, transformers.__version__, parts["checkpoint"][0])
     facts = {name: part[0] for name, part in parts.items()}
     findings = [finding for part in parts.values() for finding in part[1]]
     warnings = [warning for part in parts.values() for warning in part[2]]
@@ -68,32 +80,37 @@ def doctor(path: str | Path | None = None, *, language: str = "en", progress: Pr
     report = Diagnosis(
         healthy=supported and not findings,
         supported=supported,
-        verdict=verdict(problem, as_texts(findings, language), facts["advice"], language),
+        verdict=verdict(problem, findings, facts["checkpoint"], facts["advice"], language),
         findings=as_findings(findings, language),
         warnings=as_findings(warnings, language),
         versions=versions_of(found),
         language=language,
         **facts,
     )
-    redacted: Diagnosis = redact(report, private_places(place))
-    return redacted
+    found_private: Diagnosis = redact(report, private_places(place))
+    if path is None or redacted:
+        return found_private
+    named: Diagnosis = fill_in(replace(found_private, names_path=True), str(path))
+    return named
 
 
-def as_texts(remarks: Sequence[Remark], language: str) -> list[str]:
-    """The sentences in a language."""
-    return [in_words(what, language) for what in remarks]
-
-
-def verdict(problem: str | None, findings: Sequence[str], advice: Sequence[Recommendation], language: str) -> str:
+def verdict(
+    problem: str | None,
+    findings: Sequence[Remark],
+    checkpoint: CheckpointFacts | None,
+    advice: Sequence[Recommendation],
+    language: str,
+) -> str:
     """The first sentence of the report. problem: why transformers is not supported, or None."""
     if problem is not None:
         return in_words(remark("verdict.unsupported", problem=problem), language)
     if findings:
-        more = len(findings) - 1
-        code = "verdict.ill_more" if more else "verdict.ill"
-        return in_words(remark(code, first=findings[0], more=more), language)
-    ways = [f"{item.title} ({', '.join(item.devices)})" for item in advice]
-    return in_words(remark("verdict.well", ways="; ".join(ways)), language)
+        first, more = in_words(findings[0], language), len(findings) - 1
+        return in_words(remark("verdict.ill_more" if more else "verdict.ill", first=first, more=more), language)
+    ways = "; ".join(f"{item.title} ({', '.join(item.devices)})" for item in advice)
+    if checkpoint is None or checkpoint.stock is None:
+        return in_words(remark("verdict.well", ways=ways), language)
+    return in_words(remark("verdict.checkpoint", answer=checkpoint.stock.text[0], ways=ways), language)
 
 
 def why_unusable() -> Qwen2FP16FixError | None:

@@ -211,7 +211,7 @@ class SettingFacts(Record):
     value: Any
     matters: str
     risky: bool
-    applies: bool  # to a device that is here
+    applies: bool  # to the devices here; a terminal shows no others
     text: str
 
 
@@ -219,13 +219,22 @@ def examine_settings(
     hardware: Sequence[Device], language: str
 ) -> tuple[list[SettingFacts], list[Remark], list[Remark]]:
     """The settings, no findings, and the risky settings as warnings."""
-    has_cuda = any(device.kind in ("cuda", "rocm") for device in hardware)
+    kinds = {device.kind for device in hardware}
     facts, warnings = [], []
     for item in settings():
         effect = remark(item.text or f"setting.{item.name.rpartition('.')[2]}")
         if item.risky:
             warnings.append(effect)
-        applies = has_cuda or not (".cuda.matmul." in item.name or item.name.startswith("NVIDIA_"))
+        applies = concerns(item.name, kinds)
         said = in_words(effect, language)
         facts.append(SettingFacts(item.name, item.value, item.matters, item.risky, applies=applies, text=said))
     return facts, [], warnings
+
+
+def concerns(name: str, kinds: set[str]) -> bool:
+    """Whether a setting affects what runs on devices of these kinds. The CPU counts where it is the only one."""
+    if name.startswith("NVIDIA_"):
+        return "cuda" in kinds
+    if ".cuda.matmul." in name:
+        return bool(kinds & {"cuda", "rocm"})
+    return ".mkldnn." not in name or kinds <= {"cpu"}

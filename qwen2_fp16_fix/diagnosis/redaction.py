@@ -1,7 +1,9 @@
 """Removes private data from a report that people paste into public issues: folders, with user names, and tokens."""
 
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -11,6 +13,7 @@ from typing import Any
 from ..results import Record
 
 ABSOLUTE = re.compile(r"(?<![\w/.:\\])(?:~|[A-Za-z]:)?[/\\]{1,2}[^\s'\"<>|,;:()]*[^\s'\"<>|,;:().]")
+COMMAND = re.compile(r"(qwen2-fp16-fix \w+) PATH\b")
 TOKEN = re.compile(r"\b(?:hf|sk|gh[a-z])[_-]\w{8,}")
 
 
@@ -28,6 +31,19 @@ def redact(tree: Any, places: Mapping[str, str]) -> Any:
     if isinstance(tree, Record):
         found = {field.name: getattr(tree, field.name) for field in fields(tree)}  # type: ignore[arg-type]  # a dataclass
         return replace(tree, **redact(found, places))  # type: ignore[type-var]
+    return tree
+
+
+def fill_in(tree: Any, given: str) -> Any:
+    """`tree` with the user's own name of the checkpoint in place of PATH, in lines of Python and in commands only."""
+    if isinstance(tree, str):
+        named = tree.replace('"PATH"', json.dumps(given, ensure_ascii=False))
+        return COMMAND.sub(lambda found: f"{found[1]} {shlex.quote(given)}", named)
+    if isinstance(tree, list):
+        return [fill_in(value, given) for value in tree]
+    if isinstance(tree, Record):
+        found = {field.name: fill_in(getattr(tree, field.name), given) for field in fields(tree)}  # type: ignore[arg-type]
+        return replace(tree, **found)  # type: ignore[type-var]
     return tree
 
 

@@ -14,6 +14,9 @@ from .environment import SettingFacts, ToolFacts
 from .remarks import Finding
 from .self_test import SelfTests
 
+#: Findings about a checkpoint for which every other command ends with 2.
+REFUSED = ("checkpoint.broken", "checkpoint.not_qwen2", "checkpoint.bin")
+
 
 @dataclass(frozen=True)
 class FixState(Record):
@@ -53,17 +56,23 @@ class Diagnosis(Result):
     settings: list[SettingFacts]
     self_test: SelfTests
     checkpoint: CheckpointFacts | None  # None without a path
-    language: str = "en"  # of the sentences; not in `to_dict`
+    language: str = "en"  # of the sentences; this and the next are not in `to_dict`
+    names_path: bool = False  # in lines of code and commands
 
     @property
     def exit_code(self) -> int:
-        """0 if all is well, 1 if something breaks, 3 if the installed transformers is not supported."""
-        return 3 if not self.supported else int(not self.healthy)
+        """0 if all is well, 1 if something is wrong here, 2 for a checkpoint that every other command refuses with 2.
+
+        3 if the installed transformers is not supported.
+        """
+        if not self.supported:
+            return 3
+        return 2 if any(item.code in REFUSED for item in self.findings) else int(not self.healthy)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data: what `doctor --json` prints."""
         found = super().to_dict()
-        del found["language"]
+        del found["language"], found["names_path"]
         return found
 
     def summary(self) -> str:
@@ -71,16 +80,21 @@ class Diagnosis(Result):
         return self.verdict
 
     def __rich__(self) -> RenderableType:
-        """The verdict, then the advice, then the facts. Print it with `soft_wrap=True`, so that no code is wrapped."""
+        """The answer, what to do, and what was checked. Print it with `soft_wrap=True`, so that no code is wrapped."""
         page = text.ReportParts(self.language)
-        known = {name: value for name, value in self.versions.items() if isinstance(value, str | int)}
+        checked = [self._versions(), *page.passed(self.self_test), page.say("fix_is", text=self.fix.text)]
+        checked += [self.lock.text, *self.lock.differences[1:]] if self.lock.state != "none" else []
+        if self.tools:
+            names = (f"{tool.name} {tool.version or ''}".rstrip() for tool in self.tools)
+            checked.append(page.say("tools_here", tools=", ".join(names)))
+        return Group(*self._answer(page), page.heading("checked"), text.Lines(*checked, *self._last(page)))
+
+    def details(self) -> RenderableType:
+        """The same with every device, tool and setting, for rich: what `doctor --details` prints."""
+        page = text.ReportParts(self.language)
         parts: list[list[RenderableType]] = [
-            [text.Lines(self.verdict, style="bold green" if self.healthy else "bold red", indent=0)],
-            page.findings("findings", self.findings[1:], "red"),  # the first is in the verdict
-            page.findings("warnings", self.warnings, "yellow"),
-            page.advice(self.advice),
-            [page.heading("versions")],
-            [text.Lines(", ".join(f"{name} {value}" for name, value in known.items() if name != "tested"))],
+            self._answer(page),
+            [page.heading("versions"), text.Lines(self._versions())],
             page.devices(self.devices),
             [page.heading("fix"), text.Lines(self.fix.text)],
             [page.heading("lock"), text.Lines(self.lock.text, *self.lock.differences[1:])],
@@ -88,5 +102,25 @@ class Diagnosis(Result):
             [] if self.checkpoint is None else page.checkpoint(self.checkpoint),
             page.tools(self.tools),
             page.settings(self.settings),
+            [text.Lines(page.say("names_path"))] if self.names_path else [],
         ]
         return Group(*(each for part in parts for each in part))
+
+    def _last(self, page: text.ReportParts) -> list[str]:
+        return [page.say("more"), *([page.say("names_path")] if self.names_path else [])]
+
+    def _answer(self, page: text.ReportParts) -> list[RenderableType]:
+        """The verdict, what the checkpoint shows, what is wrong, and what to do."""
+        elsewhere = [item.text for item in (*self.findings, *self.warnings)]
+        shown = [] if self.checkpoint is None else page.about(self.checkpoint, elsewhere)
+        return [
+            text.Lines(self.verdict, style="bold green" if self.healthy else "bold red", indent=0),
+            *shown,
+            *page.findings("findings", self.findings[1:], "red"),  # the first is in the verdict
+            *page.findings("warnings", self.warnings, "yellow"),
+            *page.advice(self.advice),
+        ]
+
+    def _versions(self) -> str:
+        known = {name: value for name, value in self.versions.items() if isinstance(value, str | int)}
+        return ", ".join(f"{name} {value}" for name, value in known.items() if name != "tested")

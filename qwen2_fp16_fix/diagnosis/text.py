@@ -75,6 +75,19 @@ class ReportParts:
             found += [title, Lines(item.reason), Text(), Code(item.code), Text(), also]
         return [self.heading("advice"), *found] if found else []
 
+    def about(self, facts: CheckpointFacts, elsewhere: Sequence[str]) -> list[RenderableType]:
+        """What was seen of a checkpoint, below the verdict: the rest of the answer, and the notes.
+
+        elsewhere: notes that are on the page already.
+        """
+        answer = [] if facts.stock is None else facts.stock.text[1:]
+        return [Lines(*answer, *(note for note in facts.notes if note not in elsewhere), indent=0)]
+
+    def passed(self, test: SelfTests) -> list[str]:
+        """The outcome of the self-test in a line. A test that failed is a finding."""
+        passed = [result.device for result in test.results if result.passed]
+        return [self.say("self_test_passed", devices=", ".join(passed))] if passed else []
+
     def devices(self, devices: Iterable[DeviceFacts]) -> list[RenderableType]:
         """Each device and the types it computes in."""
         native = {True: "native", False: "emulated", None: "unknown"}
@@ -105,7 +118,7 @@ class ReportParts:
         if facts.bytes is not None:
             size, dtypes = decimal(facts.bytes), ", ".join(facts.stored or ())
             found.append(Lines(self.say("size", parameters=facts.parameters, size=size, dtypes=dtypes)))
-        return [*found, Lines(*facts.notes)]
+        return found
 
     def tools(self, tools: Sequence[ToolFacts]) -> list[RenderableType]:
         """Each tool and its effect."""
@@ -116,15 +129,10 @@ class ReportParts:
         return found if tools else [*found, Lines(self.say("no_tools"))]
 
     def settings(self, settings: Sequence[SettingFacts]) -> list[RenderableType]:
-        """Each setting, its value, and whether it matters. Those without effect here come last."""
+        """Each setting of the devices here, its value, and whether it matters."""
         found: list[RenderableType] = [self.heading("settings")]
         for item in (item for item in settings if item.applies):
             found += self._setting(item, "yellow" if item.risky else "")
-        without_effect = [item for item in settings if not item.applies]
-        if without_effect:
-            found.append(Lines(self.say("without_effect"), style="dim"))
-        for item in without_effect:
-            found += self._setting(item, "dim")
         return found
 
     def _setting(self, item: SettingFacts, style: str) -> list[RenderableType]:

@@ -1,4 +1,4 @@
-"""The files of a scan: checked before the run, so that minutes of it are not lost, and written whole or not at all."""
+"""The files of a scan: checked before the run, so that minutes of it are not lost, and written completely."""
 
 import importlib.util
 import json

@@ -1,6 +1,7 @@
 """The prompts of a scan as token ids, and the model and the device that run them."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from ..activations.weights_on_demand import LoadedModel, ModelOnDisk, WeightProv
 from ..checkpoints.loading import default_device, device_problem, quiet
 from ..checkpoints.tokenizer import file_named, open_tokenizer
 from ..errors import CheckpointError, ScanError, first_line
-from ..files.reading import SURROGATE, parse_json, read_utf8
+from ..files.reading import SURROGATE, parse_json, read_utf8, shortened
 from ..patches.modeling_qwen2_fp16 import STOCK, check_modules
 from ..patches.swap import base_models, check_weights
 
@@ -36,14 +37,18 @@ def read_prompts(prompts: Prompts | None) -> list[str | Sequence[int] | Tensor]:
         raise ScanError(f"the prompts are a {type(prompts).__qualname__}: give a text, a list, or a Path to a file.")
     found: list[Any] = _read_file(prompts) if isinstance(prompts, Path) else list(prompts)
     name = str(prompts) if isinstance(prompts, Path) else "prompts"
-    odd = next((prompt for prompt in found if not isinstance(prompt, str | Sequence | Tensor)), None)
+    odd = next((prompt for prompt in found if not isinstance(prompt, str | Tensor) and not _are_ids(prompt)), None)
     if odd is not None:
-        raise ScanError(f"{name} holds a {type(odd).__qualname__}: each prompt is a text or a list of token ids.")
+        raise ScanError(f"{name}: {shortened(repr(odd))} is neither a text nor a list of token ids.")
     if not found or any(isinstance(prompt, str) and not prompt.strip() for prompt in found):
-        raise ScanError(f"{name} holds no prompt, or an empty one: give at least one, and text in each.")
+        raise ScanError(f"{name} holds no prompt, or an empty one: give at least one prompt, and text in each.")
     if any(isinstance(prompt, str) and SURROGATE.search(prompt) for prompt in found):
-        raise ScanError(f"{name} has a surrogate without its other half, which is no letter: write the letter itself.")
+        raise ScanError(f"{name} has half of a surrogate pair, which is not a character: write the character itself.")
     return found
+
+
+def _are_ids(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt)
 
 
 def _read_file(path: Path) -> list[Any]:
@@ -65,7 +70,7 @@ class TokenisedPrompts(NamedTuple):
     tokenizer: Any
 
     def token(self, prompt: int, position: int) -> tuple[int, str | None]:
-        """A token and its text. A token that is part of a letter has no text: it is written as the vocabulary has it.
+        """A token and its text. A token inside a character has no text: it is written as the vocabulary has it.
 
         Without a tokenizer the text is None.
         """
@@ -137,8 +142,8 @@ def choose_device(device: str | None) -> torch.device:
     name = default_device() if device is None else device
     problem = device_problem(name)
     if problem is not None:
-        raise ScanError(f"{name} is no device here ({first_line(problem)}): give cpu, or leave it away.")
+        raise ScanError(f"{name} is not a device here ({first_line(problem)}): give cpu, or leave the device out.")
     chosen = torch.device(name)
     if chosen.type == "meta":
-        raise ScanError("the meta device computes nothing: give cpu, or leave it away.")
+        raise ScanError("the meta device computes nothing: give cpu, or leave the device out.")
     return chosen

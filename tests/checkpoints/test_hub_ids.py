@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints import hub_ids
@@ -18,8 +19,20 @@ from qwen2_fp16_fix.errors import CheckpointError, HubError
 from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from tests.checkpoints.hub_stand_in import TOKEN, Hub, commit_of, running
 from tests.commands.in_process import run_command
+from tests.stress import Shape, config
 
 MODEL, GATED = "some/model", "some/gated"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2 with the demo's tokenizer."""
+    path = tmp_path_factory.mktemp("whole") / "checkpoint"
+    shape = Shape(hidden=8, layers=1, heads=2, kv_heads=1, intermediate=6, vocab=1024)
+    transformers.Qwen2ForCausalLM(config(shape)).half().save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_CHECKPOINT / name, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +42,13 @@ def served() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(served: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The Hub with two models, an empty cache, and a client that is online and not logged in."""
     served.repos.clear()
     served.asked.clear()
     served.down, served.drops, served.gated = None, 0, {GATED}
-    served.add(MODEL, DEMO_CHECKPOINT, **{"model.fp16.safetensors": b"", "pytorch_model.bin": b"", "onnx/x.json": b""})
-    served.add(GATED, DEMO_CHECKPOINT)
+    served.add(MODEL, folder, **{"model.fp16.safetensors": b"", "pytorch_model.bin": b"", "onnx/x.json": b""})
+    served.add(GATED, folder)
     go_online(monkeypatch, served.endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -111,16 +124,19 @@ def test_the_sentence_about_a_path_says_what_to_give(tmp_path: Path, monkeypatch
     for given, said in (
         ("https://huggingface.co/Qwen/Qwen2-7B/tree/main", "give the name alone, Qwen/Qwen2-7B"),
         ("here/Qwen2-7B", "here is a folder.*`hf download here/Qwen2-7B` prints"),
+        ("Qwen/Qwen2-7B@", "a commit after the @"),
+        (Path("Qwen/Qwen2-7B"), "a Path is never looked up"),
         ("nowhere", "give a checkpoint folder, a .safetensors file, or OWNER/NAME"),
+        (None, "this is a NoneType: give the path of a checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            find_checkpoint(given)
+            find_checkpoint(given)  # type: ignore[arg-type]
 
 
-def test_a_folder_here_wins(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_here_wins(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(DEMO_CHECKPOINT, tmp_path / MODEL)
+    shutil.copytree(folder, tmp_path / MODEL)
     for given in (MODEL, f"~/{MODEL}", tmp_path / MODEL):
         assert find_checkpoint(given).samefile(tmp_path / MODEL)
     assert not hub.asked
@@ -130,14 +146,14 @@ def test_a_folder_here_wins(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_only_what_is_read_is_downloaded_and_only_once(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = find_checkpoint(MODEL)
+    found = find_checkpoint(MODEL)
     weights, tokenizer = {"model.safetensors"}, {"tokenizer.json", "tokenizer_config.json"}
     assert hub.downloaded == {"config.json", "generation_config.json"} | weights
     find_checkpoint(MODEL, Wanted(tokenizer=True))
-    assert names(folder) == hub.downloaded == {"config.json", "generation_config.json"} | weights | tokenizer
+    assert names(found) == hub.downloaded == {"config.json", "generation_config.json"} | weights | tokenizer
     capsys.readouterr()
     hub.asked.clear()
-    assert find_checkpoint(MODEL, Wanted(tokenizer=True)) == folder
+    assert find_checkpoint(MODEL, Wanted(tokenizer=True)) == found
     assert not hub.downloaded
     assert not capsys.readouterr().err  # a bar for nothing
 
@@ -160,20 +176,20 @@ def test_no_weights_of_another_model_are_downloaded(hub: Hub) -> None:
     assert hub.downloaded == {"config.json", "generation_config.json"}
 
 
-def test_a_revision_is_a_branch_a_tag_a_commit_or_a_pull_request(hub: Hub) -> None:
+def test_a_revision_is_a_branch_a_tag_a_commit_or_a_pull_request(hub: Hub, folder: Path) -> None:
     for revision in ("v1", "refs/pr/1"):
-        hub.add(MODEL, DEMO_CHECKPOINT, revision)
+        hub.add(MODEL, folder, revision)
         commit = commit_of(MODEL, revision)
         assert find_checkpoint(f"{MODEL}@{revision}").name == commit
         assert find_checkpoint(f"{MODEL}@{commit}").name == commit
 
 
-def test_a_download_that_breaks_off_goes_on(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_off_goes_on(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client waits a second before each of its five tries."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub.drops = 1
-    folder = find_checkpoint(MODEL)
-    assert (folder / "model.safetensors").read_bytes() == (DEMO_CHECKPOINT / "model.safetensors").read_bytes()
+    found = find_checkpoint(MODEL)
+    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 # What fails
@@ -237,7 +253,7 @@ FAILURES: dict[Callable[[Hub, pytest.MonkeyPatch], str], str] = {
     no_revision: "some/model has no revision v9",
     wrong_token: "answered 401 for some/model: it refuses your token; log in again",
     down: "answered 503 for some/model: try again later",
-    dropped: r"the download of some/model broke off \(\w+\): start again, or run `hf download some/model`",
+    dropped: r"the download of some/model failed \(\w+\): start it again, or run `hf download some/model`",
     offline: "and HF_HUB_OFFLINE allows no download: run `hf download some/model` where there is a network",
     offline_with_a_part: "not all of it, and HF_HUB_OFFLINE .* run `hf download some/model --revision main`",
     no_network: "and the Hub cannot be reached: run `hf download some/model`",
@@ -267,6 +283,15 @@ def test_no_network_is_no_wrong_usage(
     code, printed, said = run_command(monkeypatch, capsys, command, MODEL, *out)
     assert (code, printed) == (4, "")
     assert said.startswith(f"qwen2-fp16-fix: {MODEL} is not in the Hub's cache")
+
+
+def test_an_index_cannot_name_files_elsewhere(hub: Hub) -> None:
+    files = hub.repos[MODEL]["main"]
+    for name in ("../../config.json", "/etc/passwd", "a*.safetensors", "sub/a.safetensors"):
+        files["model.safetensors.index.json"] = json.dumps({"weight_map": {"x": name}}).encode()
+        hub.repos[f"some/of{len(name)}"] = hub.repos[MODEL]
+        find_checkpoint(f"some/of{len(name)}")
+    assert not any("passwd" in path or "sub/" in path or "*" in path for path in hub.asked)
 
 
 def test_what_the_repository_lacks_is_the_checkpoints_fault(hub: Hub) -> None:
@@ -305,12 +330,12 @@ def test_a_token_opens_a_gated_model(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 # The commands
 
 
-def test_every_command_takes_an_id(hub: Hub, tmp_path: Path) -> None:
+def test_every_command_takes_an_id(hub: Hub, folder: Path, tmp_path: Path) -> None:
     """What is found is what the folder gives, and an error names the model as the caller does."""
-    of_folder, of_id = qwen2_fp16_fix.certify(DEMO_CHECKPOINT), qwen2_fp16_fix.certify(MODEL)
+    of_folder, of_id = qwen2_fp16_fix.certify(folder), qwen2_fp16_fix.certify(MODEL)
     assert replace(of_id, seconds=0) == replace(of_folder, seconds=0)
-    found = qwen2_fp16_fix.scan(MODEL, "In the beginning", tokens=4)
-    assert (found.checkpoint, found.finite) == (MODEL, False)
+    of_folder, of_id = (qwen2_fp16_fix.scan(given, "In the beginning") for given in (folder, MODEL))
+    assert replace(of_id, seconds=0, checkpoint=str(folder)) == replace(of_folder, seconds=0)
     exported = qwen2_fp16_fix.export(MODEL, tmp_path / "out")
     assert f"base_model: {MODEL}" in (exported / "README.md").read_text()
     hub.repos[MODEL]["main"]["model.safetensors"] = b"no weights"

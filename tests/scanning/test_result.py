@@ -69,14 +69,14 @@ def test_rich_prints_the_table_of_the_command(
 
 def test_a_notebook_shows_the_same_table(planted: ScanResult) -> None:
     html = planted._repr_html_()
-    assert html.startswith("<pre")
+    assert html.startswith("<pre style=")
     assert "down_proj" in html
     assert planted.verdict.split(",")[0] in " ".join(re.sub("<[^>]*>", "", html).split())
 
 
 def test_a_scan_saves_a_page_and_a_picture(planted: ScanResult, tmp_path: Path) -> None:
     planted.save_html(tmp_path / "page.html")
-    planted.save_html(str(tmp_path / "zh.html"), lang="zh")
+    planted.save_html(str(tmp_path / "zh.html"), language="zh")
     planted.save_png(tmp_path / "picture.png")
     assert '<html lang="en">' in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert '<html lang="zh-CN">' in (tmp_path / "zh.html").read_text(encoding="utf-8")
