@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sphinx.search.zh import SearchChinese
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # the API page imports this checkout
-CHINESE = "tags" in globals() and tags.has("zh")  # type: ignore[name-defined]  # noqa: F821  # a name that Sphinx puts here
+CHINESE = tags.has("zh")  # type: ignore[name-defined]  # noqa: F821  # a name that Sphinx puts here
 
 #: The pages in the order in which one reads them.
 ENGLISH = {
@@ -24,17 +26,20 @@ ORDER = CHINESE_ORDER if CHINESE else ENGLISH
 
 project = "qwen2-fp16-fix"
 author = "The qwen2-fp16-fix contributors"
+copyright = f"{author}. Licence: Apache-2.0"
 language = "zh_CN" if CHINESE else "en"
 html_title = "qwen2-fp16-fix 手册" if CHINESE else "qwen2-fp16-fix handbook"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = [] if CHINESE else ["zh", "notebooks"]
+SearchChinese.language_name = "English"  # Sphinx 9.0 brings the English stemmer along and asks for a Chinese one
 logging.getLogger("jieba").setLevel(logging.WARNING)  # cuts Chinese into words for the search; says how long it took
 default_role = "code"  # single backticks in docstrings are code
 
 myst_heading_anchors = 3
 myst_url_schemes = {"http": None, "https": None, "mailto": None, "site": "{{path}}"}
 
-autodoc_typehints = "none"  # the signature has them
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 
@@ -43,6 +48,7 @@ html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["handbook.css"]
 html_copy_source = False
+html_show_search_summary = False  # would fetch pages, which a browser refuses to do from disk
 html_show_sphinx = False
 html_sidebars = {
     "**": [

@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
     plan: Plan | None = None
     plan_due = False  # whether the next forward makes a plan
     traced = False  # whether a compiler has traced this layer
-    rotary: Any = None  # the model's rotary embedding; kept in __dict__, so it is no submodule of the layer
+    rotary: Any = None  # the model's rotary embedding; kept in __dict__, so it is not a submodule of the layer
     watch: OverflowWatch  # over the model's last hidden state; no submodule either
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

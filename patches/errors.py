@@ -22,7 +22,7 @@ With the exit code of the command line, 1 for a finding, 2 for wrong usage, 3 fo
     └── NotFixedWarning
 
 None of them derives from OSError, ValueError, TypeError or RuntimeError: transformers' `pipeline()` catches those four
-and goes on with the stock class, which would switch the fix off silently.
+and then builds the stock class, which would switch the fix off silently.
 """
 
 from typing import ClassVar

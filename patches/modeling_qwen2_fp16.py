@@ -193,8 +193,9 @@ if hasattr(STOCK, "Qwen2ForQuestionAnswering"):  # from 4.46.1
 def make_class(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
     """A class of this module, made when it is imported.
 
-    It is no class statement, since its name and bases depend on the installed release. Pickle and transformers look for
-    it here by name. The same bases give the same class: 4.40 to 4.46 run remote code again for each load of a model.
+    It is not a class statement, since its name and bases depend on the installed release. Pickle and transformers look
+    for it here by name. The same bases give the same class: 4.40 to 4.46 run remote code again for each load of a
+    model.
     """
     known = globals().get(name)
     if isinstance(known, type) and known.__bases__ == bases:

@@ -1,7 +1,7 @@
 """Notices that a forward has overflowed, without ever waiting for the device.
 
-Every overflow in a layer makes the last hidden state inf or NaN, and so its sum. The device adds up the sums of all
-forwards and copies the total to the host after each. The host reads its copy before each layer's forward.
+Every overflow in a layer makes the last hidden state inf or NaN, and so its sum. The device accumulates the sums of
+all forwards and copies the total to the host after each. The host reads its copy before each layer's forward.
 """
 
 import math

@@ -75,7 +75,7 @@ def output_sums(weight: Tensor, inputs: Tensor) -> Tensor:
 def fp32_slack(terms: int) -> float:
     """The largest ratio of a sum of `terms` non-negative numbers to the same sum in fp32, in any order.
 
-    It allows eight more roundings: those of the terms, and of a square root of the sum.
+    It allows eight more rounding errors: those of the terms, and of a square root of the sum.
     """
     return 1 + (terms + 8) * 2.0**-23
 

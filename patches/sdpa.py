@@ -1,7 +1,7 @@
 """torch's fused attention for query heads that share key heads, given so that a fused kernel takes it everywhere.
 
 transformers from 4.54 on lets torch share the heads (`enable_gqa`) where there is no mask. Of torch's fused kernels
-for CUDA only flash does that, and it begins at compute capability 8.0. On older cards torch then writes the scores
+for CUDA only flash does that, and it begins at compute capability 8.0. On older GPUs torch then writes the scores
 out. Before 4.54, and with a mask, transformers repeats the keys of the whole cache in each step.
 """
 
@@ -83,7 +83,7 @@ def shares_key_heads(tensor: Tensor) -> bool:
 
 
 def has_flash(index: int | None) -> bool:
-    """Whether torch's flash kernel runs on the NVIDIA card of that index. AMD's cards are not asked."""
+    """Whether torch's flash kernel runs on the NVIDIA GPU of that index. AMD's GPUs are not asked."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return True
     return torch.cuda.get_device_capability(index) >= (8, 0)

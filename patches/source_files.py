@@ -60,7 +60,7 @@ def _on_disk(folder: str, before: str) -> Iterator[tuple[str, str]]:
 
 
 def _leads_up(entry: "os.DirEntry[str]", folder: str) -> bool:
-    """Whether this is a link to a folder that it lies in: there is no end to what is below it."""
+    """Whether this is a link to a folder that it is in: there is no end to what is below it."""
     return entry.is_symlink() and f"{os.path.realpath(folder)}{os.sep}".startswith(
         f"{os.path.realpath(entry.path)}{os.sep}"
     )

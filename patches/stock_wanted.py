@@ -12,7 +12,7 @@ def stock_models() -> Iterator[None]:
     """Builds stock models inside a with block, in this thread, whatever is registered.
 
     It applies to the Auto classes and to transformers' own classes used by name. Existing models do not change, and
-    `fix` still works:
+    `fix` still works::
 
         with qwen2_fp16_fix.stock_models():
             stock = AutoModelForCausalLM.from_pretrained("checkpoint")

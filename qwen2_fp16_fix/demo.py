@@ -1,6 +1,6 @@
 """The demonstration: one checkpoint, one prompt, stock and fixed, in fp32 and float16.
 
-The checkpoint lies beside this file, so nothing is downloaded.
+The checkpoint is part of this package, so nothing is downloaded.
 """
 
 import gc

@@ -55,7 +55,7 @@ class LockCheck(Result):
         return Text("\n".join(self.differences) or f"Nothing differs from {self.lock}{self._limits()}.")
 
     def _limits(self) -> str:
-        """What was not compared, to go on with in a sentence."""
+        """What was not compared, as the end of a sentence."""
         return "" if self.folder is None else f"; of the fix, only the files in {self.folder} were compared"
 
 
@@ -78,7 +78,7 @@ def _installed() -> dict[str, Any]:
 def lock(path: str | Path, force: bool = False) -> Path:
     """Writes the lock of this installation: the versions and hashes that decide a fixed model's numbers.
 
-    The file is written whole or not at all. The same installation always gives the same bytes.
+    The file is written completely or not at all. The same installation always gives the same bytes.
 
     Args:
         path: The file to write.

@@ -49,12 +49,12 @@ class Result(Record):
         return f"<{type(self).__name__}: {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        """The table for a notebook, as HTML: the same as on a terminal, 120 columns wide."""
+        """The table for a notebook, as HTML: the same as on a terminal, 100 columns wide."""
         import io
 
         from rich.console import Console
 
-        page = Console(file=io.StringIO(), record=True, width=120, force_jupyter=False)
+        page = Console(file=io.StringIO(), record=True, width=100, force_jupyter=False)
         page.print(self)
         return page.export_html(inline_styles=True, code_format=NOTEBOOK_TABLE)
 

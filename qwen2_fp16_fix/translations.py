@@ -26,14 +26,15 @@ def read_texts(subject: str) -> dict[str, dict[str, str]]:
 DOCTOR_TEXTS = read_texts("doctor")
 DEMO_TEXTS = read_texts("demo")
 VERIFY_TEXTS = read_texts("verify")
-SCAN_TEXTS = read_texts("scan")  # of the report as well
+SCAN_TEXTS = read_texts("scan")
+REPORT_TEXTS = read_texts("report")
 CERTIFY_TEXTS = read_texts("certify")
 
 
 def number_text(value: float | None, language: str = "en") -> str:
     """A number as every text writes it: 65,504 from 100 to a million, else three digits, as 62.7 or 1.2e+09.
 
-    A count, which is an int, is written whole. None stands for a number that is not finite.
+    A count, which is an int, is written with all its digits. None stands for a number that is not finite.
     """
     if value is None or not math.isfinite(value):
         return SCAN_TEXTS[language]["not_finite"]

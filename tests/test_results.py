@@ -112,7 +112,7 @@ def test_a_notebook_shows_the_same_table(case: str) -> None:
     html = found._repr_html_()
     assert html.startswith("<pre style=")
     shown = " ".join(re.sub("<[^>]*>", "", html).split())
-    assert {"status": "numerics", "certify": "tightest site", "check": "is locked.", "doctor": "Self-test"}[
+    assert {"status": "numerics", "certify": "tightest site", "check": "is locked.", "doctor": "What was checked"}[
         case.split()[0]
     ] in shown
 

@@ -56,7 +56,7 @@ def captured(step: Step, device: torch.device) -> Step:
         with torch.cuda.graph(graph):
             step()
 
-    def replay() -> None:
+    def replay(kept: Step = step) -> None:  # the graph reads and writes the step's own tensors, wherever they lie
         graph.replay()
 
     return replay

@@ -80,7 +80,7 @@ class Watch(TorchFunctionMode):
         on_attention: OnAttention | None = None,
         row: Architecture = QWEN2,
     ) -> None:
-        """layers: decoder layers of the row, by number. Hooks are placed on entering and taken off on leaving."""
+        """layers: decoder layers of the row, by number. Hooks are placed on entering and removed on leaving."""
         super().__init__()
         self.layers, self.on_site, self.on_attention, self.row = layers, on_site, on_attention, row
         self.attention: tuple[int, Any] | None = None  # the one that runs and has not made its scores yet

@@ -82,7 +82,7 @@ def _window(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def residual_obstacles(residual: float, hidden: int) -> Iterator[str]:
-    """Why the norms may not be computed in fp32: a bound of the residual stream whose squares do not add up there.
+    """Why the norms may not be computed in fp32: a bound of the residual stream whose squares overflow there.
 
     A bound that is infinite has a reason of its own.
     """

@@ -34,13 +34,20 @@ from .text import verdict_of
 def certify(model_or_path: Any, progress: Progress = None, *, language: str = "en") -> Certificate:
     """Bounds every float16 number of a Qwen2 and says whether, with the fix, any prompt can overflow it.
 
-    model_or_path: a checkpoint folder, a .safetensors file with config.json beside it, OWNER/NAME or
-    OWNER/NAME@REVISION on the Hub, or a loaded model with a Qwen2Model inside; a pipeline or Trainer stands for its
-    model. progress: True for a bar on stderr, or a rich Console to show it on. language: of the verdict and of what is
-    printed, "en" or "zh".
-    Returns a Certificate: `proven`, `verdict` and `reasons` say how it ended, `layers` the headroom of each site.
-    Raises CheckpointError for a folder or file that cannot be read whole, HubError if the Hub does not give it,
-    NotQwen2Error for another architecture.
+    Args:
+        model_or_path: A checkpoint folder, a .safetensors file with config.json beside it, OWNER/NAME or
+            OWNER/NAME@REVISION on the Hub, or a loaded model with a Qwen2Model inside. A pipeline or a Trainer stands
+            for its model.
+        progress: True for a bar on stderr, or a rich Console to show it on.
+        language: Language of the verdict and of what is printed: "en" or "zh".
+
+    Returns:
+        A Certificate. `proven`, `verdict` and `reasons` give the outcome, `layers` the headroom of each site.
+
+    Raises:
+        CheckpointError: A folder or file cannot be read completely.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
+        NotQwen2Error: The checkpoint or model has another architecture.
     """
     started = time.monotonic()
     source = source_of(model_or_path)

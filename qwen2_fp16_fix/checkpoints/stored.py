@@ -22,7 +22,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")  # as headers name the types of plain weights
 #: Files of a distributed checkpoint. From 5.24 transformers loads these before model.safetensors.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-#: What releases take off a name. Up to 5.24 their pattern has a dot that stands for any character.
+#: What releases remove from a name. Up to 5.24 their pattern has a dot that stands for any character.
 PREFIXES = re.compile(r"^((model|transformer).)*")
 ENDS = "|".join(re.escape(name) for name in ("embed_tokens.weight", f"{QWEN2.final_norm()}.weight"))
 PARTS = "|".join(re.escape(name.removesuffix("weight")) for name in weight_names())
@@ -31,7 +31,7 @@ HEADS = re.compile(rf"({'|'.join(OUTPUT_LAYERS)})\.(weight|bias)")
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what the header of that file says of it."""
+    """Where a tensor is stored, and what the header of that file says about it."""
 
     file: Path
     shape: tuple[int, ...]

@@ -45,7 +45,7 @@ def read_text(text: str | Path | None) -> str:
         path = PASSAGE if text is None else text
         found, name = read_utf8(path, "a text file", VerificationError), str(path)
     if SURROGATE.search(found):
-        raise VerificationError(f"{name} has a surrogate without its other half, which is no letter: leave it out.")
+        raise VerificationError(f"{name} has half of a surrogate pair, which is not a character: remove it.")
     if not found.strip():
         raise VerificationError(f"{name} is empty: give a text of at least two tokens.")
     return found

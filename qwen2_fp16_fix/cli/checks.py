@@ -55,7 +55,7 @@ def certify(
     force: Force = False,
     lang: Lang = Language.ENGLISH,
 ) -> None:
-    """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say what is in the way."""
+    """Prove from the weights that no prompt can make a checkpoint overflow with the fix, or say why not."""
     check_output(output, force)
     with loading():
         from ..certification import certify as certification
@@ -75,20 +75,20 @@ def verify(  # noqa: PLR0913, options of a command
     force: Force = False,
     lang: Lang = Language.ENGLISH,
     max_kl: Annotated[
-        float | None, typer.Option(metavar="NATS", help="Largest mean KL allowed to fixed float16.")
+        float | None, typer.Option(metavar="NATS", help="Largest mean KL allowed for fixed float16.")
     ] = None,
     max_ppl_drift: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Largest relative change of perplexity allowed to it.")
+        float | None, typer.Option(metavar="SHARE", help="Largest relative change of perplexity allowed for it.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens read together. Default: 1024, or as many as the model can.")
+        int | None, typer.Option(metavar="N", help="Tokens read together. Default: 1024, or the model's maximum.")
     ] = None,
     stride: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens from window to window. Default: half a window.")
     ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the text to read.")] = 4096,
     resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep finished rows in a JSON file, and go on from there.")
+        Path | None, typer.Option(metavar="FILE", help="Keep finished rows in a JSON file, and continue from it.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -117,20 +117,25 @@ def verify(  # noqa: PLR0913, options of a command
 def doctor(
     path: Annotated[
         str | None,
-        typer.Argument(metavar="PATH_OR_ID", help="A checkpoint, to be examined too: a folder, or OWNER/NAME."),
+        typer.Argument(metavar="PATH_OR_ID", help="A checkpoint to examine as well: a folder, or OWNER/NAME."),
     ] = None,
+    details: Details = False,
+    redact: Annotated[
+        bool, typer.Option("--redact", metavar=FLAG, help="Write PATH in place of your path, to publish the report.")
+    ] = False,
     as_json: AsJson = False,
     output: Output = None,
     force: Force = False,
     lang: Lang = Language.ENGLISH,
 ) -> None:
-    """Say how to run Qwen2 on this machine, test the fix on it, and name what is in the way. Safe to paste anywhere."""
+    """Say whether a checkpoint breaks in stock float16, how to run it here, and whether the fix works here."""
     check_output(output, force)
     with loading():
         from ..diagnosis import doctor as diagnosis
 
-    found = diagnosis.doctor(path, language=lang.value, progress=Notices())
-    show(found.to_dict(), found, as_json, output=output, whole_lines=True, escaped=False)
+    found = diagnosis.doctor(path, language=lang.value, redacted=redact, progress=Notices())
+    page = found.details() if details else found
+    show(found.to_dict(), page, as_json, output=output, whole_lines=True, escaped=False)
     raise typer.Exit(found.exit_code)
 
 

@@ -44,7 +44,7 @@ def one_sentence() -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or first_line(error)
         if error.filename is not None:
-            _fail(f"{error.filename}: {reason}: name another file or folder, or change its rights.", 2)
+            _fail(f"{error.filename}: {reason}: name another file or folder, or change its permissions.", 2)
         _fail_if_broken()
         _fail(f"the system refused something ({reason}): nothing more was done; repair that and start again.", 2)
     except Exception:
@@ -86,7 +86,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """
     for argument in () if arguments[:1] == ["run"] else arguments:
         if not argument or (argument.startswith("--") and argument.endswith("=")):
-            raise UsageError(f"an argument is empty ({argument!r}): give it a value, or leave it away.")
+            raise UsageError(f"an argument is empty ({argument!r}): give it a value, or leave it out.")
 
 
 def check_current_folder() -> None:

@@ -10,7 +10,7 @@ EXAMPLES = {
     "verify": ("verify Qwen/Qwen2.5-1.5B-Instruct --max-kl 1e-4", "verify ./checkpoint --text my.txt -o verified.json"),
     "export": ("export ./checkpoint ./exported", "export Qwen/Qwen2.5-7B-Instruct ./exported --code-only"),
     "push": ("push ./exported me/my-model --dry-run", "push ./exported me/my-model --public"),
-    "doctor": ("doctor", "doctor Qwen/Qwen2.5-7B-Instruct", "doctor ./checkpoint --lang zh"),
+    "doctor": ("doctor", "doctor Qwen/Qwen2.5-7B-Instruct", "doctor ./checkpoint --details"),
     "scan": ("scan Qwen/Qwen2.5-7B-Instruct", "scan ./checkpoint --prompts my.txt --report scan.html"),
     "run": ("run -- python eval.py --batch 8", "run -- lm_eval --model hf", "run -- -m my_package"),
     "status": ("status", "status --json"),
@@ -21,7 +21,7 @@ EXAMPLES = {
 #: What 0 and 1 mean. A command without a 1 does what it is asked to, or fails.
 CODES = {
     "": "0 good, 1 a finding",
-    "demo": "0 stock float16 fails and the fix works, 1 it is not so here",
+    "demo": "0 stock float16 fails and the fix works, 1 otherwise",
     "certify": "0 proven, 1 not proven",
     "verify": "0 verified, 1 not verified",
     "export": "0 exported",

@@ -1,4 +1,4 @@
-"""The file of `--output`: checked before a command runs, so that minutes of it are not lost, and written whole."""
+"""The file of `--output`: checked before a command runs, so that minutes of it are not lost, and written completely."""
 
 import json
 from pathlib import Path

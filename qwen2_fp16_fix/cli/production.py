@@ -26,7 +26,9 @@ def export(
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict", metavar=FLAG, help="Own model type: without trust_remote_code loading fails."),
+        typer.Option(
+            "--strict", metavar=FLAG, help="A model type of its own: loading without trust_remote_code fails."
+        ),
     ] = False,
     verification: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Result of verify, as JSON, for the model card.")
@@ -53,15 +55,17 @@ def export(
 
 
 def push(  # noqa: PLR0913, options of a command
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` has written.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; made if there is none.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder written by `export`.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="A repository on the Hub; created if there is none.")
+    ],
     public: Annotated[bool, typer.Option("--public", metavar=FLAG, help="Make a new repository public.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="A branch. Default: main.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar=FLAG, help="Check and list the files, without the network.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", metavar=FLAG, help="Also into a repository that holds something else.")
+        bool, typer.Option("--overwrite", metavar=FLAG, help="Push even if the repository holds something else.")
     ] = False,
     as_json: AsJson = False,
     output: Output = None,
@@ -81,7 +85,7 @@ def push(  # noqa: PLR0913, options of a command
 def run(context: typer.Context) -> None:
     """Run an unchanged program with the fix registered, its child processes included.
 
-    `python` and `python3` are the Python that this package is installed in. For another one write its path.
+    `python` and `python3` are the Python that this package is installed in. To use another one, give its path.
     """
     raise typer.Exit(launcher.run(context.args))
 
@@ -90,14 +94,10 @@ def lock(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the lock to a file, not to stdout.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", metavar=FLAG, help="Overwrite a file that says something else.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", metavar=FLAG, help="As in the other commands; a lock is JSON anyway.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", metavar=FLAG, help="Overwrite a file with other content.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Changes nothing: a lock is JSON.")] = False,
 ) -> None:
-    """Write down what decides the numbers here: versions, and hashes of the code of the fix and of transformers."""
+    """Record what decides the numbers here: versions, and hashes of the code of the fix and of transformers."""
     with loading():
         from .. import locking
 
@@ -118,7 +118,7 @@ def check(
     output: Output = None,
     force: Force = False,
 ) -> None:
-    """Say what has changed since a lock was made, a sentence each: the fix, transformers and its Qwen2, torch."""
+    """Say what has changed since a lock was made, one sentence each: the fix, transformers and its Qwen2, torch."""
     check_output(output, force)
     with loading():
         from .. import locking

@@ -62,7 +62,7 @@ def recommend(
 ) -> tuple[list[Recommendation], list[Remark], list[Remark]]:
     """The recommendations, no findings, and a warning if the devices should be used in different ways.
 
-    release: of transformers, for the code. checkpoint: what is loaded; there is no advice for one that is no Qwen2.
+    release: of transformers, for the code. checkpoint: what is loaded; there is no advice if it is not a Qwen2.
     """
     loading = loading_of(checkpoint)
     advice = [] if loading is None else advise(hardware)
@@ -163,7 +163,8 @@ def lines_of_code(
         return "\n".join([*fix, f"# then load PATH as its model card says, with {options[1]}"])
     load = f"model = {loading.auto_class}.from_pretrained({', '.join(options)}){moved}"
     if len(load) > CODE_WIDTH:
-        load = f"model = {loading.auto_class}.from_pretrained(\n    {', '.join(options)}\n){moved}"
+        lines = "".join(f"    {option},\n" for option in options)
+        load = f"model = {loading.auto_class}.from_pretrained(\n{lines}){moved}"
     needs_register = WAYS[way].takes_fix and not loading.own_code
     return "\n".join(
         ["import torch", f"from transformers import {loading.auto_class}", *(fix if needs_register else [""]), load]

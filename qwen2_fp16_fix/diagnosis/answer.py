@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .stock_run import Reached, StockRun
 
 NAMED = 3  # further places over the limit
+#: Whether it breaks, in a word.
+BREAKS = ("yes", "with eager attention", "probably", "probably with eager attention", "not seen", "no")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class PlaceReached(Record):
 class StockAnswer(Record):
     """Whether a checkpoint breaks in stock float16, by a short run of some of its layers."""
 
-    breaks: str  # "yes", "with eager attention", "probably", "probably with eager attention", "not seen" or "no"
+    breaks: str  # one of BREAKS
     over: list[PlaceReached]  # what float16 cannot hold
     largest: PlaceReached  # of all that was seen
     layers: list[int]  # those that were run
@@ -74,9 +76,13 @@ def judge(run: "StockRun", certificate: Certificate | None) -> "tuple[str, Reach
 
 
 def _answer(breaks: str, place: "Reached", language: str) -> Remark:
-    code = breaks.replace(" ", "_")
     site, largest = site_name(place.site, language), number_text(place.largest, language)
-    return remark(f"stock.{code}", site=site, layer=place.layer, largest=largest)
+    return remark(f"stock.{code_of(breaks)}", site=site, layer=place.layer, largest=largest)
+
+
+def code_of(breaks: str) -> str:
+    """The code of the sentence for one of BREAKS."""
+    return breaks.replace(" ", "_")
 
 
 def _further(over: "list[Reached]", first: "Reached", language: str) -> Iterator[Remark]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from ..checkpoints.config import (
@@ -21,6 +20,7 @@ from ..checkpoints.config import (
 )
 from ..checkpoints.folder import LM_HEAD, FolderSource
 from ..checkpoints.stored import has_pickles
+from ..checkpoints.threads import usable_cores
 from ..errors import CheckpointError
 from ..patches.errors import Qwen2FP16FixError
 from ..results import Record
@@ -165,12 +165,12 @@ def sizes(source: FolderSource) -> dict[str, Any]:
 
 
 def _proof_and_run(path: Path, facts: dict[str, Any], progress: Console | None, language: str) -> list[Remark]:
-    """Adds the answer of a short run to the facts, and that of `certify` if it is quick. Returns what to say of it."""
+    """Adds to the facts what a short run finds, and `certify` if it is quick. Returns a note on the proof."""
     if facts["quantised"]:
         return [remark("checkpoint.never_proven")]
     found = None
     if facts["bytes"] > QUICK:
-        seconds = f"{facts['bytes'] / BYTES_A_SECOND / torch.get_num_threads():.0f}"
+        seconds = f"{facts['bytes'] / BYTES_A_SECOND / usable_cores():.0f}"
         said = remark("checkpoint.certify", command="qwen2-fp16-fix certify PATH", seconds=seconds)
     else:
         from ..certification.certify import certify

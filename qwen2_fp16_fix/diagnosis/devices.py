@@ -134,7 +134,7 @@ def _torch_knows_bfloat16(index: int) -> bool:
 
 
 def has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for `built_for` (sm_70, sm_90a, compute_90, …) runs on a card of this capability.
+    """Whether code for `built_for` (sm_70, sm_90a, compute_90, …) runs on a GPU of this capability.
 
     Machine code (sm) runs on the same major version from its minor version on. PTX (compute) runs on everything newer.
     """

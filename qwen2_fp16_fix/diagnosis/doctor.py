@@ -6,6 +6,7 @@ Its report has nothing that says whose machine this is.
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,20 @@ def doctor(
 ) -> Diagnosis:
     """Examines this environment and process and, with `path`, a checkpoint.
 
-    path: a checkpoint folder, a .safetensors file, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. language: of the
-    sentences, "en" or "zh". redacted: True to write PATH in place of `path`, which lines of code and commands name
-    otherwise; nothing else in a report is private. progress: True to say on stderr what is being tested, or a rich
-    Console to say it on.
-    Returns a Diagnosis: `healthy` and `verdict` (a sentence) say how it ended, `findings` what breaks, `warnings` what
-    may break, `advice` how to run a Qwen2 on each device. `to_dict()` is the same as plain data.
-    Raises CheckpointError if `path` holds no checkpoint, HubError if the Hub does not give it.
+    Args:
+        path: A checkpoint folder, a .safetensors file, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        language: Language of the sentences: "en" or "zh".
+        redacted: True to write PATH in place of `path`, which lines of code and commands name otherwise. Nothing else
+            in a report is private.
+        progress: True to name on stderr what is being tested, or a rich Console to name it on.
+
+    Returns:
+        A Diagnosis. `healthy` and `verdict` give the outcome, `findings` what breaks, `warnings` what may break,
+        `advice` how to run a Qwen2 on each device. `to_dict()` has the same as plain data.
+
+    Raises:
+        CheckpointError: There is no checkpoint at `path`.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
     """
     # absolute, so that the redaction finds it in every sentence
     place = None if path is None else find_checkpoint(path).absolute()
@@ -82,7 +90,7 @@ def doctor(
     found_private: Diagnosis = redact(report, private_places(place))
     if path is None or redacted:
         return found_private
-    named: Diagnosis = fill_in(found_private, str(path))
+    named: Diagnosis = fill_in(replace(found_private, names_path=True), str(path))
     return named
 
 

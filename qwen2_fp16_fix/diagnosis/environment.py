@@ -232,7 +232,7 @@ def examine_settings(
 
 
 def concerns(name: str, kinds: set[str]) -> bool:
-    """Whether a setting bears on what runs on devices of these kinds. The CPU counts where it is the only one."""
+    """Whether a setting affects what runs on devices of these kinds. The CPU counts where it is the only one."""
     if name.startswith("NVIDIA_"):
         return "cuda" in kinds
     if ".cuda.matmul." in name:

@@ -56,7 +56,8 @@ class Diagnosis(Result):
     settings: list[SettingFacts]
     self_test: SelfTests
     checkpoint: CheckpointFacts | None  # None without a path
-    language: str = "en"  # of the sentences; not in `to_dict`
+    language: str = "en"  # of the sentences; this and the next are not in `to_dict`
+    names_path: bool = False  # in lines of code and commands
 
     @property
     def exit_code(self) -> int:
@@ -71,7 +72,7 @@ class Diagnosis(Result):
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data: what `doctor --json` prints."""
         found = super().to_dict()
-        del found["language"]
+        del found["language"], found["names_path"]
         return found
 
     def summary(self) -> str:
@@ -82,11 +83,11 @@ class Diagnosis(Result):
         """The answer, what to do, and what was checked. Print it with `soft_wrap=True`, so that no code is wrapped."""
         page = text.ReportParts(self.language)
         checked = [self._versions(), *page.passed(self.self_test), page.say("fix_is", text=self.fix.text)]
-        checked += [self.lock.text] if self.lock.state != "none" else []
+        checked += [self.lock.text, *self.lock.differences[1:]] if self.lock.state != "none" else []
         if self.tools:
             names = (f"{tool.name} {tool.version or ''}".rstrip() for tool in self.tools)
             checked.append(page.say("tools_here", tools=", ".join(names)))
-        return Group(*self._answer(page), page.heading("checked"), text.Lines(*checked, page.say("more")))
+        return Group(*self._answer(page), page.heading("checked"), text.Lines(*checked, *self._last(page)))
 
     def details(self) -> RenderableType:
         """The same with every device, tool and setting, for rich: what `doctor --details` prints."""
@@ -101,8 +102,12 @@ class Diagnosis(Result):
             [] if self.checkpoint is None else page.checkpoint(self.checkpoint),
             page.tools(self.tools),
             page.settings(self.settings),
+            [text.Lines(page.say("names_path"))] if self.names_path else [],
         ]
         return Group(*(each for part in parts for each in part))
+
+    def _last(self, page: text.ReportParts) -> list[str]:
+        return [page.say("more"), *([page.say("names_path")] if self.names_path else [])]
 
     def _answer(self, page: text.ReportParts) -> list[RenderableType]:
         """The verdict, what the checkpoint shows, what is wrong, and what to do."""

@@ -3,11 +3,11 @@
 The model takes a second to run and breaks stock float16 in each way that the fix repairs. Its weights are random but
 well behaved, and four things are built in:
 
-- *Keys*: biases of q_proj and k_proj in the slowest rotary pair, whose product passes 65504. The rest of a key in that
-  pair is an eighth of float16's step beside such a bias. Once keys are centred, the product is small too.
+- *Keys*: biases of q_proj and k_proj in the slowest rotary pair, whose product exceeds 65,504. The rest of a key in
+  that pair is an eighth of float16's step beside such a bias. Once keys are centred, the product is small too.
 - *Scores*: in the last layer the biases are in a pair that turns away from any centre, by 0.075 radians a token. Only
   fp32 holds the products. A token's own score is highest there by 36, which no rounding of its key reaches.
-- *Residual*: one neuron a layer adds 25,000 to a channel at the marker token. No layer alone passes the limit, so none
+- *Residual*: one neuron a layer adds 25,000 to a channel at the marker token. No layer alone exceeds the limit, so none
   is scaled, and only the fp32 residual stream holds the sum.
 - *SwiGLU*: in the last layer act(gate)·up is 90,000 at the marker token. down_proj makes it small again.
 

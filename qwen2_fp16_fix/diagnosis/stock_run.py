@@ -18,6 +18,7 @@ from ..activations.sites import SCORES, Attended, SitePlace, Watch, execution_or
 from ..activations.weights_on_demand import ModelOnDisk
 from ..checkpoints.folder import FolderSource, open_checkpoint
 from ..checkpoints.stored import opened
+from ..checkpoints.threads import own_cores
 from ..checkpoints.tokenizer import open_tokenizer
 from ..errors import CheckpointError
 from ..patches.range_plan import FLOAT16_MAX
@@ -74,6 +75,7 @@ class StockRun:
         return max((each for each in self.reached if each.seen), key=lambda each: each.largest)
 
 
+@own_cores()
 def run_stock(path: Path, progress: Progress = None) -> StockRun:
     """Runs the short run. Raises CheckpointError if the checkpoint cannot be run."""
     source = open_checkpoint(path)

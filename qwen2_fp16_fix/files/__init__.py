@@ -1,1 +1,1 @@
-"""The files and folders that a user names: read within limits, and written whole or not at all."""
+"""The files and folders that a user names: read within limits, and written completely or not at all."""

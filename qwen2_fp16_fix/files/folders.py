@@ -1,4 +1,4 @@
-"""Writes a folder that a user names, whole or not at all. An error is one sentence."""
+"""Writes a folder that a user names, completely or not at all. An error is one sentence."""
 
 import errno
 import glob

@@ -1,4 +1,4 @@
-"""Writes files that a user names, each whole or not at all. An error is one sentence."""
+"""Writes files that a user names, each completely or not at all. An error is one sentence."""
 
 import os
 import secrets

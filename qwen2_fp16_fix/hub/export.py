@@ -42,7 +42,7 @@ def export(
 ) -> Path:
     """Exports a checkpoint with the fix as remote code, to load with `trust_remote_code=True` and without this package.
 
-    The folder is written whole or not at all: after an error, an interruption or a kill there is nothing at `out`.
+    The folder is written completely or not at all: after an error, an interruption or a kill there is nothing at `out`.
 
     Args:
         path_or_repo: A checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
@@ -111,7 +111,7 @@ def _code_repo(code_repo: str | None, weights: str) -> tuple[str | None, str | N
 
 
 def _real_folder(found: Path) -> Path:
-    """The checkpoint's folder, absolute: the card says its name, and links are looked at from there."""
+    """The checkpoint's folder, absolute: the model card names it, and links are followed from there."""
     with reachable(found):
         if not found.is_dir():
             raise CheckpointError(f"{found} is a file: give the folder it is in.")

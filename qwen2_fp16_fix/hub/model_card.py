@@ -41,7 +41,7 @@ def model_card(
     has_weights: bool,
     verification: Mapping[str, Any] | None,
 ) -> str:
-    """The card with its front matter.
+    """The model card with its front matter.
 
     folder: the original, with its card and licence. config: the exported one.
     """

@@ -49,21 +49,32 @@ def push(
     overwrite: bool = False,
     api: HfApi | None = None,
 ) -> dict[str, Any]:
-    """Uploads what `export` has written to a model repository, which is made if there is none.
+    """Uploads an exported folder to a model repository of the Hub, which is created if there is none.
 
-    repo_id: OWNER/NAME. private: for a new repository; an existing one is not changed. revision: a branch, made if
-    missing. overwrite: push also into a repository that holds something other than an export. dry_run: only check the
-    folder and list its files, without the network. message: of the commit; by default it names the versions. api: the
-    HfApi to upload with; by default one with this machine's login.
-    Returns a dict as JSON has them: `repo`, `revision`, `private`, `message`, `files` (each `path` and `bytes`),
-    `deleted` (files of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
-    Raises CheckpointError and NotQwen2Error for a folder that is no whole Qwen2, HubError if the Hub cannot be reached
-    or refuses, PublishError for everything else.
+    Args:
+        folder: What `export` has written.
+        repo_id: OWNER/NAME.
+        private: Whether a new repository is private. An existing one is not changed.
+        revision: A branch, created if it is missing; by default main.
+        message: The message of the commit; by default it names the versions.
+        dry_run: Whether to only check the folder and list its files, without the network.
+        overwrite: Whether to push into a repository that holds something other than an export as well.
+        api: The HfApi to upload with; by default one with this machine's login.
+
+    Returns:
+        Plain data: `repo`, `revision`, `private`, `message`, `files` (each with `path` and `bytes`), `deleted` (files
+        of an earlier push that would still be loaded) and `commit` (its URL; None for a dry run).
+
+    Raises:
+        CheckpointError: The folder is missing, incomplete or damaged.
+        NotQwen2Error: The folder does not hold a Qwen2.
+        HubError: The Hub cannot be reached, or refuses.
+        PublishError: Anything else: the folder is not an export, or the repository holds something else.
     """
     folder = to_path(folder, CheckpointError)
     files = check_export(folder)
     if not is_repo_id(repo_id):
-        raise PublishError(f"{repo_id!r} is no repository: give OWNER/NAME.")
+        raise PublishError(f"{repo_id!r} is not a repository: give OWNER/NAME.")
     found: dict[str, Any] = {
         "repo": repo_id,
         "revision": revision or "main",
@@ -87,10 +98,10 @@ def check_export(folder: Path) -> list[str]:
         raise CheckpointError(f"there is no folder {folder}: give one that `qwen2-fp16-fix export` has written.")
     config = read_config(folder)
     if not builds_own_model(config):
-        raise PublishError(f"{folder} is no export: run `qwen2-fp16-fix export` first, and push what it writes.")
+        raise PublishError(f"{folder} is not an export: run `qwen2-fp16-fix export` first, and push what it writes.")
     missing = [name for name in CODE_FILES if not (folder / name).is_file()] if has_own_code(config) else []
     if missing:
-        raise PublishError(f"{folder} lacks {', '.join(missing)}: export the checkpoint anew.")
+        raise PublishError(f"{folder} lacks {', '.join(missing)}: export the checkpoint again.")
     if any(folder.glob(WEIGHTS)) or any(folder.glob("*.safetensors.index.json")):
         source = FolderSource(folder)
         for head in heads_to_check(config):
@@ -111,7 +122,7 @@ def commit_message(folder: Path) -> str:
             known = f", numerics {read_lock(folder / LOCK)['numerics']}"
         except LockFileError:
             raise PublishError(
-                f"{folder} has a {LOCK} that this version cannot read: export the checkpoint anew."
+                f"{folder} has a {LOCK} that this version cannot read: export the checkpoint again."
             ) from None
     return f"Export with qwen2-fp16-fix {__version__}{known}, for {SUPPORTED}"
 
@@ -142,7 +153,7 @@ def _remote_files(api: HfApi, repo: str, revision: str, overwrite: bool) -> list
     foreign = [path for path in files if path != ".gitattributes"]  # the Hub makes that one itself
     if foreign and not overwrite and not _is_ours(api, repo, where, files):
         raise PublishError(
-            f"{repo} is there and holds something else ({', '.join(foreign[:3])}): name another repository, or say "
+            f"{repo} exists and holds something else ({', '.join(foreign[:3])}): name another repository, or use "
             "--overwrite."
         )
     return files
@@ -180,7 +191,7 @@ def _one_sentence(repo: str) -> Iterator[None]:
         raise HubError(_answer(repo, 401)) from None
     except NETWORK_ERRORS as error:
         raise HubError(
-            f"{repo} could not be reached ({type(error).__name__}): nothing more was pushed; push again to go on."
+            f"{repo} could not be reached ({type(error).__name__}): nothing more was pushed; push again to continue."
         ) from None
 
 
@@ -193,7 +204,7 @@ def _answer(repo: str, status: int | None) -> str:
         return f"the Hub has no {repo} that you may see: check the name and your access."
     if status in (409, 412):
         return f"{repo} has changed meanwhile: push again."
-    return f"the Hub answered {status} for {repo}: nothing more was pushed; push again later to go on."
+    return f"the Hub answered {status} for {repo}: nothing more was pushed; push again later to continue."
 
 
 def as_table(found: dict[str, Any]) -> Group:

@@ -18,20 +18,14 @@ class UsageError(Exception):
 
 
 def command_for(arguments: Sequence[str]) -> list[str]:
-    """The command to start. `python`, `-m module` and `script.py` mean this interpreter; anything else runs as it is.
-
-    Another `python` of the PATH may lack this package, and would end with an error.
+    """The command to start. `-m module` and `script.py` run under this interpreter, anything else as it is.
 
     Raises UsageError for an empty or unknown command, and for switches of Python that would keep the fix out.
     """
     if not arguments:
         raise UsageError("nothing to run: write the program after `--`, as in `qwen2-fp16-fix run -- python eval.py`.")
     first = arguments[0]
-    command = list(arguments)
-    if first in ("python", "python3"):
-        command[0] = sys.executable
-    elif first == "-m" or first.endswith(".py"):
-        command = [sys.executable, *arguments]
+    command = [sys.executable, *arguments] if first == "-m" or first.endswith(".py") else list(arguments)
     program = shutil.which(command[0])
     if program is None:
         raise UsageError(f"cannot find the program {command[0]!r}: check its name, or give its full path.")

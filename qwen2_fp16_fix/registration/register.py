@@ -70,6 +70,8 @@ def unregister() -> None:
 def registered(lock: str | Path | None = None) -> Iterator[None]:
     """Registers the fix for the length of a with block.
 
+    For example::
+
         with qwen2_fp16_fix.registered():
             model = AutoModelForCausalLM.from_pretrained("checkpoint", dtype=torch.float16)
 

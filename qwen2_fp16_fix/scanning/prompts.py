@@ -41,9 +41,9 @@ def read_prompts(prompts: Prompts | None) -> list[str | Sequence[int] | Tensor]:
     if odd is not None:
         raise ScanError(f"{name}: {shortened(repr(odd))} is neither a text nor a list of token ids.")
     if not found or any(isinstance(prompt, str) and not prompt.strip() for prompt in found):
-        raise ScanError(f"{name} holds no prompt, or an empty one: give at least one, and text in each.")
+        raise ScanError(f"{name} holds no prompt, or an empty one: give at least one prompt, and text in each.")
     if any(isinstance(prompt, str) and SURROGATE.search(prompt) for prompt in found):
-        raise ScanError(f"{name} has a surrogate without its other half, which is no letter: write the letter itself.")
+        raise ScanError(f"{name} has half of a surrogate pair, which is not a character: write the character itself.")
     return found
 
 
@@ -70,7 +70,7 @@ class TokenisedPrompts(NamedTuple):
     tokenizer: Any
 
     def token(self, prompt: int, position: int) -> tuple[int, str | None]:
-        """A token and its text. A token that is part of a letter has no text: it is written as the vocabulary has it.
+        """A token and its text. A token inside a character has no text: it is written as the vocabulary has it.
 
         Without a tokenizer the text is None.
         """
@@ -142,8 +142,8 @@ def choose_device(device: str | None) -> torch.device:
     name = default_device() if device is None else device
     problem = device_problem(name)
     if problem is not None:
-        raise ScanError(f"{name} is no device here ({first_line(problem)}): give cpu, or leave it away.")
+        raise ScanError(f"{name} is not a device here ({first_line(problem)}): give cpu, or leave the device out.")
     chosen = torch.device(name)
     if chosen.type == "meta":
-        raise ScanError("the meta device computes nothing: give cpu, or leave it away.")
+        raise ScanError("the meta device computes nothing: give cpu, or leave the device out.")
     return chosen

@@ -54,19 +54,32 @@ def scan(  # noqa: PLR0913  # the options of the command
 ) -> ScanResult:
     """Runs prompts through a Qwen2 and measures every site of every layer against float16's limit of 65504.
 
-    model_or_path: a checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, run as stock float16 unless
-    `fixed`; or a loaded float16 model, taken as it is. A pipeline or Trainer stands for its model.
-    prompts: a text, texts or lists of token ids, or a file (a prompt a line, or a JSON list); by default four short
-    ones. Texts go through the tokenizer's chat template if it has one. tokens: how many of a prompt's are read.
-    attention: "eager", where stock stores raw scores, or "sdpa", for a folder. tokenizer: in place of that of the
-    folder, of the pipeline, or of the checkpoint that a loaded model comes from. device: for a folder; by default cuda
-    where there is one. language: of the verdict and the table, "en" or "zh". progress: True for a bar on stderr, or a
-    rich Console to show it on.
-    Returns a ScanResult: `finite` and `verdict` say how it ended, `first_nonfinite` where the model broke, `sites` the
-    largest number of each site, where that was, its headroom, and what certify proves of it. `to_dict()` is the same
-    as plain data; `save_html` and `save_png` write a report.
-    Raises CheckpointError and NotQwen2Error for a model that cannot be scanned, HubError if the Hub does not give it,
-    ScanError for the rest.
+    A site is a tensor inside a layer, such as the input of down_proj.
+
+    Args:
+        model_or_path: A checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub, run as stock float16
+            unless `fixed`; or a loaded float16 model, taken as it is. A pipeline or a Trainer stands for its model.
+        prompts: A text, texts or lists of token ids, or a file (a prompt a line, or a JSON list); by default four short
+            ones. Texts go through the tokenizer's chat template if it has one.
+        fixed: Whether to run a folder with the fix; by default stock.
+        attention: "eager", where stock stores raw scores, or "sdpa", for a folder.
+        tokenizer: Used in place of that of the folder, of the pipeline, or of the checkpoint that a loaded model comes
+            from.
+        tokens: How many tokens of each prompt are read.
+        device: "cpu" or "cuda", for a folder; by default cuda where there is one.
+        language: Language of the verdict and of the table: "en" or "zh".
+        progress: True for a bar on stderr, or a rich Console to show it on.
+
+    Returns:
+        A ScanResult. `finite` and `verdict` give the outcome, `first_nonfinite` the place where the model broke,
+        `sites` the largest number of each site, its place, its headroom, and what certify proves about it. `to_dict()`
+        has the same as plain data; `save_html` and `save_png` write a report.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or damaged.
+        NotQwen2Error: The checkpoint or model is not a Qwen2.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
+        ScanError: Anything else.
     """
     started, console = time.monotonic(), console_of(progress)
     _check_settings(attention, tokens, language)
@@ -104,7 +117,7 @@ def scan(  # noqa: PLR0913  # the options of the command
 def _check_settings(attention: str, tokens: int, language: str) -> None:
     check_language(language, ScanError)
     if attention not in ATTENTIONS:
-        raise ScanError(f"{attention!r} is no attention to scan: give {' or '.join(ATTENTIONS)}.")
+        raise ScanError(f"{attention!r} is not an attention that can be scanned: give {' or '.join(ATTENTIONS)}.")
     if tokens < 1:
         raise ScanError(f"{tokens} tokens of a prompt leave nothing to scan: give at least 1.")
 
@@ -126,7 +139,7 @@ def measure_prompts(
 ) -> tuple[Measurements, Break | None, list[BiasSpike]]:
     """Runs the prompts through the model. Returns the measurements, the first break, and the spikes of the biases.
 
-    After a break stock's run in float16 ends: numbers after a NaN or infinity mean nothing.
+    After a break stock's float16 run is stopped: numbers after a NaN or infinity mean nothing.
     """
     measured, search, spikes = Measurements(), BreakSearch(), list[BiasSpike]()
     half: LayerwiseRun | None = None  # stock in float16, until it breaks

@@ -55,20 +55,35 @@ def verify(  # noqa: PLR0913  # the options of the command
 ) -> VerificationResult:
     """Runs a checkpoint stock and fixed, in fp32, float16 and bfloat16, and measures each row against stock fp32 eager.
 
-    model_or_path: a checkpoint folder, OWNER/NAME or OWNER/NAME@REVISION on the Hub, or a loaded Qwen2ForCausalLM,
-    which is saved to a temporary folder first; a pipeline or Trainer stands for its model.
-    text: the text, or the path of a UTF-8 file; by default a passage that comes with the package. tokenizer: in place
-    of that of the folder, of the pipeline, or of the checkpoint that a loaded model comes from. window and stride: see
-    `sliding_windows`; tokens: how many of the text's are read. device: "cpu" or "cuda"; by default cuda where there is
-    one. resume: see FinishedRows. language: of the sentences and the table, "en" or "zh". progress: True for a bar on
-    stderr, or a rich Console to show it on.
-    Returns a VerificationResult: `passed`, `verdict` (a sentence) and `reasons` say how it ended, `rows` how far each
-    is from the oracle. `to_dict()` is the same as plain data.
-    `passed`: every fixed row is finite and, where asked for, each fixed float16 row has a mean KL up to `max_kl` and a
-    perplexity within `max_ppl_drift`, relatively.
-    Raises CheckpointError and NotQwen2Error for a model that cannot be verified, HubError if the Hub does not give it,
-    VerificationError for other arguments, PatchConflictError if a stock row turns out to be patched, or a fixed one not
-    to be.
+    A row is one way of running the checkpoint: stock or fixed, a dtype, an attention implementation. The result has
+    passed if every fixed row is finite and each fixed float16 row stays within `max_kl` and `max_ppl_drift`.
+
+    Args:
+        model_or_path: A checkpoint folder, OWNER/NAME or OWNER/NAME@REVISION on the Hub, or a loaded
+            Qwen2ForCausalLM, which is saved to a temporary folder first. A pipeline or a Trainer stands for its model.
+        text: The text, or the path of a UTF-8 file; by default a passage that comes with the package.
+        tokenizer: Used in place of that of the folder, of the pipeline, or of the checkpoint that a loaded model comes
+            from.
+        window: Tokens that are read together; by default 1,024, or as many as the config allows if these are fewer.
+        stride: Tokens from one window to the next; by default half a window.
+        tokens: How many tokens of the text are read.
+        device: "cpu" or "cuda"; by default cuda where there is one.
+        max_kl: The largest mean KL divergence, in nats, that a fixed float16 row may have.
+        max_ppl_drift: The largest relative change of perplexity that a fixed float16 row may have.
+        resume: A JSON file that keeps finished rows, to continue after an interruption.
+        language: Language of the sentences and of the table: "en" or "zh".
+        progress: True for a bar on stderr, or a rich Console to show it on.
+
+    Returns:
+        A VerificationResult. `passed`, `verdict` and `reasons` give the outcome, `rows` the distance of each row from
+        stock fp32 eager. `to_dict()` has the same as plain data.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or damaged.
+        NotQwen2Error: The checkpoint or model is not a Qwen2.
+        HubError: The Hub cannot be reached, or does not give the checkpoint.
+        VerificationError: Another argument cannot be used.
+        PatchConflictError: A stock row turns out to be patched, or a fixed one not to be.
     """
     if is_switched_off():
         raise VerificationError("QWEN2_FP16_FIX=0 switches the fix off, so nothing here would be fixed: unset it.")

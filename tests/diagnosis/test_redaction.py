@@ -51,9 +51,10 @@ def test_every_spelling_of_the_path_is_known(tmp_path: Path, monkeypatch: pytest
 
 
 def renderings(path: Path, language: str) -> str:
-    found = qwen2_fp16_fix.doctor(path, language=language)
+    found = qwen2_fp16_fix.doctor(path, language=language, redacted=True)
     with Console(width=100, record=True, file=io.StringIO()) as console:
         console.print(found, soft_wrap=True)
+        console.print(found.details(), soft_wrap=True)
     return json.dumps(found.to_dict(), ensure_ascii=False) + console.export_text() + repr(found) + found._repr_html_()
 
 

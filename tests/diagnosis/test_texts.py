@@ -5,8 +5,10 @@ import string
 from pathlib import Path
 
 from qwen2_fp16_fix.diagnosis import advice, checkpoint, environment
+from qwen2_fp16_fix.diagnosis.answer import BREAKS, code_of
 from qwen2_fp16_fix.translations import DOCTOR_TEXTS
 
+RAN = ("ran_all", "ran_all_random", "ran_some", "ran_some_random")
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,13 +30,14 @@ def test_every_sentence_exists_and_every_text_is_said() -> None:
     files = (ROOT / "qwen2_fp16_fix" / "diagnosis").glob("*.py")
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     literal = set(
-        re.findall(r'"((?:also|checkpoint|device|fix|lock|reason|self_test|setting|tool|verdict)\.\w+)"', source)
+        re.findall(r'"((?:also|checkpoint|device|fix|lock|reason|self_test|setting|stock|tool|verdict)\.\w+)"', source)
     )
     assert literal <= set(DOCTOR_TEXTS["en"])
     built = {f"way.{way}" for way in advice.WAYS} | {f"tool.{name}" for name in environment.KNOWN}
     built |= {f"quantised.{name}" for name in (*checkpoint.QUANTISATIONS, "other")} | {"lock.none", "lock.kept"}
     built |= {item.text or f"setting.{item.name.rpartition('.')[2]}" for item in environment.settings()}
     built |= {f"matters.{item.matters}" for item in environment.settings()}
+    built |= {f"stock.{code}" for code in (*map(code_of, BREAKS), *RAN)}
     pages = {f"page.{code}" for code in re.findall(r"(?:say|heading|findings)\([\"'](\w+)", source)}
     pages |= {f"page.{code}" for code in ("native", "emulated", "unknown", "failed")}
     assert literal | built | pages == set(DOCTOR_TEXTS["en"])

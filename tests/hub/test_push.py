@@ -218,7 +218,7 @@ def test_large_weights_go_first_and_an_interrupted_push_goes_on(
             raise ConnectionError("reset")
 
     monkeypatch.setattr(hub, "note", interrupt)
-    with pytest.raises(HubError, match="push again to go on"):
+    with pytest.raises(HubError, match="push again to continue"):
         push(exported, "me/new", api=hub)
     assert set(hub.repos["me/new"]["main"]) == {".gitattributes", "model.safetensors"}
     hub.commits["me/new"].append(("Add weights", ""))  # for all a push knows, these are another's
@@ -256,11 +256,11 @@ def not_qwen2(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "says"),
     [
-        (no_export, PublishError, "is no export"),
+        (no_export, PublishError, "is not an export"),
         (no_code, PublishError, r"lacks numerics\.py"),
         (no_weights, CheckpointError, "damaged or half written"),
-        (broken_lock, PublishError, "this version cannot read: export the checkpoint anew"),
-        (other_lock, PublishError, "this version cannot read: export the checkpoint anew"),
+        (broken_lock, PublishError, "this version cannot read: export the checkpoint again"),
+        (other_lock, PublishError, "this version cannot read: export the checkpoint again"),
         (not_qwen2, NotQwen2Error, "llama"),
     ],
 )
@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_whole_export_is_refused(
             push(folder, "me/new", dry_run=dry_run, api=hub)
     with pytest.raises(CheckpointError, match="there is no folder"):
         push(tmp_path / "nothing", "me/new", api=hub)
-    with pytest.raises(PublishError, match="no repository"):
+    with pytest.raises(PublishError, match="not a repository"):
         push(exported, "new", api=hub)
     assert not hub.log
 

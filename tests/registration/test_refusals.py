@@ -367,12 +367,3 @@ def test_a_switch_that_keeps_the_fix_out_is_found_behind_others(switches: str) -
 def test_letters_in_arguments_are_no_switches(arguments: str) -> None:
     """`-Wignore::ImportWarning` was refused for its I."""
     assert launcher.command_for([sys.executable, *arguments.split()])[1:] == arguments.split()
-
-
-@pytest.mark.parametrize("name", ["python", "python3"])
-def test_python_means_the_one_that_runs_us(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first on the PATH may be one without this package."""
-    (tmp_path / name).write_text("#!/bin/sh\n")
-    (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert launcher.command_for([name, "-c", "0"]) == [sys.executable, "-c", "0"]

@@ -49,10 +49,12 @@ def test_public_names_are_there_and_documented() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in PROMISED if name.islower() and name != "__version__"))
 def test_docstrings_say_what_each_parameter_is(name: str) -> None:
-    """`device`, `progress`, `api` and others stood in signatures alone, which is all that the API page then shows."""
+    """In Google style, from which editors and the API page make a table. Some stood in no docstring once."""
     function = getattr(qwen2_fp16_fix, name)
-    words = set(re.findall(r"\w+", function.__doc__ or ""))
-    assert set(inspect.signature(function).parameters) <= words
+    documented = re.findall(
+        r"^    (\w+): ", inspect.getdoc(function).partition("Args:")[2].partition("Returns:")[0], re.M
+    )
+    assert set(documented) >= set(inspect.signature(function).parameters)
 
 
 def test_public_names_are_the_types_a_checker_sees() -> None:

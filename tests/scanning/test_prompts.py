@@ -24,7 +24,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
         (b"[", "is not valid JSON"),
         (b'{"a": 1}', "is not a list of texts"),
         (b"[]", "holds no prompt"),
-        (b'["\\ud83d and \\ude00"]', "a surrogate without its other half"),
+        (b'["\\ud83d and \\ude00"]', "half of a surrogate pair"),
         (b'["a", " "]', "holds no prompt, or an empty one"),
     ):
         prompts.write_bytes(content)
@@ -35,7 +35,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
     good.write_text("ABC")
     assert "holds no prompt" in refused(folder, "--prompts", tmp_path / "empty.txt")
     assert "0 tokens of a prompt leave nothing" in refused(folder, "--tokens", "0")
-    assert "is no device here" in refused(folder, "--device", "warp", "--prompts", good)
+    assert "is not a device here" in refused(folder, "--device", "warp", "--prompts", good)
     bare = tmp_path / "bare"
     bare.mkdir()
     assert "has no config.json" in refused(bare)
@@ -49,7 +49,7 @@ def test_bad_prompts_and_checkpoints_are_one_sentence(folders: Callable[..., Pat
         qwen2_fp16_fix.scan(bare, [[500]])
     with pytest.raises(qwen2_fp16_fix.ScanError, match="a prompt has no tokens"):
         qwen2_fp16_fix.scan(bare, [[]])
-    with pytest.raises(qwen2_fp16_fix.ScanError, match="is no attention to scan"):
+    with pytest.raises(qwen2_fp16_fix.ScanError, match="is not an attention that can be scanned"):
         qwen2_fp16_fix.scan(bare, [[5]], attention="flash")
 
 
