@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from logging import ERROR
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports 
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
-    logging,
     validate_repo_id,
 )
 
@@ -158,7 +156,7 @@ def _advice(given: str | os.PathLike[str]) -> str:
 
 def _download(asked: HubId, wanted: Wanted) -> Path:
     """The snapshot of a repository in the Hub's cache."""
-    with _silent():
+    with _no_bars():
         folder = _snapshot(asked, [*SMALL, *(TOKENIZER if wanted.tokenizer else ()), *wanted.also])
     if (folder / "adapter_config.json").is_file():
         return folder
@@ -168,11 +166,11 @@ def _download(asked: HubId, wanted: Wanted) -> Path:
     if wanted.tokenizer and not any((folder / name).is_file() for name in VOCABULARIES):
         _check_there(asked, folder, VOCABULARIES[:1])
     files = _weight_files(folder) if wanted.weights else []
-    if files != [SINGLE] and not all((folder / name).is_file() for name in files):
+    if not all((folder / name).is_file() for name in files):
         # by the commit, so that all files are of one, whatever is pushed meanwhile; a single file beside shards is
         # asked for as well: it is an error, and must be seen
         _snapshot(HubId(asked.repo, folder.name), [SINGLE, *files])
-    _check_there(asked, folder, files)
+        _check_there(asked, folder, files)
     return folder
 
 
@@ -199,7 +197,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _check_there(asked: HubId, folder: Path, names: Sequence[str]) -> None:
-    """Downloads each file that a snapshot lacks, or else the client says why: there is none, or no network."""
+    """Asks for each file that a snapshot lacks, so that the client says why: there is none, or no network."""
     for name in names:
         if (folder / name).is_file():
             continue
@@ -212,15 +210,13 @@ def _check_there(asked: HubId, folder: Path, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """For the download of small files: no bars, and no notices of the client about patterns that match nothing."""
-    shown, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
-    logging.set_verbosity(ERROR)
-    if shown:
-        disable_progress_bars()
+def _no_bars() -> Iterator[None]:
+    """For the download of small files."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            enable_progress_bars()
+        enable_progress_bars()
