@@ -125,18 +125,25 @@ def gpu(
     only: Annotated[list[str] | None, typer.Option(help="A section, may be given several times.")] = None,
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = PROOF,
     resume: Annotated[bool, typer.Option(help="Go on from what the file holds.")] = False,
+    in_process: Annotated[bool, typer.Option(help="In this process, which a CUDA error may end.")] = False,
 ) -> None:
     """Prove the fix on one device and time it, section by section. Exits with 1 if a promise is broken."""
-    from .device import prove, tables
+    from .device import prove, supervised, tables
 
     unknown = sorted(set(only or ()) - set(prove.SECTIONS))
     if unknown:
         raise typer.BadParameter(f"no section {', '.join(unknown)}: give one of {', '.join(prove.SECTIONS)}.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    proof = prove.prove(where, budget, only or (), out, resume=resume)
-    print(tables.summary(proof.found()))
-    print(f"written to {out}; `python -m benchmarks document FILE.json` puts it into docs/performance.md")
-    raise typer.Exit(1 if proof.broken else 0)
+    if where.type == "cpu" or in_process:
+        proof = prove.prove(where, budget, only or (), out, resume=resume)
+        found, code = proof.found(), supervised.DEVICE_LOST if proof.lost else 1 if proof.broken else 0
+    else:
+        found = supervised.supervised(str(where), budget, only or list(prove.SECTIONS), out)
+        code = 1 if found["broken"] else 0
+    if not in_process:
+        print(tables.summary(found))
+        print(f"written to {out}; `python -m benchmarks document FILE.json` puts it into docs/performance.md")
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -26,7 +26,8 @@ def read_texts(subject: str) -> dict[str, dict[str, str]]:
 DOCTOR_TEXTS = read_texts("doctor")
 DEMO_TEXTS = read_texts("demo")
 VERIFY_TEXTS = read_texts("verify")
-SCAN_TEXTS = read_texts("scan")  # of the report as well
+SCAN_TEXTS = read_texts("scan")
+REPORT_TEXTS = read_texts("report")
 CERTIFY_TEXTS = read_texts("certify")
 
 

@@ -11,22 +11,22 @@ import torch
 import qwen2_fp16_fix
 from qwen2_fp16_fix.patches import planning
 
-from ..models import build
 from .proof import Proof, wait_for
-from .subjects import named, stressed
+from .subjects import named, ordinary, stressed
 
-TIMES = 3
+LAYERS, TIMES = 2, 3
 
 
 def plans(proof: Proof) -> None:
     """Exponents, what attention and MLP scale, the pairs in two parts and the centre of the keys: all the same."""
+    width = proof.sizes.plan_width
     subjects = {named(kinds): stressed(kinds) for kinds in proof.sizes.kinds}
-    subjects[f"{proof.sizes.plan_width} random"] = build(proof.sizes.plan_width, 2, torch.float16)
+    subjects[f"{width} random"] = ordinary(width, LAYERS, torch.float16, proof.device)
     for name, base in subjects.items():
         if proof.over(f"plans of {name}"):
             continue
         with proof.row("plans", weights=name) as row:
-            here = qwen2_fp16_fix.fix(copy.deepcopy(base).half())
+            here = qwen2_fp16_fix.fix(copy.deepcopy(base).half().cpu())
             there = qwen2_fp16_fix.fix(copy.deepcopy(base).half().to(proof.device))
             row |= {"cpu": [written(layer) for layer in here.model.layers]}
             row |= {"device": [written(layer) for layer in there.model.layers]}
@@ -63,7 +63,7 @@ def planning_time(proof: Proof) -> None:
             continue
         name = str(dtype).removeprefix("torch.")
         with proof.row("planning", width=proof.sizes.plan_width, dtype=name) as row:
-            row |= planned(build(proof.sizes.plan_width, 2, dtype).to(proof.device))
+            row |= planned(ordinary(proof.sizes.plan_width, LAYERS, dtype, proof.device))
 
 
 def planned(model: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 - A section has a share of the seconds that are left. What it has no time for, it says (`over`).
 - An exception costs the row it happens in (`row`), or else the rest of its section. Both are kept with their traceback.
 - A section that hangs is stopped by an alarm, and the next one runs.
-- After a CUDA error nothing works on the device until the process ends. Then another process goes on (`is_usable`).
+- After a CUDA error nothing works on the device until the process ends, and some end it. Another one goes on then
+  (supervised.py). The file says which sections have begun.
 """
 
 import signal
@@ -47,13 +48,15 @@ class Proof:
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)  # promises, a sentence each
     left_out: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)  # sections
     seconds: dict[str, float] = field(default_factory=dict)  # that each section took
+    lost: bool = False  # whether the device answers no more
     until: float = float("inf")  # when the section that runs is over
     tried: bool = True  # whether the section that runs has tried a row
     saved_at: float = 0.0
 
-    def run(self, sections: dict[str, tuple[Section, float]], say: Callable[[str], None] = print) -> list[str]:
-        """Runs them in turn, by name with their shares. Returns the names of those that need a new process."""
+    def run(self, sections: dict[str, tuple[Section, float]], say: Callable[[str], None] = print) -> None:
+        """Runs them in turn, by name with their shares, until all are through or the device is lost."""
         end, names = time.monotonic() + self.budget, list(sections)
         for at, name in enumerate(names):
             weights = [sections[each][1] for each in names[at:]]
@@ -64,13 +67,15 @@ class Proof:
             for sentence in self.broken[failures:]:
                 say(f"  {sentence}")
             if len(self.broken) > failures and not self.is_usable():
-                return names[at + 1 :]
-        return []
+                self.lost = True
+                return
 
     def run_section(self, name: str, section: Section, share: float) -> None:
         """Runs one for `share` seconds and a grace, whatever happens in it, and writes the file."""
         started = time.monotonic()
         self.until, self.tried = started + share, False
+        self.begun.append(name)
+        self.save()
         try:
             with alarm(share + GRACE):
                 section(self)
@@ -125,12 +130,12 @@ class Proof:
 
     def found(self) -> dict[str, Any]:
         """All of it, fit for JSON."""
-        names = ("environment", "seconds", "rows", "left_out", "broken")
+        names = ("environment", "begun", "seconds", "rows", "left_out", "broken")
         return {"proof": "device", **{name: getattr(self, name) for name in names}}
 
     def take_up(self, found: dict[str, Any]) -> None:
         """Goes on from what another process has written."""
-        for name in ("seconds", "rows", "left_out", "broken"):
+        for name in ("begun", "seconds", "rows", "left_out", "broken"):
             setattr(self, name, found[name])
 
     def save(self) -> None:

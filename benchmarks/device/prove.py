@@ -1,13 +1,11 @@
-"""Runs the sections of a proof in turn, and in another process where the device has been lost."""
+"""The sections of a proof, in the order in which they run."""
 
 import contextlib
 import gc
 import json
 import logging
-import os
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -47,18 +45,16 @@ def prove(
 ) -> Proof:
     """Runs the sections named in `only`, all if none is, within `budget` seconds, and writes `path` as it goes.
 
-    resume: go on from what `path` holds. After a CUDA error this process is replaced by one that does so.
+    resume: go on from what `path` holds.
     """
     sizes = sizes or (GPU if device.type == "cuda" else CPU)
     proof = Proof(device, sizes, path, budget)
     proof.environment = environment(device)
     if resume:
         proof.take_up(json.loads(path.read_text(encoding="utf-8")))
-    settle()
     chosen = {name: section for name, section in SECTIONS.items() if name in only or not only}
-    rest = proof.run(chosen, say)
-    if rest:
-        begin_again(proof, rest)
+    with settled():
+        proof.run(chosen, say)
     return proof
 
 
@@ -67,16 +63,25 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def settle() -> None:
-    """Compilers and profilers warn by the page, of nothing that a proof is about.
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Without the warnings of compilers and profilers, which come by the page and are not what a proof is about.
 
-    What the imports made stays: a full collection, one a captured graph, would walk through torch each time.
+    What the imports made stays: a full collection would walk through torch each time.
     """
     gc.collect()
     gc.freeze()
-    warnings.filterwarnings("ignore")
-    for name in ("torch._inductor", "torch._dynamo", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._dynamo", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -89,13 +94,3 @@ def environment(device: torch.device) -> dict[str, object]:
         with contextlib.suppress(Exception):
             found["cudnn"] = torch.backends.cudnn.version()
     return found
-
-
-def begin_again(proof: Proof, rest: Sequence[str]) -> None:
-    """Replaces this process by one that runs the rest: after a CUDA error nothing on the device works in this one."""
-    left = proof.budget - sum(proof.seconds.values())
-    say("the device does not answer any more: going on in a new process")
-    only = [word for name in rest for word in ("--only", name)]
-    command = ["gpu", "--device", str(proof.device), "--budget", f"{left:.0f}", "--out", str(proof.path), "--resume"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *command, *only])

@@ -5,11 +5,14 @@ import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
+
+from qwen2_fp16_fix.patches import sdpa
 
 from .. import workloads
 from .proof import NotAvailable, first_line
@@ -24,6 +27,7 @@ WAYS: dict[str, tuple[str, str | None]] = {
     "sdpa cudnn": ("sdpa", "CUDNN_ATTENTION"),
     "flex": ("flex_attention", None),
 }
+OLDER_CARDS = "EFFICIENT_ATTENTION"
 LAST_TOKENS = 8  # that are read one by one over a cache
 
 
@@ -31,15 +35,17 @@ LAST_TOKENS = 8  # that are read one by one over a cache
 def kernel(name: str | None) -> Iterator[None]:
     """torch's fused attention by one kernel alone. A call that it does not take raises NotAvailable.
 
-    torch warns why it does not. Which warnings these are differs from release to release.
+    The memory-efficient kernel shares no key heads. It is what cards without flash have, so the fix runs as on those.
+    torch warns why a kernel does not take a call. Which warnings these are differs from release to release.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name is None:
             yield
             return
+        older = mock.patch.object(sdpa, "has_flash", return_value=False)
         try:
-            with sdpa_kernel(getattr(SDPBackend, name)):
+            with sdpa_kernel(getattr(SDPBackend, name)), older if name == OLDER_CARDS else contextlib.nullcontext():
                 yield
         except (RuntimeError, AttributeError) as error:
             if "CUDA error" in str(error) or isinstance(error, torch.OutOfMemoryError):

@@ -15,7 +15,7 @@ from ..scanning.scan import check_switch, scan
 from ..verification.saved import read_saved
 
 #: The packages of the extra `report` that each kind of file needs.
-NEEDS = {"report": ("plotly", "jinja2"), "png": ("matplotlib",)}
+NEEDS = {"report": ("matplotlib", "jinja2"), "png": ("matplotlib",)}
 
 
 class Asked(NamedTuple):
@@ -51,7 +51,7 @@ class ScanFiles:
             self._check_extra(kind)
             self._check_path(path, force)
         if self.png is not None:
-            from .picture import fonts
+            from .drawing import fonts
 
             fonts(self.lang)
         if self.verification is None:

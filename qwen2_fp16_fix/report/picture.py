@@ -1,119 +1,127 @@
-"""The picture: verdict, headroom by layer and site, and the residual stream, as a PNG for papers and chats."""
+"""The picture: verdict, headroom of stock and fixed side by side, and the residual stream, as a PNG."""
 
+import io
+import math
 import textwrap
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..activations.sites import SITES
-from ..errors import ScanError
-from ..patches.range_plan import FLOAT16_MAX
 from ..scanning.result import ScanResult
 from ..scanning.sentences import site_name, verdict
-from ..translations import SCAN_TEXTS as TEXTS
-from .style import BANDS, PALETTE, band_of, bits_text, cells_of, kind_of, layer_numbers, log_ticks, residuals, scan_name
+from .card import headline, place_words
+from .charts import Pen, residual_stream
+from .drawing import fonts, settings
+from .style import BANDS, FP32, LIGHT, TEXTS, Band, band_of, bits_text, cells_of, layer_numbers, model_name, scan_name
 
-#: Fonts with Chinese letters, as Linux, macOS and Windows call theirs.
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",  # the same letters: one file holds all of them, and matplotlib reads the first name
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "PingFang SC",
-    "Heiti SC",
-    "Microsoft YaHei",
-    "SimHei",
-    "WenQuanYi Zen Hei",
-)
-MARKERS = ("o", "s")
-
-
-def fonts(lang: str) -> list[str]:
-    """The fonts to draw with. Raises ScanError if none here has Chinese letters."""
-    plain = ["DejaVu Sans"]
-    if lang != "zh":
-        return plain
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    found = [name for name in CHINESE_FONTS if name in installed]
-    if not found:
-        raise ScanError("no font here has Chinese letters for the PNG: install Noto Sans CJK, or use --lang en.")
-    return [*found[:1], *plain]
+WIDTH, DPI = 7.0, 200  # inches: a page shows it 700 pixels wide, where its letters are 11 pixels high
+COLOURS = 128  # enough for text with soft edges; the file is a third of one with all colours
+NUMBERED = 8  # layers up to which a cell has room for its number
 
 
 def draw(scans: Sequence[ScanResult], path: Path, lang: str = "en") -> None:
     """Writes the picture of one scan, or of stock's and fixed's, with the verdicts as its description."""
-    layers = scans[0].model["layers"]
-    height = 4.6 + 0.24 * max(layers, 6)
-    with matplotlib.rc_context({"font.family": fonts(lang), "font.size": 9, "axes.unicode_minus": False}):
-        figure = Figure(figsize=(10, height), dpi=160, layout="constrained", facecolor="white")
-        top, bottom = figure.subplots(2, 1, height_ratios=[0.24 * max(layers, 6) + 0.6, 2.2])
-        signs = [("✓ " if scan.finite else "✗ ") + verdict(scan, lang) for scan in scans]
-        title = "\n".join(_wrapped(sign, lang) for sign in signs)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)  # a token may be a dollar sign
-        _headroom(top, scans[0], lang)
-        _residual(bottom, scans, lang)
-        # The description is for readers who cannot see the picture.
-        figure.savefig(path, format="png", metadata={"Description": "\n".join(signs)})
+    written = io.BytesIO()
+    with settings(fonts(lang), 8):
+        layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06)
+        figure = Figure(figsize=(WIDTH, 6.7), layout=layout, facecolor="white")
+        parts: Any = figure.subfigures(3, 1, height_ratios=[0.95, 3.4, 2.4])
+        head, maps, stream = parts
+        _head(head, scans, lang)
+        for axes, scan in zip(maps.subplots(1, len(scans), sharey=True, squeeze=False)[0], scans, strict=True):
+            _headroom(axes, scan, lang)
+        _legend(maps, lang)
+        residual_stream(stream.subplots(), scans, Pen(lang, LIGHT, lambda text: text))
+        stream.suptitle(TEXTS[lang]["residual_title"], x=0.01, ha="left", fontsize=8, fontweight="bold")
+        figure.savefig(written, format="png", dpi=DPI)
+    image = Image.open(written).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    signs = [("✓ " if scan.finite else "✗ ") + verdict(scan, lang) for scan in scans]
+    described = PngInfo()
+    described.add_itxt("Description", "\n".join(signs))  # for readers who cannot see the picture
+    image.save(path, format="PNG", optimize=True, dpi=(DPI, DPI), pnginfo=described)
+
+
+def _head(figure: SubFigure, scans: Sequence[ScanResult], lang: str) -> None:
+    """The model, the verdict, and what ran when. parse_math is off, as a name or a token may hold a dollar sign."""
+    first = scans[0]
+    lines: tuple[tuple[float, str, dict[str, Any]], ...] = (
+        (0.93, model_name(first.checkpoint), {"fontsize": 11, "fontweight": "bold", "color": LIGHT["ink"]}),
+        (
+            0.68,
+            " ".join(text for text, _ in headline(scans, lang)),
+            {"fontsize": 10, "fontweight": "bold"},
+        ),
+        (0.44, _wrapped(place_words(scans, lang).replace("`", ""), lang), {"fontsize": 7.5, "color": LIGHT["ink"]}),
+        (0.12, facts(first, lang), {"fontsize": 7, "color": LIGHT["muted"]}),
+    )
+    for y, text, style in lines:
+        figure.text(0.01, y, text, parse_math=False, va="top", **style)
+
+
+def facts(scan: ScanResult, lang: str) -> str:
+    """What ran, in a line: dtype, attention, versions, date."""
+    found = scan.versions
+    ran = TEXTS[lang]["ran_on"].format(attention=scan.settings.attention, layers=scan.model["layers"])
+    names = (f"qwen2-fp16-fix {found.package}", f"transformers {found.transformers}", f"torch {found.torch}")
+    return " · ".join((ran, *names, time.strftime("%Y-%m-%d")))
 
 
 def _wrapped(text: str, lang: str) -> str:
-    return "\n    ".join(textwrap.wrap(text, 62 if lang == "zh" else 112, break_long_words=lang == "zh"))
+    return "\n".join(textwrap.wrap(text, 62 if lang == "zh" else 122, break_long_words=lang == "zh"))
 
 
 def _headroom(axes: Axes, scan: ScanResult, lang: str) -> None:
-    texts, layers, cells = TEXTS[lang], layer_numbers(scan), cells_of(scan)
-    colours = ListedColormap([colours["light"] for _, colours in BANDS])
-    bands = [[float("nan") if (band := band_of(cell)) is None else band for cell in row] for row in cells]
-    axes.imshow(bands, cmap=colours, vmin=0, vmax=len(BANDS), aspect="auto")
-    for y, row in enumerate(cells):
-        for x, cell in enumerate(row):
-            ink = "white" if cell and cell.past_limit else PALETTE["ink"]["light"]
-            axes.text(x, y, bits_text(cell), ha="center", va="center", fontsize=7, color=ink)
-    axes.hlines([edge - 0.5 for edge in range(1, len(layers))], -0.5, len(SITES) - 0.5, color="white", linewidth=2)
-    axes.vlines([edge - 0.5 for edge in range(1, len(SITES))], -0.5, len(layers) - 0.5, color="white", linewidth=2)
+    """A row for each site, a column for each layer, so that the names of sites are read without turning the head."""
+    layers, cells = layer_numbers(scan), list(zip(*cells_of(scan), strict=True))
+    every: tuple[Band, ...] = (*BANDS, FP32)
+    bands = [[math.nan if (band := band_of(cell)) is None else every.index(band) for cell in row] for row in cells]
+    colours = ListedColormap([band.light for band in every])
+    axes.imshow(bands, cmap=colours, vmin=-0.5, vmax=len(every) - 0.5, aspect="auto", interpolation="nearest")
+    if len(layers) <= NUMBERED:
+        for y, row in enumerate(cells):
+            for x, cell in enumerate(row):
+                band = band_of(cell)
+                ink = LIGHT["muted"] if band is None else band.light_ink
+                axes.text(x, y, bits_text(cell), ha="center", va="center", fontsize=7, color=ink)
+    axes.hlines([edge - 0.5 for edge in range(1, len(SITES))], -0.5, len(layers) - 0.5, color="white", linewidth=1.2)
+    if len(layers) <= 40:
+        axes.vlines([edge - 0.5 for edge in range(1, len(layers))], -0.5, len(SITES) - 0.5, color="white", linewidth=1)
     first = scan.first_nonfinite
     if first is not None and first.layer is not None:
-        corner = (list(SITES).index(first.site) - 0.5, layers.index(first.layer) - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=PALETTE["ink"]["light"], linewidth=2.5, zorder=3))
+        corner = (layers.index(first.layer) - 0.5, list(SITES).index(first.site) - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=LIGHT["ink"], linewidth=1.8, zorder=3))
+    step = max(1, math.ceil(len(layers) / 10))
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_yticks(range(len(SITES)), [site_name(name, lang) for name in SITES])
     axes.spines[:].set_visible(False)
-    axes.set_xticks(range(len(SITES)), [site_name(name, lang) for name in SITES], rotation=35, ha="right")
-    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_ylabel(texts["axis_layer"])
-    title = f"{texts['map_title'].format(scan=scan_name(scan, lang))} · {texts['headroom_bits']}"
-    axes.set_title(title, loc="left", fontsize=9)
     axes.tick_params(length=0)
+    axes.set_xlabel(TEXTS[lang]["axis_layer"], color=LIGHT["muted"])
+    title = TEXTS[lang]["map_of"].format(scan=scan_name(scan, lang))
+    axes.set_title(title, loc="left", fontsize=8, fontweight="bold")
 
 
-def _residual(axes: Axes, scans: Sequence[ScanResult], lang: str) -> None:
+def _legend(figure: SubFigure, lang: str) -> None:
+    handles = [Patch(facecolor=band.light, edgecolor=LIGHT["line"], label=text) for band, text in band_names(lang)]
+    tight = {"handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
+    handles.append(Patch(facecolor="none", edgecolor="none", label=f"– {TEXTS[lang]['band_none']}"))
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=7, **tight)
+
+
+def band_names(lang: str) -> list[tuple[Band, str]]:
+    """The bands with their names in a legend."""
     texts = TEXTS[lang]
-    for index, scan in enumerate(scans):
-        points = residuals(scan)
-        colour = PALETTE[kind_of(scan)]["light"]
-        axes.plot(
-            [site.layer or 0 for site in points],
-            [float("nan") if site.largest is None else site.largest for site in points],
-            marker=MARKERS[index],
-            markersize=(9, 5)[index],
-            fillstyle=("none", "full")[index],
-            linestyle=("-", "--")[index],
-            color=colour,
-            label=scan_name(scan, lang),
-        )
-    axes.axhline(FLOAT16_MAX, color=PALETTE["bad"]["light"], linestyle=":", label=texts["float16_ends"])
-    low, high, ticks = log_ticks([*(site.largest for scan in scans for site in residuals(scan)), FLOAT16_MAX])
-    axes.set_yscale("log")
-    axes.set_ylim(10**low, 10**high)
-    axes.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(texts["axis_layer"])
-    axes.set_title(texts["residual_title"], loc="left", fontsize=9)
-    axes.grid(color=PALETTE["line"]["light"])
-    axes.legend(frameon=False, loc="best")
+    lows = [f"{band.low:g}" for band in BANDS[1:]]
+    ranges = [texts["band_range"].format(low=low, high=high) for low, high in pairwise(lows)]
+    names = [texts["band_over"], *ranges, texts["band_more"].format(low=lows[-1]), texts["band_fp32"]]
+    return list(zip((*BANDS, FP32), names, strict=True))

@@ -1,16 +1,17 @@
-"""The style of a report, for its page and its picture: colours by theme, bands of headroom, marks, names and ticks."""
+"""The style of a report, for its page and its picture: words, colours by theme, bands of headroom, names and ticks."""
 
 import math
-import re
-from collections.abc import Sequence
-from html import escape
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ..activations.sites import SITES
 from ..scanning.result import MeasuredSite, ScanResult
-from ..scanning.sentences import number, place_name
-from ..translations import SCAN_TEXTS as TEXTS
+from ..translations import REPORT_TEXTS, SCAN_TEXTS
 
-#: Stand-ins for colours that differ by theme: plotly wants colours, the page replaces these by its own.
+#: The texts of the report, and those of the scan that it repeats, by language.
+TEXTS: Mapping[str, Mapping[str, str]] = {lang: SCAN_TEXTS[lang] | REPORT_TEXTS[lang] for lang in REPORT_TEXTS}
+#: Colours by theme. The page has them as CSS variables of these names; the picture takes the light ones.
 PALETTE = {
     "ground": {"light": "#f6f7f9", "dark": "#101418"},
     "panel": {"light": "#ffffff", "dark": "#181e25"},
@@ -25,25 +26,29 @@ PALETTE = {
     "third": {"light": "#7c3aed", "dark": "#b79cff"},
     "fourth": {"light": "#64748b", "dark": "#94a3b8"},
 }
-STAND_INS = {name: f"#0000{index:02x}" for index, name in enumerate(PALETTE, start=1)}
-#: Headroom in bits from the lower edge of a band on, with its colour by theme: red past the limit, then less and less.
+LIGHT = {name: colours["light"] for name, colours in PALETTE.items()}
+
+
+class Band(NamedTuple):
+    """Cells of a map of headroom that share a colour: those with at least `low` bits, or those kept in fp32."""
+
+    name: str
+    low: float
+    light: str
+    dark: str
+    light_ink: str = LIGHT["ink"]
+    dark_ink: str = PALETTE["ink"]["dark"]
+
+
+#: From red, which is over the limit, to pale, which is far below it; and green for what is kept in fp32.
 BANDS = (
-    (-math.inf, {"light": "#a50f15", "dark": "#e0443e"}),
-    (0.0, {"light": "#fb9a4b", "dark": "#b8621b"}),
-    (2.0, {"light": "#fdd49e", "dark": "#806434"}),
-    (4.0, {"light": "#d9e8f3", "dark": "#3d5568"}),
-    (8.0, {"light": "#eef4f8", "dark": "#28343f"}),
+    Band("over", -math.inf, "#a50f15", "#c92f2a", "#ffffff", "#ffffff"),
+    Band("b0", 0.0, "#fb9a4b", "#9a4e12"),
+    Band("b2", 2.0, "#fdd49e", "#6b522a"),
+    Band("b4", 4.0, "#d9e8f3", "#33495c"),
+    Band("b8", 8.0, "#eef4f8", "#26313b"),
 )
-BAND_STAND_INS = [f"#0001{index:02x}" for index in range(len(BANDS))]
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up")
-
-
-def stand_ins() -> dict[str, dict[str, str]]:
-    """The colours by theme that the page puts in place of each stand-in."""
-    return {STAND_INS[name]: colours for name, colours in PALETTE.items()} | dict(
-        zip(BAND_STAND_INS, (colours for _, colours in BANDS), strict=True)
-    )
+FP32 = Band("fp32", math.inf, "#d3eee2", "#1c4a3b")
 
 
 def kind_of(scan: ScanResult) -> str:
@@ -56,9 +61,19 @@ def scan_name(scan: ScanResult, lang: str) -> str:
     return TEXTS[lang][kind_of(scan)]
 
 
-def colour_of(scan: ScanResult) -> str:
-    """A scan's colour, the same in every figure."""
-    return STAND_INS[kind_of(scan)]
+def model_name(checkpoint: str) -> str:
+    """The name of a checkpoint: OWNER/NAME for one in the Hub's cache, else its folder's name, of "." too.
+
+    Bytes that are not UTF-8 are replaced, as the page and the picture are UTF-8.
+    """
+    path = os.path.realpath(checkpoint)
+    parent = os.path.dirname(path)
+    if os.path.basename(parent) == "snapshots":  # …/models--OWNER--NAME/snapshots/REVISION
+        name = os.path.basename(os.path.dirname(parent)).removeprefix("models--").replace("--", "/")
+        name = f"{name}@{os.path.basename(path)[:7]}"
+    else:
+        name = os.path.basename(path)
+    return name.encode("utf-8", "replace").decode()
 
 
 def layer_numbers(scan: ScanResult) -> list[int]:
@@ -77,38 +92,37 @@ def residuals(scan: ScanResult) -> list[MeasuredSite]:
     return [site for site in scan.sites if site.site == "residual"]
 
 
-def band_of(cell: MeasuredSite | None) -> float | None:
-    """The middle of a site's band, by number; None for a site that is not stored."""
+def band_of(cell: MeasuredSite | None) -> Band | None:
+    """A site's band; None for a site that is not stored."""
     if cell is None or (cell.stored_as is None and not cell.past_limit):
         return None
+    if cell.stored_as == "float32" and not cell.past_limit:
+        return FP32
     bits = -1.0 if cell.headroom_bits is None else cell.headroom_bits
-    return sum(bits >= edge for edge, _ in BANDS) - 0.5
+    return max((band for band in BANDS if bits >= band.low), key=lambda band: band.low)
 
 
 def bits_text(cell: MeasuredSite | None) -> str:
-    """The text of a cell of the map: bits, with a cross past the limit; fp32; or – if nothing is stored."""
+    """The text of a cell of the map: bits; ✗ for what is not finite; fp32; or – if nothing is stored."""
     if cell is None or cell.stored_as is None:
         return "–"
     if cell.headroom_bits is None:
         return "✗"
-    if cell.stored_as == "float32":
-        return "fp32"
-    bits = f"{cell.headroom_bits:.1f}".replace("-", "−")
-    return f"✗ {bits}" if cell.past_limit else bits
+    return "fp32" if cell.stored_as == "float32" else signed(cell.headroom_bits)
 
 
-def hover_text(cell: MeasuredSite | None, lang: str) -> str:
-    """A site's place and its largest, for a pointer, as HTML: plotly takes tags and entities in it for markup."""
-    if cell is None:
-        return ""
-    place = re.sub("`([^`]+)`", r"\1", place_name(cell, lang))
-    return f"{escape(place, quote=False)}<br>{number(cell.largest, lang)}"
+def signed(bits: float) -> str:
+    """Bits with one digit and a true minus. A number that is barely over the limit does not read as 0."""
+    shown = f"{bits:.1f}".replace("-", "−")
+    return "<0" if shown == "−0.0" else shown
 
 
 def log_ticks(values: Sequence[float | None]) -> tuple[float, float, list[float]]:
     """The range of a logarithmic axis, in powers of ten, and ticks at round multiples of them, few enough to fit."""
     known = [value for value in values if value]
-    low, high = math.log10(min(known, default=1)) - 0.1, math.log10(max(known, default=10)) + 0.1
-    steps = (1,) if high - low > 3 else (1, 2, 5) if high - low > 0.7 else range(1, 10)
+    low, high = math.log10(min(known, default=1)), math.log10(max(known, default=10))
+    margin = max(0.1, 0.05 * (high - low))
+    low, high = low - margin, high + margin
+    steps = (1,) if high - low > 3 else (1, 2, 5) if high - low > 0.4 else range(1, 10)
     ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
     return low, high, [tick for tick in ticks if low <= math.log10(tick) <= high]

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..activations.sites import SITES
+from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.result import CacheLosses, Losses, MeasuredSite, ScanResult
 from ..scanning.sentences import bias_text, number, site_name, token_name, where_text
-from ..translations import SCAN_TEXTS as TEXTS
-from .style import kind_of, scan_name
+from .charts import MOST, least_headroom
+from .style import TEXTS, band_of, bits_text, cells_of, kind_of, layer_numbers, residuals, scan_name, signed
 
 CALM = 8.0  # bits of headroom from which a row is left out on paper
 
@@ -43,38 +45,105 @@ def heads(lang: str, *names: str) -> tuple[ColumnHead, ...]:
     return tuple(ColumnHead(TEXTS[lang][f"column_{key}"], kind == "n", kind == "w") for kind, _, key in found)
 
 
-def all_numbers(scans: Sequence[ScanResult], lang: str) -> list[Table]:
-    """Every site of every layer, a table for each scan."""
-    columns = heads(lang, "place", "n:largest", "n:bits", "stored_as", "n:subnormal", "n:bound", "w:where")
-    return [
-        Table(
-            f"numbers-{kind_of(scan)}",
-            TEXTS[lang]["numbers_caption"].format(scan=scan_name(scan, lang)),
-            columns,
-            [_site_row(site, lang) for site in scan.sites],
-            tall=True,
-        )
-        for scan in scans
-    ]
+def all_numbers(scans: Sequence[ScanResult], lang: str) -> Table:
+    """Every site of every layer, stock beside fixed."""
+    sizes = [f"n:{name}_{kind_of(scan)}" for scan in scans for name in ("largest", "bits")]
+    columns = heads(lang, "place", *sizes, "stored_as", "n:subnormal", "n:bound", "w:where")
+    rows = [_site_row(sites, lang) for sites in zip(*(scan.sites for scan in scans), strict=True)]
+    return Table("numbers-table", TEXTS[lang]["numbers_caption"], columns, rows, tall=True)
 
 
-def _site_row(site: MeasuredSite, lang: str) -> TableRow:
-    texts = TEXTS[lang]
-    layer = "" if site.layer is None else f"{site.layer} · "
-    bits = texts["not_finite"] if site.headroom_bits is None else f"{site.headroom_bits:.2f}".replace("-", "−")
+def _site_row(sites: tuple[MeasuredSite, ...], lang: str) -> TableRow:
+    """A site of one scan or of both. Bound and type are those of the last: of the fixed model if there is one."""
+    texts, first, last = TEXTS[lang], sites[0], sites[-1]
+    layer = "" if first.layer is None else f"{first.layer} · "
+    sizes = [text for site in sites for text in (number(site.largest, lang), _bits(site, lang))]
     return TableRow(
         (
-            f"{layer}{site_name(site.site, lang)}",
-            number(site.largest, lang),
-            f"✗ {bits}" if site.past_limit else bits,
-            site.stored_as or texts["not_stored"],
-            f"{site.subnormal_share:.2%}",
-            "–" if site.bound is None else f"{site.bound:,.4g}",
-            where_text(site.where, lang),
+            f"{layer}{site_name(first.site, lang)}",
+            *sizes,
+            last.stored_as or texts["not_stored"],
+            f"{first.subnormal_share:.2%}" if first.subnormal_share else "0",
+            "–" if last.bound is None else number(last.bound, lang),
+            where_text(first.where, lang).replace("`", ""),
         ),
-        site.past_limit,
-        calm=site.headroom_bits is not None and site.headroom_bits >= CALM,
+        any(site.past_limit for site in sites),
+        calm=all(site.headroom_bits is not None and site.headroom_bits >= CALM for site in sites),
     )
+
+
+def _bits(site: MeasuredSite, lang: str) -> str:
+    if site.headroom_bits is None:
+        return TEXTS[lang]["not_finite"]
+    if site.stored_as is None:
+        return "–"
+    return "fp32" if site.stored_as == "float32" else f"{site.headroom_bits:.2f}".replace("-", "−")
+
+
+class HeatMap(NamedTuple):
+    """A map of headroom: a row of cells for each layer, each with its text and the name of its band."""
+
+    id: str
+    caption: str
+    rows: list[tuple[int, list[tuple[str, str]]]]
+
+
+def heat_map(scan: ScanResult, lang: str) -> HeatMap:
+    """Headroom by layer and site, as a table with coloured cells: it has its numbers on a phone, too."""
+    first = scan.first_nonfinite
+    broken = None if first is None else (first.layer, first.site)
+    rows = []
+    for layer, row in zip(layer_numbers(scan), cells_of(scan), strict=True):
+        marks = [" first" if (layer, site) == broken else "" for site in SITES]
+        bands = [band.name if (band := band_of(cell)) is not None else "" for cell in row]
+        texts = [bits_text(cell) for cell in row]
+        rows.append((layer, list(zip(texts, map(str.__add__, bands, marks), strict=True))))
+    return HeatMap(f"map-{kind_of(scan)}", TEXTS[lang]["map_of"].format(scan=scan_name(scan, lang)), rows)
+
+
+def residual_table(scans: Sequence[ScanResult], lang: str) -> Table:
+    """The largest magnitude after each layer; infinite where the model that stores it has no room for it."""
+    rows = []
+    for sites in zip(*map(residuals, scans), strict=True):
+        cells = [_residual(site, lang) for site in sites]
+        rows.append(TableRow((str(sites[0].layer), *cells), sites[0].past_limit))
+    columns = heads(lang, "layer", *(f"n:{kind_of(scan)}" for scan in scans))
+    return Table("residual-table", TEXTS[lang]["residual_table"], columns, rows, tall=True)
+
+
+def _residual(site: MeasuredSite, lang: str) -> str:
+    shown = number(site.largest, lang)
+    return TEXTS[lang]["infinite"].format(number=shown) if site.past_limit and site.largest is not None else shown
+
+
+def against_table(scans: Sequence[ScanResult], lang: str) -> Table:
+    """The least headroom of each site."""
+    ends = [least_headroom(scan) for scan in scans]
+    rows = [
+        TableRow(
+            (site_name(name, lang), *(_least(end.get(name), lang) for end in ends)),
+            any(end.get(name, 0) < 0 for end in ends),
+        )
+        for name in SITES
+    ]
+    columns = heads(lang, "site_name", *(f"n:{kind_of(scan)}" for scan in scans))
+    return Table("against-table", TEXTS[lang]["against_table"], columns, rows)
+
+
+def _least(bits: float | None, lang: str) -> str:
+    return "–" if bits is None else TEXTS[lang]["fp32_edge"] if bits >= MOST else signed(bits)
+
+
+def int8_table(scan: ScanResult, lang: str) -> Table:
+    """The int8 losses of the inputs of linears, by layer."""
+    lost = scan.quantisation
+    by_place = {(found.layer, found.site): found.int8_loss for found in lost.linear_inputs}
+    rows = []
+    for layer in layer_numbers(scan):
+        losses = [by_place.get((layer, site)) for site in LINEAR_INPUTS]
+        rows.append(TableRow((str(layer), *(_form(loss, ".2%") for loss in losses)), layer in lost.keep_16_bit))
+    feeds = tuple(ColumnHead(feeds, number=True) for feeds in LINEAR_INPUTS.values())
+    return Table("int8-table", TEXTS[lang]["int8_table"], (*heads(lang, "layer"), *feeds), rows, tall=True)
 
 
 def spike_table(scan: ScanResult, lang: str) -> Table:

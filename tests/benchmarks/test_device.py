@@ -1,7 +1,7 @@
 """The proof of a device: what a surprise may cost, what it says in the end, and its real sections on tiny models."""
 
 import json
-import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks import models, report
 from benchmarks.__main__ import app
-from benchmarks.device import accuracy, launches, proof, prove, scores, sizes, tables
+from benchmarks.device import accuracy, launches, proof, prove, scores, sizes, supervised, tables
 from benchmarks.device.proof import NotAvailable, Proof
 from tests import stress
 
@@ -94,22 +94,44 @@ def test_a_section_that_is_not_there_is_wrong_usage() -> None:
     assert (result.exit_code, "no section speed" in result.output) == (2, True)
 
 
-def test_a_device_that_is_lost_costs_no_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a CUDA error nothing works in the process: the rest runs in another one, over the same file."""
-    commands: list[list[str]] = []
-    monkeypatch.setattr(prove, "SECTIONS", {"first": (crashes, 1.0), "last": (good, 1.0)})
-    monkeypatch.setattr(Proof, "is_usable", lambda self: False)
-    monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
+def aborts(of: Proof) -> None:
+    good(of)
+    of.save()
+    raise SystemExit(-signal.SIGABRT)  # what a failed assert of a kernel does to the process, from a destructor
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (crashes, "The section first ended in ValueError: no such thing"),
+        (aborts, "The section first ended its process in SIGABRT."),
+    ],
+)
+def test_a_lost_device_and_a_dead_process_cost_one_section(
+    first: Callable[[Proof], None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time the rest runs in a new process, over the same file."""
+    usable = iter([False, True])
+    monkeypatch.setattr(prove, "SECTIONS", {"first": (first, 1.0), "last": (good, 1.0)})
+    monkeypatch.setattr(Proof, "is_usable", lambda self: next(usable))
     path = tmp_path / "gpu.json"
-    prove.prove(CPU, 5.0, (), path, TINY)
-    command = commands[0][commands[0].index("gpu") :]
-    monkeypatch.undo()
-    monkeypatch.setattr(prove, "SECTIONS", {"first": (crashes, 1.0), "last": (good, 1.0)})
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1, result.output
-    found = json.loads(path.read_text("utf-8"))
-    assert [row["weights"] for row in found["rows"]["plans"]] == ["before", "good"]
-    assert found["broken"] == ["The section first ended in ValueError: no such thing"]
+    path.write_text("of an older proof", "utf-8")
+    codes: list[int] = []
+
+    def start(options: list[str]) -> int:
+        codes.append(CliRunner().invoke(app, ["gpu", *options]).exit_code)
+        return codes[-1]
+
+    found = supervised.supervised("cpu", 5.0, list(prove.SECTIONS), path, start)
+    assert codes == [supervised.DEVICE_LOST if first is crashes else -signal.SIGABRT, 1]
+    assert found == json.loads(path.read_text("utf-8"))
+    assert found["broken"] == [said]
+    assert [row["weights"] for row in found["rows"]["plans"]] == ["before" if first is crashes else "good", "good"]
+
+
+def test_a_proof_that_never_begins_is_not_tried_for_ever(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit code 3 before any section began"):
+        supervised.supervised("cpu", 5.0, ["accuracy"], tmp_path / "gpu.json", lambda options: 3)
 
 
 def test_real_sections_on_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,325 +1,165 @@
-"""The report in a browser: by keyboard, in a dark theme, on a phone and on paper, and without a network."""
+"""What a report says and draws: its first card, its charts and tables, its size, and the picture."""
 
-import html
 import json
 import math
 import re
-import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 
 import qwen2_fp16_fix
-from qwen2_fp16_fix.activations.sites import SITES
 from qwen2_fp16_fix.errors import ScanError
 from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
-from qwen2_fp16_fix.report import picture, style
-from qwen2_fp16_fix.report.charts import charts
+from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
+from qwen2_fp16_fix.report import card, charts, drawing, picture, style, tables
 from qwen2_fp16_fix.report.files import ScanFiles
-from qwen2_fp16_fix.report.page import figures, page
-from qwen2_fp16_fix.report.style import PALETTE
+from qwen2_fp16_fix.report.page import page
 from qwen2_fp16_fix.scanning import sentences
-from qwen2_fp16_fix.scanning.result import CacheLosses, ScannedPrompt, ScanResult
+from qwen2_fp16_fix.scanning.result import CacheLosses, ScanResult
 from qwen2_fp16_fix.verification import rows, verify
 from qwen2_fp16_fix.verification.saved import read_saved
+from tests.report.made_up import VERIFICATION, enlarged
 from tests.scanning.planted import with_tokens
 from tests.stress import TINY, build, random_prompt
 
-pytestmark = pytest.mark.xdist_group("report")  # one worker starts the browser, for all
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
-EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>"
-VERIFICATION: dict[str, Any] = {
-    "settings": {"tokens": 60, "window": 24},
-    "rows": [
-        {
-            "name": f"{kind} float16 eager",
-            "finite": kind == "fixed",
-            "perplexity": 18.5 if kind == "fixed" else None,
-            "drift": -1e-5 if kind == "fixed" else None,
-            "kl_mean": 1e-6 if kind == "fixed" else None,
-            "kl_max": 2e-6 if kind == "fixed" else None,
-            "top1_agreement": 1.0 if kind == "fixed" else None,
-            "largest_logit_difference": 0.01 if kind == "fixed" else None,
-            "first_overflow": None if kind == "fixed" else "layer 0, raw scores q·k",
-        }
-        for kind in ("stock", "fixed")
-    ],
-}
+pytestmark = pytest.mark.xdist_group("report")  # one worker scans, and starts the browser, for all
+PEN = charts.Pen("en", style.LIGHT, str)
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory: pytest.TempPathFactory) -> list[ScanResult]:
-    """Stock's and fixed's, of a checkpoint with everything planted."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    build(TINY, ("scores", "residual", "swiglu", "massive")).half().save_pretrained(folder)
-    ids = [random_prompt(TINY, 1, 40, seed=1), random_prompt(TINY, 1, 12, seed=2)]
-    return [qwen2_fp16_fix.scan(folder, ids, fixed=fixed, device="cpu") for fixed in (False, True)]
+def html(scans: list[ScanResult]) -> str:
+    """The page in English, as text."""
+    return page(scans, VERIFICATION)
 
 
-@pytest.fixture(scope="module")
-def reports(scans: list[ScanResult], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page in each language."""
-    folder = tmp_path_factory.mktemp("report")
-    for lang in sentences.LANGUAGES:
-        (folder / f"{lang}.html").write_text(page(scans, VERIFICATION, lang), encoding="utf-8")
-    return {lang: folder / f"{lang}.html" for lang in sentences.LANGUAGES}
+def drawn(draw: Any, *measured: Any) -> Any:
+    """The axes of a chart."""
+    axes = Figure().subplots()
+    draw(axes, *measured, PEN)
+    return axes
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A Chromium of the system's, without a window."""
-    from playwright.sync_api import sync_playwright
-
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.fail("these tests look at the report in Chromium, which is not installed: apt-get install chromium")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, args=list(QUIET))
-        yield running
-        running.close()
-
-
-class Visit:
-    """A page that is open, with all it said and asked for."""
-
-    def __init__(self, browser: Any, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-
-    def open(self, file: Path) -> Any:
-        self.page.goto(file.as_uri())
-        self.page.wait_for_selector("html[data-ready=yes]", timeout=15_000)
-        return self.page
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
-    visits: list[Visit] = []
-
-    def start(**options: Any) -> Visit:
-        visits.append(Visit(browser, **options))
-        return visits[-1]
-
-    yield start
-    for one in visits:
-        one.context.close()
-
-
-DRAWN = """() => Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => [chart.id, {
-  height: chart.querySelector('svg.main-svg').getBoundingClientRect().height,
-  traces: chart.data.map(({type, x, y, z, text, name}) => ({type, x, y, z, text, name})),
-  ink: chart.layout.font.color,
-  width: chart.querySelector('svg.main-svg').getBoundingClientRect().width,
-  points: chart.querySelectorAll('.point, .hm image').length}]))"""
-
-
-def comes_true(opened: Any, expression: str) -> None:
-    """Waits for it; playwright's own waiting evaluates strings, which the page's security policy forbids."""
-    for _ in range(100):
-        if opened.evaluate(expression):
-            return
-        opened.wait_for_timeout(50)
-    pytest.fail(f"never true: {expression}")
-
-
-@pytest.mark.parametrize("lang", sentences.LANGUAGES)
-def test_it_opens_from_a_file_without_messages_or_requests(
-    visit: Callable[..., Visit], reports: dict[str, Path], lang: str
-) -> None:
-    one = visit()
-    opened = one.open(reports[lang])
-    assert one.said == []
-    assert [url for url in one.asked if not url.startswith(("data:", "blob:"))] == [reports[lang].as_uri()]
-    assert opened.evaluate("document.documentElement.lang") == {"en": "en", "zh": "zh-CN"}[lang]
-    assert opened.locator("h1").count() == 1
-    levels = [
-        int(tag[1]) for tag in opened.evaluate("[...document.querySelectorAll('h1,h2,h3')].map((h) => h.tagName)")
-    ]
-    assert all(after - before <= 1 for before, after in pairwise(levels))
-
-
-def test_the_charts_have_their_data(
-    visit: Callable[..., Visit], reports: dict[str, Path], scans: list[ScanResult]
-) -> None:
-    """What is drawn is what was measured, chart by chart."""
-    charts = visit().open(reports["en"]).evaluate(DRAWN)
-    assert set(charts) == {f"chart-{name}" for name in ("headroom", "residual", "spikes", "against", "int8")}
-    assert all(chart["height"] > 150 and chart["points"] for chart in charts.values())
+def test_the_stock_line_ends_at_the_limit_and_the_fixed_one_goes_on(scans: list[ScanResult]) -> None:
+    """Both lines crossed "float16 ends" at one place, as if the fix had failed."""
     stock, fixed = scans
-    by_place = {(site.layer, site.site): site for site in stock.sites}
-    (cells,) = charts["chart-headroom"]["traces"]
-    assert cells["y"] == [str(layer) for layer in range(TINY.layers)]
-    assert cells["x"] == [sentences.site_name(name) for name in SITES]
-    for layer, row in enumerate(cells["text"]):
-        for name, text in zip(SITES, row, strict=True):
-            bits = by_place[layer, name].headroom_bits
-            assert float(text.removeprefix("✗ ").replace("−", "-")) == pytest.approx(bits, abs=0.051)
-            assert text.startswith("✗") == (bits < 0)
-    for trace, scan in zip(charts["chart-residual"]["traces"], scans, strict=False):
-        assert trace["y"] == [site.largest for site in scan.sites if site.site == "residual"]
-    drawn = [y for trace in charts["chart-spikes"]["traces"] for y in trace["y"]]
-    assert sorted(drawn) == sorted(abs(spike.bias) for spike in stock.bias_spikes)
-    losses = [y for trace in charts["chart-int8"]["traces"][:4] for y in trace["y"]]
+    over = charts.first_over(stock)
+    assert over == next(site.layer for site in style.residuals(stock) if site.largest > FLOAT16_MAX)
+    axes = drawn(charts.residual_stream, scans)
+    lines = {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+    assert list(lines["stock float16"].get_xdata()) == list(range(over))
+    assert max(lines["stock float16"].get_ydata()) < FLOAT16_MAX
+    assert list(lines["fixed float16"].get_ydata()) == [site.largest for site in style.residuals(fixed)]
+    (cross,) = [line for line in axes.get_lines() if line.get_marker() == "X"]
+    assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([over], [FLOAT16_MAX])
+    assert [text.get_text() for text in axes.texts] == ["✗ infinite from here on", "kept in fp32"]
+    assert {tick.get_text() for tick in axes.get_xticklabels()} == set(map(str, range(TINY.layers)))
+
+
+def test_the_charts_have_their_data(scans: list[ScanResult]) -> None:
+    """What is drawn, and what the table below it says, is what was measured."""
+    stock, fixed = scans
+    points = {line.get_label(): line.get_ydata() for line in drawn(charts.spikes, stock).get_lines()}
+    assert sorted(abs(spike.bias) for spike in stock.bias_spikes) == sorted([*points["k_proj"], *points["q_proj"]])
+    losses = [y for line in drawn(charts.int8_losses, stock).get_lines()[:4] for y in line.get_ydata()]
     assert sorted(losses) == sorted(found.int8_loss for found in stock.quantisation.linear_inputs)
-    ends = {trace["name"]: trace for trace in charts["chart-against"]["traces"] if trace["name"]}
     least = min(site.headroom_bits for site in fixed.sites if site.site == "down_proj")
-    at = ends["fixed float16"]["y"].index("down_proj")
-    assert ends["fixed float16"]["x"][at] == pytest.approx(least)
+    row = next(row for row in tables.against_table(scans, "en").rows if row.cells[0] == "down_proj")
+    assert row.cells[2] == style.signed(least)
+    values = [row.cells for row in tables.residual_table(scans, "en").rows]
+    for cells, site in zip(values, style.residuals(stock), strict=True):
+        shown = sentences.number(site.largest)
+        assert cells[:2] == (str(site.layer), f"infinite ({shown} in fp32)" if site.past_limit else shown)
+    by_place = {(site.layer, site.site): site for site in stock.sites}
+    for layer, cells in tables.heat_map(stock, "en").rows:
+        for name, (text, band) in zip(style.SITES, cells, strict=True):
+            bits = by_place[layer, name].headroom_bits
+            assert float(text.replace("−", "-").replace("<", "-")) == pytest.approx(bits, abs=0.051)
+            assert band.startswith("over") == (bits < 0)
+            assert band.endswith("first") == ((layer, name) == (0, "raw_scores"))
+    assert {text for _, cells in tables.heat_map(fixed, "en").rows for text, band in cells if band == "fp32"} == {
+        "fp32"
+    }
 
 
-def test_the_verdict_and_the_tables_say_what_was_found(
-    visit: Callable[..., Visit], reports: dict[str, Path], scans: list[ScanResult]
-) -> None:
-    opened = visit().open(reports["en"])
-    shown = opened.locator(".verdict").all_inner_texts()
-    assert [text.split("\n")[0] for text in shown] == ["✗ Breaks", "✓ Finite"]
-    for text, scan in zip(shown, scans, strict=True):
-        assert sentences.verdict(scan).replace("`", "") in " ".join(text.split())
-    for name, scan in zip(("stock", "fixed"), scans, strict=True):
-        assert opened.locator(f"#numbers-{name} tbody tr").count() == len(scan.sites)
-    assert opened.locator("#numbers-stock tr.bad").count() == len(scans[0].past_limit) > 4
-    assert "18.5000" in opened.locator("#verify-table tr:not(.bad)").last.inner_text()
-    assert "NaN" in opened.locator("#verify-table tr.bad").inner_text()
-    assert opened.locator("table caption").count() == opened.locator("table").count() == 6
-    versions = opened.locator("dl.plain").last.inner_text()
-    assert all(getattr(scans[0].versions, name) in versions for name in ("package", "transformers", "torch"))
+def test_the_first_card_says_what_to_know_and_what_to_do(scans: list[ScanResult]) -> None:
+    stock, fixed = scans
+    found = card.card(scans, "en")
+    assert found["headline"] == [("Breaks in stock float16.", "bad"), ("Safe with the fix.", "good")]
+    assert found["words"].startswith("It breaks first in layer 0, in the raw attention scores, q·k before")
+    assert found["words"].endswith(f"{sentences.number(stock.first_nonfinite.largest)}; float16 ends at 65,504.")
+    assert found["coordinates"].startswith("head 1, channel 15, token 19")
+    assert found["code"] == "import qwen2_fp16_fix\nqwen2_fp16_fix.register()"
+    assert found["heads"] == ["stock float16", "fixed float16"]
+    assert [row["cells"][0].text for row in found["rows"]][::3] == [
+        "✗ breaks in layer 0",
+        f"{len(stock.past_limit)} of {len(stock.sites)}",
+    ]
+    assert [row["cells"][1].text for row in found["rows"]][::4] == ["✓ finite", "proven finite"]
+    unproven = [replace(scan, certificate=replace(scan.certificate, proven=False)) for scan in scans]
+    failed = replace(unproven[1], finite=False)
+    for which, said in (
+        (unproven, "Breaks in stock float16. Finite with the fix on these prompts."),
+        ([unproven[0], failed], "Breaks in stock float16. Breaks with the fix as well."),
+        ([stock], "Breaks in stock float16. Safe with the fix."),
+        ([unproven[0]], "Breaks in stock float16."),
+        ([fixed], "Safe with the fix."),
+        ([unproven[1]], "Finite with the fix on these prompts."),
+        ([replace(stock, finite=True), fixed], "Finite in stock float16 on these prompts. Safe with the fix."),
+    ):
+        assert " ".join(text for text, _ in card.headline(which, "en")) == said
+    foreign = card.card([replace(stock, foreign_code="theirs.Model")], "en")
+    assert "theirs.Model" in foreign["notes"][-1]
 
 
-def test_everything_is_reached_by_keyboard(visit: Callable[..., Visit], reports: dict[str, Path]) -> None:
-    """Tab alone reaches the skip link and every table, what has the focus shows it, and arrows scroll there."""
-    opened = visit(viewport={"width": 800, "height": 700}).open(reports["en"])
-    reached: list[str] = []
-    for _ in range(20):
-        opened.keyboard.press("Tab")
-        found = opened.evaluate(
-            """() => { const e = document.activeElement, s = getComputedStyle(e);
-            return [e.className + ' ' + (e.getAttribute('aria-labelledby') || ''), s.outlineStyle, s.outlineWidth,
-                    e.getBoundingClientRect().left >= 0] }"""
-        )
-        if found[0].strip():
-            assert found[1:] == ["solid", "3px", True], found
-            if found[0] in reached:
-                break
-            reached.append(found[0])
-    tables = opened.evaluate("[...document.querySelectorAll('.scroll')].map((e) => e.getAttribute('aria-labelledby'))")
-    assert reached[0].startswith("skip")
-    assert [name.split()[-1] for name in reached[1:]] == tables
-    region = opened.locator("[aria-labelledby=numbers-stock-caption]")
-    region.focus()
-    opened.keyboard.press("End")
-    comes_true(opened, "document.activeElement.scrollTop > 50")
-    opened.locator(".skip").focus()
-    opened.keyboard.press("Enter")
-    comes_true(opened, "location.hash === '#numbers'")
+def test_the_tables_say_what_was_found(html: str, scans: list[ScanResult]) -> None:
+    numbers = html[html.index('id="numbers-table"') :]
+    numbers = numbers[: numbers.index("</table>")]
+    assert numbers.count("<tr") - 1 == len(scans[0].sites)
+    assert numbers.count("<tr class=bad") == len(scans[0].past_limit) > 4
+    assert "18.5000" in html
+    assert "NaN" in html
+    assert html.count("<caption") == html.count("<table") - 1 == 10  # stock beside fixed has a heading
+    assert all(getattr(scans[0].versions, name) in html for name in ("package", "transformers", "torch"))
 
 
-def test_pictures_and_regions_have_names(visit: Callable[..., Visit], reports: dict[str, Path]) -> None:
-    opened = visit().open(reports["zh"])
-    unnamed = """() => [...document.querySelectorAll('[role=img],[role=region],section,figure,[aria-labelledby]')]
-      .filter((e) => !(e.getAttribute('aria-label') ||
-        document.getElementById(e.getAttribute('aria-labelledby') || '')?.textContent.trim()))
-      .map((e) => e.outerHTML.slice(0, 80))"""
-    assert opened.evaluate(unnamed) == []
-    heads = "[...document.querySelectorAll('th')].every((e) => ['row', 'col'].includes(e.scope))"
-    assert opened.evaluate(heads)
-
-
-def test_the_page_fits_a_phone_follows_the_theme_and_prints_on_white(
-    visit: Callable[..., Visit], reports: dict[str, Path], tmp_path: Path
-) -> None:
-    """Nothing sticks out of a narrow page, charts follow the theme, and paper is white, with charts of its width."""
-    one = visit(viewport={"width": 360, "height": 740}, color_scheme="dark")
-    opened = one.open(reports["en"])
-    assert opened.evaluate("document.documentElement.scrollWidth") <= 360
-    charts = opened.evaluate(DRAWN)
-    assert {chart["ink"] for chart in charts.values()} == {PALETTE["ink"]["dark"]}
-    assert max(chart["width"] for chart in charts.values()) <= 360
-    assert {text for row in charts["chart-headroom"]["traces"][0]["text"] for text in row} == {"", "✗"}
-    opened.emulate_media(color_scheme="light")
-    comes_true(opened, f"document.getElementById('chart-int8').layout.font.color == '{PALETTE['ink']['light']}'")
-    opened.emulate_media(color_scheme="dark")
-    inks = """() => { window.inks = []; addEventListener('beforeprint', () => {
-      const {font, width} = document.getElementById('chart-int8').layout; inks.push(font.color, width) }) }"""
-    opened.evaluate(inks)
-    assert opened.pdf(path=tmp_path / "page.pdf").startswith(b"%PDF")
-    assert opened.evaluate("window.inks") == [PALETTE["ink"]["light"], 680]
-    assert one.said == []
-
-
-@pytest.mark.parametrize("token", ["<b>bold</b>", "a<br>b", "&lt;", "<|im_start|>", "`", "$x^2$", "a\n<i>"])
-def test_a_label_shows_the_token_as_it_is(token: str, scans: list[ScanResult]) -> None:
-    """plotly showed `<b>bold</b>` as a bold word, and a line break as one."""
-    marked = [with_tokens(scan, token) for scan in scans]
-    labels: list[str] = []
-    for figure in figures(charts(marked, "en")).values():
-        for trace in figure["data"]:
-            rows = trace.get("hovertext", [])
-            labels += [label for row in rows for label in (row if isinstance(row, list) else [row]) if label]
-    shown = sentences.token_name(0, token)
-    named = [label for label in labels if label.partition("<br>")[0].count("token ")]
-    assert named
-    for label in named:
-        place, *_, value = label.split("<br>")
-        assert "<" not in place + value
-        assert ">" not in place + value
-        assert shown.strip("`") in html.unescape(place)
-
-
-def test_a_token_that_is_markup_stays_text(
-    visit: Callable[..., Visit], scans: list[ScanResult], tmp_path: Path
-) -> None:
-    """Tokens, prompts and names come from whoever wrote the checkpoint."""
-    prompts = (ScannedPrompt(EVIL, 40), ScannedPrompt(None, 12))
-    poisoned = [with_tokens(scan, EVIL, checkpoint=EVIL.replace("/", ""), prompts=prompts) for scan in scans]
-    verification = json.loads(json.dumps(VERIFICATION))
-    verification["rows"][0]["name"] = EVIL
-    (tmp_path / "page.html").write_text(page(poisoned, verification), encoding="utf-8")
-    one = visit()
-    opened = one.open(tmp_path / "page.html")
-    assert "owned" not in opened.title().replace(EVIL.replace("/", ""), "")
-    assert opened.locator("img").count() == 0
-    assert one.said == []
-
-
-def test_without_javascript_the_tables_are_there(visit: Callable[..., Visit], reports: dict[str, Path]) -> None:
-    one = visit(java_script_enabled=False)
-    one.page.goto(reports["en"].as_uri())
-    assert one.page.locator("#numbers-stock tbody tr").count() > 60
-    assert "The charts need JavaScript" in one.page.locator("footer").inner_text()
+def test_the_page_is_one_small_file_that_loads_nothing(html: str, scans: list[ScanResult]) -> None:
+    """80 layers of random numbers, in the language whose letters take three bytes, are the worst case: 300 kB."""
+    assert len(html.encode()) < 100e3
+    assert len(page([enlarged(scan, 80) for scan in scans], None, "zh").encode()) < 300e3
+    assert not re.search(r'https?://|src=|url\(|@import|xmlns|<style type|href="(?!#|data:)', html)
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|labelledby=")([\w-]+)"', html)) <= set(ids)
 
 
 @pytest.mark.parametrize("kinds", [(), ("massive",)])
-def test_one_scan_alone_makes_a_page(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+def test_one_scan_alone_makes_a_page_and_a_picture(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     """Without spikes, without massive activations, without a fixed scan: what is not there is left out, or said so."""
     build(TINY, kinds).half().save_pretrained(tmp_path)
-    for fixed in (False, True):
-        scan = qwen2_fp16_fix.scan(tmp_path, [random_prompt(TINY, 1, 9)], fixed=fixed, device="cpu")
-        for lang in sentences.LANGUAGES:
-            html = page([scan], None, lang)
-            assert 'id="chart-spikes"' not in html
-            assert 'id="chart-against"' not in html
-            assert 'id="verify-table"' not in html
-            assert ('id="massive-table"' in html) == bool(kinds)
+    scan = qwen2_fp16_fix.scan(tmp_path, [random_prompt(TINY, 1, 9)], fixed=bool(kinds), device="cpu")
+    made = page([scan], None, "zh" if kinds else "en")
+    assert 'id="chart-spikes"' not in made
+    assert 'id="chart-against"' not in made
+    assert 'id="verify-table"' not in made
+    assert ('id="massive-table"' in made) == bool(kinds)
+    picture.draw([scan], tmp_path / "out.png")
 
 
-def test_the_current_folder_has_a_name(scans: list[ScanResult], tmp_path: Path, monkeypatch: Any) -> None:
-    """`scan .` made a page without a heading."""
+def test_a_model_has_a_name(scans: list[ScanResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scan .` made a page without a heading; a model in the Hub's cache was called by its commit."""
     (tmp_path / "Qwen2-7B").mkdir()
     monkeypatch.chdir(tmp_path / "Qwen2-7B")
-    assert re.search("<h1>[^<]*Qwen2-7B", page([replace(scans[0], checkpoint=".")]))
+    assert style.model_name(".") == "Qwen2-7B"
+    cached = tmp_path / "models--Qwen--Qwen2.5-7B" / "snapshots" / "0123456789abcdef"
+    assert style.model_name(str(cached)) == "Qwen/Qwen2.5-7B@0123456"
 
 
 def test_a_scan_of_nan_makes_a_page_and_a_picture(scans: list[ScanResult], tmp_path: Path) -> None:
@@ -337,15 +177,6 @@ def test_a_scan_of_nan_makes_a_page_and_a_picture(scans: list[ScanResult], tmp_p
     picture.draw([broken], tmp_path / "out.png")
 
 
-def test_the_page_is_small_and_whole(reports: dict[str, Path]) -> None:
-    """One file that a mail takes: plotly.js alone is 5 MB unpacked."""
-    html = reports["en"].read_text(encoding="utf-8")
-    assert len(html) < 2.5e6
-    assert "http://" not in html
-    assert "https://" not in html
-    assert "src=" not in html
-
-
 def luminance(colour: str) -> float:
     """Relative luminance (WCAG 2.2)."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
@@ -353,39 +184,69 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def contrast(colour: str, ground: str) -> float:
+    """The contrast of two colours, from 1 to 21 (WCAG 2.2)."""
+    low, high = sorted((luminance(colour), luminance(ground)))
+    return (high + 0.05) / (low + 0.05)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_has_contrast(theme: str) -> None:
     """At least 4.5 to 1 for text, 3 to 1 for lines and dots of charts (WCAG 2.2, 1.4.3 and 1.4.11)."""
-    for name, colours in PALETTE.items():
+    for name, colours in style.PALETTE.items():
         for ground in ("panel", "ground"):
             if name not in ("panel", "ground", "line"):
-                pair = sorted((luminance(colours[theme]), luminance(PALETTE[ground][theme])))
-                least = 3 if name in ("stock", "fixed", "third", "fourth") else 4.5
-                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= least, (name, ground)
+                least = 3 if name in ("third", "fourth") else 4.5  # stock and fixed also colour notes
+                assert contrast(colours[theme], style.PALETTE[ground][theme]) >= least, (name, ground)
+    for band in (*style.BANDS, style.FP32):
+        assert contrast(getattr(band, f"{theme}_ink"), getattr(band, theme)) >= 4.5, band.name
 
 
-def test_the_picture_is_a_described_png(
+def test_the_picture_is_a_small_described_png(
     scans: list[ScanResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A token of dollars was set as mathematics, and raised: after the run, no picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a letter that the font lacks is a warning and an empty box
-        written = ScanFiles(png=tmp_path / "out.png").write(scans, None)
-    assert written == [tmp_path / "out.png"]
-    data = written[0].read_bytes()
-    assert data.startswith(b"\x89PNG")
+        written = ScanFiles(png=tmp_path / "out.png").write([with_tokens(scan, "$^$") for scan in scans], None)
     with Image.open(written[0]) as image:
+        assert image.format == "PNG"
+        assert image.width == 1400
         assert image.info["Description"].startswith("✗ Stock float16 (eager) breaks first in layer")
-    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-    assert width == 1600
-    assert height > 800
-    monkeypatch.setattr(picture, "CHINESE_FONTS", ("No Such Font",))
-    with pytest.raises(qwen2_fp16_fix.ScanError, match="no font here has Chinese letters for the PNG: install"):
+    assert written[0].stat().st_size < 90e3
+    monkeypatch.setattr(drawing, "CHINESE_FONTS", ("No Such Font",))
+    with pytest.raises(ScanError, match="no font here has Chinese letters for the PNG: install"):
         ScanFiles(png=tmp_path / "zh.png", lang="zh").check(force=False)
 
 
-def test_a_token_of_dollars_is_no_formula_in_the_picture(scans: list[ScanResult], tmp_path: Path) -> None:
-    """matplotlib sets what stands between dollars as mathematics, and raised: after the run, no picture."""
-    picture.draw([with_tokens(scans[0], "$^$")], tmp_path / "out.png")
+def test_a_font_that_was_installed_since_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib keeps a list of fonts: whoever installed the font that we asked for was asked for it again."""
+    here = font_manager.fontManager.ttflist
+    (new, *_) = [font for font in here if font.name == "DejaVu Sans Mono"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in here if font.name != new.name])
+    monkeypatch.setattr(drawing, "CHINESE_FONTS", (new.name,))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [new.fname, __file__])
+    assert drawing.fonts("zh") == [new.name, drawing.PLAIN]
+
+
+def test_threads_draw_the_same_and_leave_the_settings_of_matplotlib(scans: list[ScanResult]) -> None:
+    """matplotlib's settings belong to the process, and a program's own style made our lines thick."""
+
+    def draw() -> dict[str, str]:
+        return drawing.svgs(charts.charts(scans[:1], "zh")[-2], "zh", {})
+
+    alone, found = draw(), []
+    with matplotlib.rc_context({"lines.linewidth": 9, "font.size": 30}):
+        before = dict(matplotlib.rcParams)
+        threads = [threading.Thread(target=lambda: found.append(draw())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert dict(matplotlib.rcParams) == before
+    assert found == [alone, alone]
+    assert "偏置" in alone["wide"]
+    assert "@" not in alone["wide"]
 
 
 def test_axes_have_ticks_between_their_ends() -> None:
@@ -394,6 +255,7 @@ def test_axes_have_ticks_between_their_ends() -> None:
         known = [math.log10(value) for value in values if value]
         assert ticks
         assert all(low <= value <= high for value in [*known, *map(math.log10, ticks)])
+    assert [style.signed(bits) for bits in (-0.02, -0.4, 0.0, 12.34)] == ["<0", "−0.4", "0.0", "12.3"]
 
 
 def test_a_report_reads_what_verify_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

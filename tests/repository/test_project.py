@@ -49,7 +49,7 @@ def test_public_names_are_there_and_documented() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in PROMISED if name.islower() and name != "__version__"))
 def test_docstrings_say_what_each_parameter_is(name: str) -> None:
-    """In Google style, from which editors and the API page make a table. `api` stood in no docstring once."""
+    """In Google style, from which editors and the API page make a table. Some stood in no docstring once."""
     function = getattr(qwen2_fp16_fix, name)
     entries = (inspect.getdoc(function) or "").partition("Args:")[2].partition("Returns:")[0]
     documented = re.findall(r"^    (\w+): ", entries, re.M)

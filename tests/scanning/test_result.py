@@ -101,7 +101,7 @@ def test_a_missing_extra_is_one_sentence_that_names_the_method(
 ) -> None:
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     for save, sentence in (
-        (planted.save_html, "save_html needs plotly and jinja2"),
+        (planted.save_html, "save_html needs matplotlib and jinja2"),
         (planted.save_png, "save_png needs"),
     ):
         with pytest.raises(qwen2_fp16_fix.ScanError, match=sentence):
@@ -125,11 +125,11 @@ def test_progress_is_a_bar_on_stderr_or_nothing(
 
 
 def test_a_report_needs_no_extra_until_it_is_written(monkeypatch: pytest.MonkeyPatch, planted: ScanResult) -> None:
-    """A scan runs, and is printed, without plotly, jinja2 and matplotlib."""
+    """A scan runs, and is printed, without jinja2 and matplotlib."""
     plain = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
-        assert name.partition(".")[0] not in ("plotly", "jinja2", "matplotlib"), name
+        assert name.partition(".")[0] not in ("jinja2", "matplotlib"), name
         return plain(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)

@@ -69,7 +69,7 @@ def test_bad_files_are_refused_before_the_run_and_are_not_touched(
             folder, "--report", report, "--verification", there
         )
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    wanted = 'needs plotly and jinja2: run pip install "qwen2-fp16-fix[report]"'
+    wanted = 'needs matplotlib and jinja2: run pip install "qwen2-fp16-fix[report]"'
     assert wanted in refused(folder, "--report", report)
     assert "--png needs matplotlib" in refused(folder, "--png", report)
     assert not report.exists()

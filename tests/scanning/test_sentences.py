@@ -12,7 +12,7 @@ from rich.console import Console
 import qwen2_fp16_fix
 from qwen2_fp16_fix.activations.sites import ENDS, SITES
 from qwen2_fp16_fix.scanning import sentences
-from qwen2_fp16_fix.translations import SCAN_TEXTS
+from qwen2_fp16_fix.translations import REPORT_TEXTS, SCAN_TEXTS
 from tests.scanning.planted import with_tokens
 
 SHOWING = (".py", ".html", ".css", ".js")  # the files of a room that may name a text
@@ -46,7 +46,9 @@ def test_every_text_is_used() -> None:
     package = Path(qwen2_fp16_fix.__file__).parent
     files = [file for room in ("scanning", "report") for file in (package / room).rglob("*") if file.suffix in SHOWING]
     sources = "".join(file.read_text(encoding="utf-8") for file in files)
-    assert {key for key in SCAN_TEXTS["en"] if key.startswith("site_")} == {f"site_{name}" for name in (*SITES, *ENDS)}
-    for key in [key for key in SCAN_TEXTS["en"] if not key.startswith("site_")]:
-        name = re.sub(r"^(column|term|what|verdict)_", "", key).removesuffix("_text")
+    texts = SCAN_TEXTS["en"] | REPORT_TEXTS["en"]
+    for kind in ("site", "words"):
+        assert {key for key in texts if key.startswith(f"{kind}_")} == {f"{kind}_{name}" for name in (*SITES, *ENDS)}
+    for key in [key for key in texts if not key.startswith(("site_", "words_"))]:
+        name = re.sub(r"^(column|term|what|verdict|row)_|_(title|caption|stock|fixed)$", "", key).removesuffix("_text")
         assert re.search(rf"\b{name}\b|_{name}\b", sources), key
