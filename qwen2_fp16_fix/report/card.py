@@ -1,4 +1,4 @@
-"""The first card of a report: the verdict in a few words, where in words, what to do, and stock beside fixed."""
+"""The card at the top of a report: the verdict in a few words, where in words, what to do, and stock beside fixed."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -111,6 +111,6 @@ def test_the_command_does_not_say_whose_machine_it_is(somebodys: Path, python: C
     assert done.returncode == 0, done.stdout + done.stderr
     assert SECRET not in done.stdout + done.stderr
     assert "\x1b" not in done.stdout  # plain when piped
-    assert done.stdout.startswith("All well")
+    assert done.stdout.startswith("Ready")
     assert not re.search(" $", done.stdout, re.M)
     assert "Traceback" not in done.stderr

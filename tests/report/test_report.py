@@ -94,7 +94,7 @@ def test_the_first_card_says_what_to_know_and_what_to_do(scans: list[ScanResult]
     found = card.card(scans, "en")
     assert found["headline"] == [("Breaks in stock float16.", "bad"), ("Safe with the fix.", "good")]
     assert found["words"].startswith("It breaks first in layer 0, in the raw attention scores, q·k before")
-    assert found["words"].endswith(f"{sentences.number(stock.first_nonfinite.largest)}; float16 ends at 65,504.")
+    assert found["words"].endswith(f"{sentences.number(stock.first_nonfinite.largest)}; the float16 limit is 65,504.")
     assert found["coordinates"].startswith("head 1, channel 15, token 19")
     assert found["code"] == "import qwen2_fp16_fix\nqwen2_fp16_fix.register()"
     assert found["heads"] == ["stock float16", "fixed float16"]
