@@ -49,7 +49,7 @@ def test_public_names_are_there_and_documented() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in PROMISED if name.islower() and name != "__version__"))
 def test_docstrings_say_what_each_parameter_is(name: str) -> None:
-    """In Google style, from which editors and the API page make a table. `api` and others stood in no docstring once."""
+    """In Google style, of which editors and the API page make a table. `api` and others stood in no docstring once."""
     function = getattr(qwen2_fp16_fix, name)
     documented = re.findall(
         r"^    (\w+): ", inspect.getdoc(function).partition("Args:")[2].partition("Returns:")[0], re.M
