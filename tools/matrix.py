@@ -3,7 +3,7 @@
 Not one environment a release: torch and pytest are installed once, each distinct set of dependencies once (a layer),
 and a release is a thin folder that goes before them on PYTHONPATH. What is finished is kept, so a stopped run resumes.
 
-    python tools/matrix.py                 every release listed; writes tests/matrix.json and docs/supported.md
+    python tools/matrix.py                 every release of releases.json; writes tests/matrix.json, docs/supported.md
     python tools/matrix.py --ci            one release of each family, but for the installed one, which `make test` runs
     python tools/matrix.py --only 4.57.6   these releases alone
 """

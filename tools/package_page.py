@@ -1,7 +1,7 @@
 """Makes the package page out of README.md when a wheel or an sdist is built: its links work there, or are none.
 
-On a package index a link to a file beside the README leads nowhere. The address of the repository stands once, in
-pyproject.toml. With it such links become absolute and the project's addresses are complete. Without it they become
+On a package index a link to a file beside the README leads nowhere. With the address of the repository, which stands
+once, in pyproject.toml, such links become absolute and the project's addresses are complete. Without it they become
 plain text.
 """
 

@@ -3,7 +3,7 @@
 Each version has an environment of its own, 1 to 7 GB, which is deleted once its releases have run. The suite compiles
 more here than in the matrix, and with a C++ compiler, so this needs g++.
 
-    python tools/torch_matrix.py               all PAIRS; writes tests/torch_versions.json and docs/supported.md
+    python tools/torch_matrix.py               every pair of PAIRS; writes tests/torch_versions.json, docs/supported.md
     python tools/torch_matrix.py --only 2.4.0  these versions of torch alone
 """
 

@@ -121,7 +121,7 @@ def doctor(
     ] = None,
     details: Details = False,
     redact: Annotated[
-        bool, typer.Option("--redact", metavar=FLAG, help="Write PATH in place of your path, to paste it in public.")
+        bool, typer.Option("--redact", metavar=FLAG, help="Write PATH in place of your path, to publish the report.")
     ] = False,
     as_json: AsJson = False,
     output: Output = None,

@@ -165,7 +165,7 @@ def sizes(source: FolderSource) -> dict[str, Any]:
 
 
 def _proof_and_run(path: Path, facts: dict[str, Any], progress: Console | None, language: str) -> list[Remark]:
-    """Adds to the facts what a short run finds, and `certify` if it is quick. Returns a note on the proof."""
+    """Adds the answers of a short run, and of `certify` if it is quick, to the facts. Returns a note on the proof."""
     if facts["quantised"]:
         return [remark("checkpoint.never_proven")]
     found = None

@@ -1,6 +1,6 @@
 """What a user reads: none of the wording that tests/repository/wording.yml lists.
 
-The list is short: each entry was once in a README, a message or the handbook. Add a phrase when it trips a reader.
+The list is short: each entry was once in a README, a message or the handbook. Add a phrase when a reader stumbles.
 """
 
 import ast
