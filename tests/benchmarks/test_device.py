@@ -203,3 +203,26 @@ def test_the_document_takes_a_proof_between_its_marks(tmp_path: Path, monkeypatc
     assert CliRunner().invoke(app, ["document", str(kept)]).exit_code == 0
     assert "0 of 1 models." in page.read_text("utf-8")
     assert "old" not in page.read_text("utf-8")
+
+
+def test_the_page_sums_up_the_proof_that_is_kept() -> None:
+    """Its sentences are written by hand: the figures in them are of the JSON file below."""
+    page = " ".join(report.DOCUMENT.read_text("utf-8").split())
+    found = json.loads((report.RESULTS / "nvidia-h100-80gb-hbm3.json").read_text("utf-8"))["rows"]
+    half = {
+        name: [row for row in found[name] if row.get("dtype") == "fp16"] for name in ("accuracy", "decode", "prompts")
+    }
+    kls = {name: max(row[name] for row in half["accuracy"] if row["way"] != "flex" and name in row) for name in KLS}
+    assert f"at most {max(kls.values()):.1e},".replace("e-0", "e-") in page
+    graphs = [row["graph"]["median"] for row in found["decode"]]
+    faster = [each for each in graphs if each < 1]
+    assert f"{min(faster):.2f} to {max(faster):.2f} of stock's time, in all rows but six." in page
+    assert len(graphs) - len(faster) == 6
+    assert f"up to {max(graphs):.2f}." in page
+    tokens, prompts = ([row["median"] for row in half[name]] for name in ("decode", "prompts"))
+    assert f"{min(tokens):.2f} to {max(tokens):.2f} of stock's time in float16" in page
+    assert f"A prompt takes {min(prompts):.2f} to {max(prompts):.2f} in float16." in page
+    assert all(not launches.is_apart(row) for row in found["launches"])
+
+
+KLS = ("fixed_kl", "cached_kl")
