@@ -91,7 +91,8 @@ def launches(rows: list[Row]) -> str:
         cells = [counts(by_model.get(model, {})) for model in ("stock", "fixed")]
         lines.append([case[0], case[1], f"{case[2]} {case[3]:,}", *cells])
     about = (
-        "Kernels of a layer, counted / seen by torch's profiler + those that libraries start besides, to accumulate parts:"
+        "Kernels of a layer, counted / seen by torch's profiler "
+        "+ those that libraries start besides, to accumulate parts:"
     )
     return f"{about}\n\n{markdown_table(('width', 'attention', 'case', 'stock', 'fixed'), lines)}"
 
