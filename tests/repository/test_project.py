@@ -140,5 +140,5 @@ def test_make_test_asks_for_a_browser_first_and_installs_nothing() -> None:
     looked_for = re.search(r"^BROWSERS := (.*)$", makefile, re.M)
     assert looked_for is not None
     asked = ", ".join(f'"{name}"' for name in looked_for[1].split())
-    assert f"BROWSERS = ({asked})" in read("tests/report/test_report.py")
+    assert f"BROWSERS = ({asked})" in read("tests/report/test_page_in_a_browser.py")
     assert not re.search(r"^\s*@?(sudo )?apt-get|&& apt-get", makefile, re.M)
