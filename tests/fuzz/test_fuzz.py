@@ -82,7 +82,7 @@ def test_what_takes_all_memory_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> No
         worker.MEMORY - 2**26
     )  # written to, beside the 100 MB and more of torch; a fork has not all that its parent has
     assert faults_of(lambda trial: b"x" * held and None) == ["more than 2 GB"]
-    monkeypatch.setattr(worker.main, "app", lambda: bytearray(2**45))
+    monkeypatch.setattr(worker.main, "app", lambda **_: bytearray(2**45))
     assert faults_of(lambda trial: trial.run("certify", "x") and None) == ["certify: more memory than the limit"]
 
 
