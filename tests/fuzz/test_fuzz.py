@@ -38,7 +38,7 @@ def faults_of(make: Callable[[Trial], None], numbers: range = range(1)) -> list[
 
 
 def test_a_traceback_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.main, "app", lambda: [][1])
+    monkeypatch.setattr(worker.main, "app", lambda **_: [][1])
     assert faults_of(lambda trial: trial.run("certify", "x") and None)[0].startswith(
         "certify: exit code 70, IndexError"
     )
