@@ -239,7 +239,7 @@ def _legend(axes: Axes, pen: Pen) -> None:
     handles, _ = axes.get_legend_handles_labels()
     legend = axes.legend(
         loc="lower left",
-        bbox_to_anchor=(0, 1.0),
+        bbox_to_anchor=(0.01, 1.0),
         bbox_transform=blended_transform_factory(axes.figure.transSubfigure, axes.transAxes),
         ncols=2 if pen.narrow else len(handles),
         frameon=False,

@@ -234,23 +234,42 @@ class ScanResult(Result):
         path: str | Path,
         *,
         verification: Result | None = None,
-        lang: str = "en",
+        language: str | None = None,
         force: bool = False,
+        lang: str | None = None,
     ) -> None:
         """Writes the page that `scan --report` writes, for this scan alone. Needs the extra `report`.
 
-        verification: a result of `verify`, which becomes a table of the page. lang: "en" or "zh".
-        Raises ScanError if the extra is not installed, the file cannot be written, or it exists and `force` is False.
+        Args:
+            path: The file to write.
+            verification: A result of `verify`, which becomes a table of the page.
+            language: "en" or "zh"; None for the language of the scan.
+            force: Overwrites an existing file.
+            lang: The older name of `language`.
+
+        Raises:
+            ScanError: The extra is not installed, the file cannot be written, or it exists and `force` is False.
         """
         verified = None if verification is None else verification.to_dict()
-        _report_files().save(self, verified, force, report=to_path(path, ScanError), lang=lang)
+        _report_files().save(
+            self, verified, force, report=to_path(path, ScanError), lang=language or lang or self.language
+        )
 
-    def save_png(self, path: str | Path, *, lang: str = "en", force: bool = False) -> None:
+    def save_png(
+        self, path: str | Path, *, language: str | None = None, force: bool = False, lang: str | None = None
+    ) -> None:
         """Writes the picture that `scan --png` writes, for this scan alone. Needs the extra `report`.
 
-        Raises ScanError if the extra is not installed, the file cannot be written, or it exists and `force` is False.
+        Args:
+            path: The file to write.
+            language: "en" or "zh"; None for the language of the scan. Chinese needs a font with its letters.
+            force: Overwrites an existing file.
+            lang: The older name of `language`.
+
+        Raises:
+            ScanError: The extra is not installed, the file cannot be written, or it exists and `force` is False.
         """
-        _report_files().save(self, None, force, png=to_path(path, ScanError), lang=lang)
+        _report_files().save(self, None, force, png=to_path(path, ScanError), lang=language or lang or self.language)
 
 
 def headroom(site: MeasuredSite) -> float:

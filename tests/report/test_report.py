@@ -48,7 +48,7 @@ def drawn(draw: Any, *measured: Any) -> Any:
 
 
 def test_the_stock_line_ends_at_the_limit_and_the_fixed_one_goes_on(scans: list[ScanResult]) -> None:
-    """Both lines crossed "float16 ends" at one place, as if the fix had failed."""
+    """Both lines crossed the limit at one place, as if the fix had failed."""
     stock, fixed = scans
     over = charts.first_over(stock)
     assert over == next(site.layer for site in style.residuals(stock) if site.largest > FLOAT16_MAX)
@@ -94,7 +94,9 @@ def test_the_first_card_says_what_to_know_and_what_to_do(scans: list[ScanResult]
     found = card.card(scans, "en")
     assert found["headline"] == [("Breaks in stock float16.", "bad"), ("Safe with the fix.", "good")]
     assert found["words"].startswith("It breaks first in layer 0, in the raw attention scores, q·k before")
-    assert found["words"].endswith(f"{sentences.number(stock.first_nonfinite.largest)}; float16 ends at 65,504.")
+    assert found["words"].endswith(
+        f"{sentences.number(stock.first_nonfinite.largest)}, over the float16 limit of 65,504."
+    )
     assert found["coordinates"].startswith("head 1, channel 15, token 19")
     assert found["code"] == "import qwen2_fp16_fix\nqwen2_fp16_fix.register()"
     assert found["heads"] == ["stock float16", "fixed float16"]

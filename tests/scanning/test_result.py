@@ -76,7 +76,7 @@ def test_a_notebook_shows_the_same_table(planted: ScanResult) -> None:
 
 def test_a_scan_saves_a_page_and_a_picture(planted: ScanResult, tmp_path: Path) -> None:
     planted.save_html(tmp_path / "page.html")
-    planted.save_html(str(tmp_path / "zh.html"), lang="zh")
+    planted.save_html(str(tmp_path / "zh.html"), language="zh")
     planted.save_png(tmp_path / "picture.png")
     assert '<html lang="en">' in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert '<html lang="zh-CN">' in (tmp_path / "zh.html").read_text(encoding="utf-8")
