@@ -41,7 +41,8 @@ class Tightest(NamedTuple):
 def page_of(found: Certificate) -> Group:
     """The verdict, and what it rests on in a few lines: the tightest places, the exponents, the cast to float16."""
     say = CERTIFY_TEXTS[found.language]
-    below = [*_stock(found), *_exponents(found), *_cast(found), say["more"]]
+    limits = say["limits"].format(number=number_text(FLOAT16_MAX), sum=number_text(LIMIT))
+    below = [limits, *_stock(found), *_exponents(found), *_cast(found), say["more"]]
     return Group(_verdict(found), *map(Text, [*_other_reasons(found), ""]), _summary(found), *map(Text, ["", *below]))
 
 

@@ -26,7 +26,7 @@ CODES = {
     "verify": "0 verified, 1 not verified",
     "export": "0 exported",
     "push": "0 pushed",
-    "doctor": "0 healthy, 1 something breaks",
+    "doctor": "0 ready, 1 something is wrong here",
     "scan": "0 every number is finite, 1 float16 overflows",
     "run": "that of the program; before it starts",
     "status": "0 supported",
