@@ -1,12 +1,13 @@
-"""What a proof found as tables for docs/performance.md."""
+"""What a proof found, as tables for docs/performance.md: the worst of many rows where single ones say no more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..report import markdown_table
+from . import timing_tables as timing
+from .cells import Row, grouped, ratio, small, times, worst
 
-Row = dict[str, Any]
-Cells = Callable[[Row], list[str]]
+Table = Callable[[list[Row]], str]
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -14,13 +15,12 @@ def markdown(found: dict[str, Any]) -> str:
     where, rows = found["environment"], found["rows"]
     threads = "" if "capability" in where else f", {where['threads']} threads"
     card = f", compute capability {where['capability']}" if "capability" in where else ""
-    about = f"{where['device']}{card}{threads}, transformers {where['transformers']}, torch {where['torch']}:"
-    parts = [about]
-    for title, section, heads, cells in TABLES:
-        if rows.get(section):
-            parts += [f"*{title}*", markdown_table(heads, [cells(row) for row in rows[section]])]
-    parts.append(summary(found))
-    return "\n\n".join(parts)
+    parts = [f"{where['device']}{card}{threads}, transformers {where['transformers']}, torch {where['torch']}:"]
+    for sections, table in TABLES:
+        chosen = [row for section in sections for row in rows.get(section, [])]
+        if chosen:
+            parts.append(table(chosen))
+    return "\n\n".join([*parts, summary(found)])
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -31,155 +31,99 @@ def summary(found: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def small(row: Row, key: str) -> str:
-    """A KL or an error. "not finite" where it was computed and is not; why not where the row says so."""
-    if key in row:
-        return "not finite" if row[key] is None else f"{row[key]:.1e}"
-    return "not available" if "not_available" in row else "failed" if "failed" in row else "–"
+def listed(names: Iterable[str]) -> str:
+    """Each once, in the order in which they come."""
+    return ", ".join(dict.fromkeys(names))
 
 
-def times(row: Row, scale: float = 1e3, unit: str = "ms") -> str:
+def accuracy(rows: list[Row]) -> str:
+    """KL to fp32 by weights and dtype: stock's two ways, and the worst of the fixed model's, cache included."""
+    lines = []
+    for (weights, dtype), group in grouped(rows, "weights", "dtype").items():
+        by_way = {row["way"]: row for row in group}
+        fused = [row for row in group if row["way"] != "flex"]
+        stock = [small(by_way.get(way, {}), "stock_kl") for way in ("eager", "sdpa")]
+        flex = worst([by_way["flex"]], "fixed_kl", "cached_kl") if "flex" in by_way else "–"
+        lines.append([weights, dtype, *stock, worst(fused, "fixed_kl", "cached_kl"), flex])
+    ran = listed(row["way"] for row in rows if "fixed_kl" in row and row["way"] != "flex")
+    missing = listed(row["way"] for row in rows if "not_available" in row)
+    said = f"KL to fp32, of a fixed model the largest of these ways, whole and over a cache: {ran}."
+    said += f" Not available: {missing}." if missing else ""
+    heads = ("weights", "dtype", "stock eager", "stock sdpa", "fixed, at most", "fixed, flex")
+    return f"{said}\n\n{markdown_table(heads, lines)}"
+
+
+def causality(rows: list[Row]) -> str:
+    """In a sentence each."""
+    ran = [row for row in rows if "future" in row]
+    masked = [row for row in ran if row["masks"]]
+    said = []
+    for what, chosen, key in (("Later tokens", ran, "future"), ("Pads", masked, "pads")):
+        same = listed(row["way"] for row in chosen if row[key])
+        changed = listed(row["way"] for row in chosen if not row[key])
+        said.append(f"{what} change no bit in {same or 'no way'}{f', but in {changed}' if changed else ''}.")
+    return " ".join(said)
+
+
+def switches(rows: list[Row]) -> str:
+    """The worst KL of each switch, over weights and first positions."""
+    lines = [
+        [switch, *(worst([row for row in group if row["way"] == way], "kl") for way in ("eager", "sdpa"))]
+        for (switch,), group in grouped(rows, "switch").items()
+    ]
+    over = listed(row["weights"] for row in rows)
+    starts = " and ".join(f"{start:,}" for start in dict.fromkeys(row["start"] for row in rows))
+    about = f"KL to fp32 with torch's switches, at most, over weights ({over}) from positions {starts}:"
+    return f"{about}\n\n{markdown_table(('switch', 'eager', 'sdpa'), lines)}"
+
+
+def plans(rows: list[Row]) -> str:
+    """In a sentence."""
+    same = [row for row in rows if row.get("same") and row.get("same_centres")]
+    return f"Plans and centres are those made on a CPU for {len(same)} of {len(rows)} models."
+
+
+def launches(rows: list[Row]) -> str:
+    """Our count and the profiler's, stock and fixed in one line."""
+    lines = []
+    for case, group in grouped(rows, "width", "attention", "phase", "tokens").items():
+        by_model = {row["model"]: row for row in group}
+        cells = [counts(by_model.get(model, {})) for model in ("stock", "fixed")]
+        lines.append([case[0], case[1], f"{case[2]} {case[3]:,}", *cells])
+    about = (
+        "Kernels of a layer, counted / seen by torch's profiler + those that libraries start besides, to sum up parts:"
+    )
+    return f"{about}\n\n{markdown_table(('width', 'attention', 'case', 'stock', 'fixed'), lines)}"
+
+
+def counts(row: Row) -> str:
+    """As `28 / 28 + 5`."""
+    seen = f" / {row['seen']} + {row['helpers']}" if row.get("seen") is not None else ""
+    return f"{row['counted']}{seen}" if "counted" in row else small(row, "counted")
+
+
+def compiled(rows: list[Row]) -> str:
     """Fixed and stock."""
-    return f"{row['right'] * scale:,.2f} / {row['left'] * scale:,.2f} {unit}" if "right" in row else small(row, "right")
+    heads = ("attention", "context", "mode", "KL to not compiled", "fixed / stock", "ratio")
+    lines = [
+        [row["attention"], f"{row['tokens']:,}", row["mode"], small(row, "fixed_kl"), times(row), ratio(row)]
+        for row in rows
+    ]
+    return f"A token, compiled as one graph over a static cache, two layers:\n\n{markdown_table(heads, lines)}"
 
 
-def ratio(row: Row) -> str:
-    """The median and the quartiles of fixed over stock."""
-    return f"{row['median']:.3f} ({row['lower']:.3f} to {row['upper']:.3f})" if "median" in row else "–"
-
-
-def number(row: Row, key: str, form: str = "{:,.2f}", scale: float = 1.0) -> str:
-    """A number, or a dash where there is none."""
-    return form.format(row[key] if scale == 1 else row[key] * scale) if row.get(key) is not None else "–"
-
-
-def yes(row: Row, key: str) -> str:
-    """yes, no, or a dash where nobody asked."""
-    return "–" if row.get(key) is None else "yes" if row[key] else "no"
-
-
-def accuracy(row: Row) -> list[str]:
-    """KL of stock, of fixed and of fixed over a cache."""
-    return [row["weights"], row["dtype"], row["way"], *(small(row, key) for key in KLS)]
-
-
-def timing(row: Row) -> list[str]:
-    """A row of decode or prompts."""
-    case = [row["width"], row["dtype"], row["attention"], f"{row['tokens']:,}"]
-    return [*case, times(row), ratio(row)]
-
-
-def decode(row: Row) -> list[str]:
-    """A row of decode, with the CUDA graph's."""
-    graph = row.get("graph") or {}
-    return [*timing(row), times(graph), ratio(graph)]
-
-
-def launches(row: Row) -> list[str]:
-    """Our count, and the profiler's."""
-    case = [row["width"], row["attention"], f"{row['phase']} {row['tokens']:,}", row["model"]]
-    return [*case, *(number(row, key, "{}") for key in ("counted", "seen", "helpers"))]
-
-
-KLS = ("stock_kl", "fixed_kl", "cached_kl")
-CASE = ("width", "dtype", "attention", "tokens")
-#: Title, section, heads and cells.
-TABLES: list[tuple[str, str, tuple[str, ...], Cells]] = [
-    ("KL to fp32", "accuracy", ("weights", "dtype", "attention", "stock", "fixed", "fixed, over a cache"), accuracy),
-    (
-        "KL to fp32, keys in two parts",
-        "two parts",
-        ("weights", "dtype", "attention", "stock", "fixed", "fixed, over a cache"),
-        accuracy,
-    ),
-    (
-        "What changes nothing, bit for bit",
-        "causality",
-        ("attention", "later tokens", "pads"),
-        lambda row: [row["way"], yes(row, "future"), yes(row, "pads") if row.get("masks") else "no mask taken"],
-    ),
-    (
-        "KL to fp32 with torch's switches",
-        "switches",
-        ("switch", "weights", "first position", "attention", "KL"),
-        lambda row: [row["switch"], row["weights"], f"{row['start']:,}", row["way"], small(row, "kl")],
-    ),
-    (
-        "Plans made on the device and on a CPU",
-        "plans",
-        ("weights", "same plans", "same centres"),
-        lambda row: [row["weights"], yes(row, "same"), yes(row, "same_centres")],
-    ),
-    (
-        "Kernels a layer",
-        "launches",
-        ("width", "attention", "case", "model", "counted", "seen by the profiler", "of libraries, besides"),
-        launches,
-    ),
-    ("One token after a context", "decode", (*CASE, "fixed / stock", "ratio", "as a CUDA graph", "ratio"), decode),
-    ("A prompt", "prompts", (*CASE, "fixed / stock", "ratio"), timing),
-    (
-        "Host time of a step of 12 small layers",
-        "host",
-        ("dtype", "attention", "fixed / stock", "ratio"),
-        lambda row: [row["dtype"], row["attention"], times(row), ratio(row)],
-    ),
-    (
-        "Peak memory of a prompt",
-        "memory",
-        ("width", "attention", "tokens", "stock MB", "fixed MB", "ratio"),
-        lambda row: [
-            row["width"],
-            row["attention"],
-            f"{row['tokens']:,}",
-            number(row, "stock_bytes", "{:,.1f}", 1e-6),
-            number(row, "fixed_bytes", "{:,.1f}", 1e-6),
-            number(row, "ratio", "{:.3f}"),
-        ],
-    ),
-    (
-        "Planning a layer",
-        "planning",
-        ("width", "dtype", "MB", "copy, ms", "plan, ms", "plan / copy"),
-        lambda row: [
-            row["width"],
-            row["dtype"],
-            number(row, "layer_bytes", "{:,.0f}", 1e-6),
-            number(row, "copy_s", scale=1e3),
-            number(row, "plan_s", scale=1e3),
-            number(row, "copies", "{:,.1f}"),
-        ],
-    ),
-    (
-        "Compiled: one graph over a static cache",
-        "compiled",
-        ("attention", "tokens", "mode", "KL to not compiled", "fixed / stock", "ratio"),
-        lambda row: [
-            row["attention"],
-            f"{row['tokens']:,}",
-            row["mode"],
-            small(row, "fixed_kl"),
-            times(row),
-            ratio(row),
-        ],
-    ),
-    (
-        "Eager scores computed otherwise, KL to fp32",
-        "score accuracy",
-        ("weights", "scores", "whole", "over a cache"),
-        lambda row: [row["weights"], row["scores"], small(row, "kl"), small(row, "cached_kl")],
-    ),
-    (
-        "Eager scores computed otherwise, time as CUDA graphs",
-        "score time",
-        ("width", "case", "scores by", "scores, µs", "attention, µs", "error of scores"),
-        lambda row: [
-            row["width"],
-            f"{row['phase']} {row['tokens']:,}",
-            row["scores"],
-            number(row, "scores_s", "{:,.1f}", 1e6),
-            number(row, "attention_s", "{:,.1f}", 1e6),
-            small(row, "error"),
-        ],
-    ),
+#: The sections whose rows a table takes.
+TABLES: Sequence[tuple[tuple[str, ...], Table]] = [
+    (("accuracy", "two parts"), accuracy),
+    (("causality",), causality),
+    (("switches",), switches),
+    (("plans",), plans),
+    (("launches",), launches),
+    (("decode",), timing.decode),
+    (("prompts",), timing.prompts),
+    (("host",), timing.host),
+    (("memory",), timing.memory),
+    (("planning",), timing.planning),
+    (("compiled",), compiled),
+    (("score accuracy", "score time"), timing.scores),
 ]

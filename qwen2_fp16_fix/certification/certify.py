@@ -68,8 +68,8 @@ def certify(model_or_path: Any, progress: Progress = None, *, language: str = "e
     reasons += [*unbounded, *(residual_obstacles(residual, source.shape.hidden))]
     reasons += in_memory(source, layers) if isinstance(source, ModelSource) else []
     reasons += [f"layer {layer.layer}: {reason}" for layer in layers for reason in layer.reasons]
-    for kind, what in (("overflow", "are over float16's limit of 65,504"), ("nonfinite", "are NaN or infinite")):
-        reasons += [f"{name}: {number_text(lost[kind])} weights {what}" for name, lost in casting.items() if lost[kind]]
+    for kind, what in (("overflow", "numbers over float16's limit of 65,504"), ("nonfinite", "NaN or infinity")):
+        reasons += [f"{name} holds {what} ({number_text(lost[kind])})" for name, lost in casting.items() if lost[kind]]
     exponents = [max(layer.exponents.values(), default=0) for layer in layers]
     scaled = sum(exponent > 0 for exponent in exponents)
     return Certificate(

@@ -17,7 +17,6 @@ from .assumptions import Assumptions
 from .result import Certificate, LayerCertificate
 
 REASONS_SHOWN = 5  # a damaged checkpoint may have several for each layer
-SITE_WIDTH = max(map(len, LIMITS))
 CAST = ("overflow", "nonfinite", "flushed", "subnormal")  # the worst first
 
 
@@ -95,7 +94,7 @@ def _layers(found: Certificate) -> Table:
     """Every layer: the tightest site fixed and stock, each bound as float16 stores it, and the exponents."""
     say = CERTIFY_TEXTS[found.language]
     exponents = ["exponents"] if found.scaled_layers else []  # most checkpoints need none
-    table = _table(say, "layer", "fixed", "bound", "bits", *exponents, "stock", "bound", "bits")
+    table = _table(say, "layer", "fixed", "bound", "bits", *exponents, "stock", "bound", "bits", gap=0)
     for layer in found.layers:
         if not layer.bounds:
             table.add_row(str(layer.layer), say["unbounded"])
@@ -119,15 +118,15 @@ def _tensors(found: Certificate) -> Table:
     return table
 
 
-def _table(say: dict[str, str], *columns: str) -> Table:
-    """A table that cuts nothing off: on a narrow terminal a cell goes on in the next line."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+def _table(say: dict[str, str], *columns: str, gap: int = 1) -> Table:
+    """A table that cuts nothing off: on a narrow terminal a cell continues in the next line.
+
+    gap: blanks between columns, beside the one that is always there.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, gap, 0, 0))
     for name in columns:
         left = name in ("what", "site", "fixed", "stock", "exponents", "tensor")
-        narrowest = SITE_WIDTH if name in ("fixed", "stock") else None
-        table.add_column(
-            say[f"column.{name}"], justify="left" if left else "right", min_width=narrowest, overflow="fold"
-        )
+        table.add_column(say[f"column.{name}"], justify="left" if left else "right", overflow="fold")
     return table
 
 

@@ -65,7 +65,8 @@ def recommend(
     release: of transformers, for the code. checkpoint: what is loaded; there is no advice if it is not a Qwen2.
     """
     loading = loading_of(checkpoint)
-    advice = [] if loading is None else advise(hardware)
+    stock = None if checkpoint is None else checkpoint.stock
+    advice = [] if loading is None else advise(hardware, stock is None or stock.weights_fit)
     facts = [
         Recommendation(
             devices=[device.place for device in item.devices],
@@ -83,18 +84,24 @@ def recommend(
     return facts, [], [remark("device.mixed")] if len(ways) > 1 else []
 
 
-def advise(found: Sequence[Device]) -> list[Advice]:
-    """Advice for the accelerators, or for the CPU if there are none. Devices of one kind share one."""
+def advise(found: Sequence[Device], fits_float16: bool = True) -> list[Advice]:
+    """Advice for the accelerators, or for the CPU if there are none. Devices of one kind share one.
+
+    fits_float16: whether float16 can hold the weights.
+    """
     best = [device for device in found if device.kind != "cpu"] or list(found)
     grouped: dict[tuple[str, str, str, str], list[Device]] = {}
     for device in best:
-        grouped.setdefault((*choose(device), device.name, device.generation), []).append(device)
+        way, reason = choose(device)
+        if way == "fixed float16" and not fits_float16:
+            way, reason = "float32", "reason.weights_over"
+        grouped.setdefault((way, reason, device.name, device.generation), []).append(device)
     return [
         Advice(
             tuple(alike),
             way,
             remark(reason, name=name, capability=capability),
-            tuple(remark(code) for code in _also(way, alike[0])),
+            tuple(remark(code) for code in (_also(way, alike[0]) if fits_float16 else [])),
         )
         for (way, reason, name, capability), alike in grouped.items()
     ]

@@ -1,5 +1,6 @@
 """The doctor's answer about a checkpoint: whether it breaks in stock float16, and where."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class StockAnswer(Record):
     tokens: int
     text: list[str]  # sentences; the first is the answer
 
+    @property
+    def weights_fit(self) -> bool:
+        """Whether float16 can hold the weights that were run. Without, a number has no finite size."""
+        return all(place.largest is not None for place in self.over)
+
 
 def answer_for(path: Path, certificate: Certificate | None, language: str, progress: Progress) -> StockAnswer:
     """Runs a few prompts through some layers of a checkpoint, and says what came of it.
@@ -77,7 +83,8 @@ def judge(run: "StockRun", certificate: Certificate | None) -> "tuple[str, Reach
 
 def _answer(breaks: str, place: "Reached", language: str) -> Remark:
     site, largest = site_name(place.site, language), number_text(place.largest, language)
-    return remark(f"stock.{code_of(breaks)}", site=site, layer=place.layer, largest=largest)
+    code = code_of(breaks) if math.isfinite(place.largest) else "not_finite"
+    return remark(f"stock.{code}", site=site, layer=place.layer, largest=largest)
 
 
 def code_of(breaks: str) -> str:
@@ -109,5 +116,5 @@ def _how(run: "StockRun") -> Remark:
 
 
 def _place(found: "Reached") -> PlaceReached:
-    finite = abs(found.largest) < float("inf")
-    return PlaceReached(found.layer, found.site, found.largest if finite else None, found.seen)
+    largest = found.largest if math.isfinite(found.largest) else None
+    return PlaceReached(found.layer, found.site, largest, found.seen)

@@ -129,6 +129,8 @@ def examine(
         facts |= sizes(source)
         if language is not None:
             notes += _proof_and_run(path, facts, progress, language)
+        if "stock" in facts and not facts["stock"].weights_fit:
+            problems.append(remark("checkpoint.infinite_weights"))
     except Qwen2FP16FixError as error:
         return facts, notes, [*problems, remark("checkpoint.broken", problem=str(error))]
     return facts, notes, problems

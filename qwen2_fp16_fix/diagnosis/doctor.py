@@ -90,7 +90,7 @@ def doctor(
     found_private: Diagnosis = redact(report, private_places(place))
     if path is None or redacted:
         return found_private
-    named: Diagnosis = fill_in(replace(found_private, names_path=True), str(path))
+    named: Diagnosis = fill_in(replace(found_private, names_path=True), path)
     return named
 
 
@@ -108,6 +108,8 @@ def verdict(
         first, more = in_words(findings[0], language), len(findings) - 1
         return in_words(remark("verdict.ill_more" if more else "verdict.ill", first=first, more=more), language)
     ways = "; ".join(f"{item.title} ({', '.join(item.devices)})" for item in advice)
+    if checkpoint is not None and checkpoint.quantised is not None:
+        return in_words(remark("verdict.quantised", ways=ways), language)
     if checkpoint is None or checkpoint.stock is None:
         return in_words(remark("verdict.well", ways=ways), language)
     return in_words(remark("verdict.checkpoint", answer=checkpoint.stock.text[0], ways=ways), language)

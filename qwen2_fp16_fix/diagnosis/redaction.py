@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hub_ids import parse_id
 from ..results import Record
 
 ABSOLUTE = re.compile(r"(?<![\w/.:\\])(?:~|[A-Za-z]:)?[/\\]{1,2}[^\s'\"<>|,;:()]*[^\s'\"<>|,;:().]")
@@ -34,11 +35,18 @@ def redact(tree: Any, places: Mapping[str, str]) -> Any:
     return tree
 
 
-def fill_in(tree: Any, given: str) -> Any:
+def python_name(given: str | os.PathLike[str]) -> str:
+    """The user's own name of a checkpoint as the arguments of from_pretrained."""
+    asked = parse_id(given)
+    names = [str(given)] if asked is None or asked.revision is None else list(asked)
+    return ", revision=".join(json.dumps(name, ensure_ascii=False) for name in names)
+
+
+def fill_in(tree: Any, given: str | os.PathLike[str]) -> Any:
     """`tree` with the user's own name of the checkpoint in place of PATH, in lines of Python and in commands only."""
     if isinstance(tree, str):
-        named = tree.replace('"PATH"', json.dumps(given, ensure_ascii=False))
-        return COMMAND.sub(lambda found: f"{found[1]} {shlex.quote(given)}", named)
+        named = tree.replace('"PATH"', python_name(given))
+        return COMMAND.sub(lambda found: f"{found[1]} {shlex.quote(str(given))}", named)
     if isinstance(tree, list):
         return [fill_in(value, given) for value in tree]
     if isinstance(tree, Record):

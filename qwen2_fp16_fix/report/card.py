@@ -1,4 +1,4 @@
-"""The first card of a report: the verdict in a few words, where in words, what to do, and stock beside fixed."""
+"""What a report begins with: the verdict in a few words, where in words, what to do, and stock beside fixed."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from ..patches.range_plan import FLOAT16_MAX
 from ..translations import SCAN_TEXTS as TEXTS
+from ..translations import number_text
 from .result import BiasSpike, CacheLosses, FirstNonfinite, MeasuredSite, ScanResult, Where, headroom
 
 LANGUAGES = tuple(TEXTS)
@@ -17,10 +18,8 @@ def site_name(site: str, lang: str = "en") -> str:
 
 
 def number(value: float | None, lang: str = "en") -> str:
-    """A magnitude: whole from 100 on, below that with three digits."""
-    if value is None:
-        return TEXTS[lang]["not_finite"]
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """A magnitude, as every text writes it."""
+    return number_text(value, lang)
 
 
 def bias_text(spike: BiasSpike, form: str, lang: str = "en") -> str:
@@ -157,7 +156,7 @@ def rendered(found: ScanResult, lang: str = "en") -> Group:
             site_name(site.site, lang),
             number(site.largest, lang),
             texts["not_finite"] if site.headroom_bits is None else f"{site.headroom_bits:+.1f}",
-            "" if site.bound is None else f"{site.bound:,.4g}",
+            "" if site.bound is None else number(site.bound, lang),
             Text(where_text(site.where, lang)),  # no markup, whatever a token says
             style="red" if site.past_limit else None,
         )

@@ -1,6 +1,7 @@
 """The proof of a device: what a surprise may cost, what it says in the end, and its real sections on tiny models."""
 
 import json
+import re
 import signal
 import time
 from collections import Counter
@@ -157,8 +158,10 @@ def test_real_sections_on_tiny_models(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [("not_available" in row) for row in found.rows["accuracy"]] == [False, False, True] * 2
     assert len(found.broken) == 4  # whole and over a cache, eager and sdpa, in float16
     text = tables.markdown(found.found())
-    assert text.count("\n| ") == sum(map(len, found.rows.values())) + 2 * len(found.rows)
-    assert "| all | fp16 | sdpa cudnn | not available |" in text
+    assert "cache: eager, sdpa. Not available: sdpa cudnn." in text
+    assert "| all | fp16 | not finite | not finite | " in text
+    assert "for 1 of 1 models" in text
+    assert len(re.findall("^\\| tiny \\|", text, re.MULTILINE)) == 3  # decode, prompts, score time
 
 
 def test_counts_that_are_two_apart_are_told_apart_by_name() -> None:
@@ -198,5 +201,28 @@ def test_the_document_takes_a_proof_between_its_marks(tmp_path: Path, monkeypatc
     good(found)
     found.save()
     assert CliRunner().invoke(app, ["document", str(kept)]).exit_code == 0
-    assert "| good | yes | – |" in page.read_text("utf-8")
+    assert "0 of 1 models." in page.read_text("utf-8")
     assert "old" not in page.read_text("utf-8")
+
+
+def test_the_page_sums_up_the_proof_that_is_kept() -> None:
+    """Its sentences are written by hand: the figures in them are of the JSON file below."""
+    page = " ".join(report.DOCUMENT.read_text("utf-8").split())
+    found = json.loads((report.RESULTS / "nvidia-h100-80gb-hbm3.json").read_text("utf-8"))["rows"]
+    half = {
+        name: [row for row in found[name] if row.get("dtype") == "fp16"] for name in ("accuracy", "decode", "prompts")
+    }
+    kls = {name: max(row[name] for row in half["accuracy"] if row["way"] != "flex" and name in row) for name in KLS}
+    assert f"at most {max(kls.values()):.1e},".replace("e-0", "e-") in page
+    graphs = [row["graph"]["median"] for row in found["decode"]]
+    faster = [each for each in graphs if each < 1]
+    assert f"{min(faster):.2f} to {max(faster):.2f} of stock's time, in all rows but six." in page
+    assert len(graphs) - len(faster) == 6
+    assert f"up to {max(graphs):.2f}." in page
+    tokens, prompts = ([row["median"] for row in half[name]] for name in ("decode", "prompts"))
+    assert f"{min(tokens):.2f} to {max(tokens):.2f} of stock's time in float16" in page
+    assert f"A prompt takes {min(prompts):.2f} to {max(prompts):.2f} in float16." in page
+    assert all(not launches.is_apart(row) for row in found["launches"])
+
+
+KLS = ("fixed_kl", "cached_kl")

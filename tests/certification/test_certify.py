@@ -144,7 +144,7 @@ def test_a_weight_that_the_cast_makes_infinite_is_a_reason(folder: Path) -> None
     found = qwen2_fp16_fix.certify(folder)
     assert not found.proven
     assert found.casting["model.layers.1.mlp.up_proj.weight"]["overflow"] == 1
-    assert any("1 weights are over float16's limit of 65,504" in reason for reason in found.reasons)
+    assert any("holds numbers over float16's limit of 65,504 (1)" in reason for reason in found.reasons)
 
 
 def no_such_folder(folder: Path) -> Path:
@@ -223,7 +223,10 @@ def test_bad_input_is_one_sentence(damage: Callable[[Path], Path], folder: Path)
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SLIPS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
-    "embedding": (lambda t: t["model.embed_tokens.weight"].__setitem__((3, 3), float("nan")), "are NaN or infinite"),
+    "embedding": (
+        lambda t: t["model.embed_tokens.weight"].__setitem__((3, 3), float("nan")),
+        "holds NaN or inf",
+    ),
 }
 
 
@@ -363,17 +366,17 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])  # ru
 @pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of the peak")
 def test_memory_is_about_one_layer(tmp_path: Path) -> None:
-    """A layer here is 25 MB; six more of them in a model would be 150 MB."""
+    """A layer here is 25 MB; four more of them in a model would be 100 MB."""
     from dataclasses import replace
 
     shape = replace(TINY, hidden=1024, heads=8, kv_heads=2, intermediate=3072)
     peaks = []
-    for layers in (2, 8):
+    for layers in (2, 6):
         build(replace(shape, layers=layers), ()).half().save_pretrained(tmp_path / str(layers), max_shard_size="30MB")
         command = [sys.executable, "-c", GROWTH, str(tmp_path / str(layers))]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 75  # MB: half of what the layers would add
+    assert peaks[1] - peaks[0] < 50  # MB: half of what the layers would add
 
 
 def test_the_final_norm_is_bounded(folder: Path) -> None:

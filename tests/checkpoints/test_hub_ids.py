@@ -272,6 +272,7 @@ def test_every_failure_is_one_sentence(
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
     assert caught.value.__suppress_context__
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize("command", ["certify", "scan", "verify", "doctor", "export"])

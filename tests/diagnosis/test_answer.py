@@ -11,7 +11,7 @@ import torch
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.demo import CHECKPOINT
-from qwen2_fp16_fix.diagnosis import advice, environment, stock_run
+from qwen2_fp16_fix.diagnosis import advice, environment, redaction, stock_run
 from qwen2_fp16_fix.diagnosis.answer import BREAKS, answer_for, judge
 from qwen2_fp16_fix.diagnosis.checkpoint import CheckpointFacts
 from qwen2_fp16_fix.diagnosis.stock_run import RAW, Reached, StockRun, layers_to_run, run_stock
@@ -26,9 +26,9 @@ def ran(*reached: Reached, layers: int = 4) -> StockRun:
 
 
 CASES: dict[str, StockRun] = {
-    "yes": ran(Reached(0, RAW, OVER, True), Reached(1, "residual", math.inf, True)),
+    "yes": ran(Reached(0, RAW, OVER, True), Reached(1, "residual", OVER, True)),
     "with eager attention": ran(Reached(0, RAW, OVER, True), Reached(1, "residual", BELOW, True)),
-    "probably": ran(Reached(0, RAW, BELOW, True), Reached(3, "residual", math.nan, False)),
+    "probably": ran(Reached(0, RAW, BELOW, True), Reached(3, "residual", OVER, False)),
     "probably with eager attention": ran(Reached(0, "residual", BELOW, True), Reached(3, RAW, OVER, False)),
     "not seen": ran(Reached(0, RAW, BELOW, True)),
 }
@@ -44,6 +44,18 @@ def test_what_was_seen_goes_before_what_was_estimated(breaks: str, monkeypatch: 
         assert "65,504" in found.text[0]
         assert json.dumps(found.to_dict(), allow_nan=False)
     assert set(CASES) == set(BREAKS) - {"no"}
+
+
+@pytest.mark.parametrize("largest", [math.inf, math.nan])
+def test_a_weight_that_float16_cannot_hold_is_told_apart(largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer was "reaches not finite, over the limit", and the advice float16 with the fix."""
+    run = ran(Reached(0, "up", BELOW, True), Reached(1, "up", largest, True))
+    monkeypatch.setattr(stock_run, "run_stock", lambda path, progress: run)
+    found = answer_for(CHECKPOINT, None, "en", None)
+    assert found.breaks == "yes"
+    assert not found.weights_fit
+    assert found.text[0].startswith("Breaks in float16: up of layer 1 is infinite or NaN")
+    assert json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_bounds_say_more_than_prompts() -> None:
@@ -110,6 +122,8 @@ def test_the_code_names_the_users_path_unless_it_is_redacted(healthy: None, tmp_
     assert str(path) in [node.value for node in calls]
     assert f"scan '{path}'" in " ".join(found.checkpoint.stock.text)
     assert str(path) not in json.dumps(qwen2_fp16_fix.doctor(path, redacted=True).to_dict())
+    assert redaction.python_name("o/n@v1.0") == '"o/n", revision="v1.0"'
+    assert redaction.python_name(Path("o/n@v1.0")) == '"o/n@v1.0"'
 
 
 LOADING: dict[str, tuple[dict[str, Any], str, str | None]] = {
@@ -132,6 +146,12 @@ def test_the_code_fits_the_checkpoint(kind: str) -> None:
     assert has in found.code
     assert lacks is None or lacks not in found.code
     assert max(map(len, found.code.splitlines())) <= 80
+
+
+def test_no_float16_is_advised_for_weights_that_it_cannot_hold() -> None:
+    t4 = nvidia("Tesla T4", 7, 5)
+    assert [item.way for item in advice.advise([t4, CPU], fits_float16=False)] == ["float32"]
+    assert [item.way for item in advice.advise([nvidia("A100", 8, 0)], fits_float16=False)] == ["bfloat16"]
 
 
 def test_nothing_is_advised_for_another_model() -> None:

@@ -149,6 +149,7 @@ def test_what_cannot_be_proven_is_a_warning(healthy: None, tmp_path: Path) -> No
     replace_tensors(path, too_large)
     found = qwen2_fp16_fix.doctor(path)
     assert codes(found.warnings) == ["checkpoint.not_proven"]
+    assert codes(found.findings) == ["checkpoint.infinite_weights"]  # float16 with the fix was the advice
     assert found.checkpoint.stored == {"F32": found.checkpoint.parameters}
 
 

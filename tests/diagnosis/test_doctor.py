@@ -34,7 +34,7 @@ def test_a_healthy_machine_is_called_well(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert found.healthy, found.findings
     assert found.exit_code == 0
     assert found.verdict.startswith("Breaks in stock float16: residual after attention of layer 2 reaches 73,728")
-    assert qwen2_fp16_fix.doctor().verdict.startswith("All well: run Qwen2 here in ")
+    assert qwen2_fp16_fix.doctor().verdict.startswith("Ready: run Qwen2 here in ")
     assert {result.device for result in found.self_test.results} >= {"cpu"}
     assert found.checkpoint.proven
     assert found.versions["transformers"] == transformers.__version__

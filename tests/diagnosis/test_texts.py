@@ -37,7 +37,7 @@ def test_every_sentence_exists_and_every_text_is_said() -> None:
     built |= {f"quantised.{name}" for name in (*checkpoint.QUANTISATIONS, "other")} | {"lock.none", "lock.kept"}
     built |= {item.text or f"setting.{item.name.rpartition('.')[2]}" for item in environment.settings()}
     built |= {f"matters.{item.matters}" for item in environment.settings()}
-    built |= {f"stock.{code}" for code in (*map(code_of, BREAKS), *RAN)}
+    built |= {f"stock.{code}" for code in (*map(code_of, BREAKS), *RAN, "not_finite")}
     pages = {f"page.{code}" for code in re.findall(r"(?:say|heading|findings)\([\"'](\w+)", source)}
     pages |= {f"page.{code}" for code in ("native", "emulated", "unknown", "failed")}
     assert literal | built | pages == set(DOCTOR_TEXTS["en"])

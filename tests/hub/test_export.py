@@ -4,7 +4,6 @@ import errno
 import functools
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints import loading
 from qwen2_fp16_fix.checkpoints.folder import open_checkpoint
-from qwen2_fp16_fix.cli import commands, main
+from qwen2_fp16_fix.cli import commands
 from qwen2_fp16_fix.demo import CHECKPOINT
 from qwen2_fp16_fix.errors import CheckpointError, ExportError, HubError
 from qwen2_fp16_fix.hub import export
@@ -264,18 +263,6 @@ def test_the_command_exports(tmp_path: Path) -> None:
     done = run(str(CHECKPOINT), str(tmp_path / "code"), "--code-only")
     assert done.exit_code == 0
     assert not list((tmp_path / "code").glob("*.safetensors"))
-
-
-def test_an_error_is_one_sentence_and_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["qwen2-fp16-fix", "export", str(tmp_path / "nothing"), str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert ended.value.code == 2
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err.count("\n")) == ("", 1)
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_interruption_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

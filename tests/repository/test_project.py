@@ -51,9 +51,8 @@ def test_public_names_are_there_and_documented() -> None:
 def test_docstrings_say_what_each_parameter_is(name: str) -> None:
     """In Google style, from which editors and the API page make a table. Some stood in no docstring once."""
     function = getattr(qwen2_fp16_fix, name)
-    documented = re.findall(
-        r"^    (\w+): ", inspect.getdoc(function).partition("Args:")[2].partition("Returns:")[0], re.M
-    )
+    entries = (inspect.getdoc(function) or "").partition("Args:")[2].partition("Returns:")[0]
+    documented = re.findall(r"^    (\w+): ", entries, re.M)
     assert set(documented) >= set(inspect.signature(function).parameters)
 
 
@@ -141,5 +140,5 @@ def test_make_test_asks_for_a_browser_first_and_installs_nothing() -> None:
     looked_for = re.search(r"^BROWSERS := (.*)$", makefile, re.M)
     assert looked_for is not None
     asked = ", ".join(f'"{name}"' for name in looked_for[1].split())
-    assert f"BROWSERS = ({asked})" in read("tests/report/test_report.py")
+    assert f"BROWSERS = ({asked})" in read("tests/report/test_page_in_a_browser.py")
     assert not re.search(r"^\s*@?(sudo )?apt-get|&& apt-get", makefile, re.M)
