@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from ..activations.sites import SITES
 from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.result import CacheLosses, Losses, MeasuredSite, ScanResult
-from ..scanning.sentences import bias_text, number, site_name, token_name, where_text
+from ..scanning.sentences import bias_text, site_name, token_name, where_text
+from ..translations import number_text as number
 from .charts import MOST, least_headroom
 from .style import TEXTS, band_of, bits_text, cells_of, kind_of, layer_numbers, residuals, scan_name, signed
 

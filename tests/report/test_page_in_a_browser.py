@@ -88,7 +88,7 @@ def test_axe_finds_nothing_and_a_keyboard_reaches_everything(opened: Open, scans
         closed.evaluate("element => { element.open = true }")
     for theme, rules in (("light", None), ("dark", {"runOnly": ["color-contrast"]})):
         tab.emulate_media(color_scheme=theme)
-        some = {"exclude": [["#numbers-table tr:nth-child(n+12)"]]}  # rows like those before, which cost seconds
+        some = {"exclude": [[".scroll tr:nth-child(n+8)"]]}  # rows like those before, which cost seconds
         found = Axe().run(tab, context=some, options=rules).response["violations"]
         assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
     assert tab.evaluate("document.documentElement.lang") == "zh-CN"
@@ -153,8 +153,9 @@ def test_a_token_that_is_markup_stays_text_and_tables_need_no_javascript(opened:
     poisoned = [with_tokens(scan, EVIL, checkpoint=EVIL.replace("/", ""), prompts=prompts) for scan in scans]
     verification = json.loads(json.dumps(VERIFICATION))
     verification["rows"][0]["name"] = EVIL
+    html = page(poisoned, verification)
     for javascript in (True, False):
-        tab = opened(page(poisoned, verification), java_script_enabled=javascript)
+        tab = opened(html, java_script_enabled=javascript)
         assert "owned" not in tab.title().replace(EVIL.replace("/", ""), "")
         assert tab.locator("img").count() == 0
         assert tab.locator("#numbers-table tbody tr").count() > 60
