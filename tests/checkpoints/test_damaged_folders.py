@@ -173,7 +173,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a size past the end": (header(norm={"shape": [2**40]}), "model.safetensors cannot be read"),
     "a line break": (header(**{"x\ny": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}), "cannot be read"),
     "another framework": (header(__metadata__={"format": "tf"}), "has weights of another framework (tf)"),
-    "a million layers": (settings(num_hidden_layers=10**6), "num_hidden_layers = 1000000, the weights 2 layers"),
+    "a million layers": (settings(num_hidden_layers=10**6), "num_hidden_layers = 1000000, but the weights 2 layers"),
     "another config": (settings(configuration_files=["config.4.0.0.json"]), "config.json has configuration_files"),
     "other names": (settings(attribute_map={"rms_norm_eps": "eps"}, eps=1.0), "config.json has attribute_map"),
     "10^30 layers": (settings(num_hidden_layers=10**30), "the weights 2 layers"),

@@ -113,8 +113,9 @@ CUDA, CPUS = "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"
 
 @pytest.fixture
 def precisions() -> Iterator[None]:
-    """Whatever a test sets, by old names or new ones, is as before."""
+    """A test begins as torch does. Whatever it sets, by old names or new ones, is as before."""
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
     yield
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
