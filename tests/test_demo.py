@@ -4,10 +4,8 @@ import filecmp
 import io
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -98,22 +96,22 @@ def test_fixed_logits_are_close_on_the_held_out_chapter(attention: str) -> None:
     assert kl_to(oracle, fixed) < 1e-5  # measured 1.4e-6; stock float16 on the healthy twin is at 3e-5
 
 
-@pytest.mark.process
-def test_a_demo_that_does_not_show_it_exits_1(python: Callable[..., Any]) -> None:
+def test_a_demo_that_does_not_show_it_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off, the fixed rows print `!!!!` as well: exit code 0 would be a lie."""
-    done = python("-m", "qwen2_fp16_fix", "demo", "--json", QWEN2_FP16_FIX="0")
-    assert done.returncode == 1, done.stderr
+    monkeypatch.setenv("QWEN2_FP16_FIX", "0")
+    done = CliRunner().invoke(commands.app, ["demo", "--json"])
+    assert done.exit_code == 1, done.stderr
     found = json.loads(done.stdout)
     assert not found["as_promised"]
     assert not found["versions"]["enabled"]
 
 
-@pytest.mark.process
-def test_the_command_prints_the_texts(python: Callable[..., Any]) -> None:
-    done = python("-m", "qwen2_fp16_fix", "demo")
-    assert done.returncode == 0, done.stderr
+def test_the_command_prints_the_texts(findings: Demonstration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, from the wheel: tests/repository/test_distributions.py."""
+    monkeypatch.setattr(demo, "measure", lambda **_: findings)
+    done = CliRunner().invoke(commands.app, ["demo"])
+    assert done.exit_code == 0, done.stderr
     assert "!!!!!!!!" in done.stdout
-    assert "Traceback" not in done.stderr
     assert len(done.stdout.splitlines()) < 50
 
 

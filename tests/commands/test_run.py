@@ -91,10 +91,9 @@ for name in ("AutoModelForCausalLM", "Qwen2ForCausalLM"):
 
 
 def test_run_fixes_an_unchanged_program(folder: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
-    """Through the Auto class and by the class's own name: the program cannot be asked."""
+    """Through the Auto class and by the class's own name: the program cannot be asked. Stock's logits are NaN."""
     script = tmp_path / "eval.py"
     script.write_text(LOADS)
-    assert python(str(script), str(folder)).stdout.split() == ["False", "False"]
     done = python(*COMMAND, "run", "--", str(script), str(folder))
     assert (done.stdout.split(), done.returncode) == (["True", "True"], 0), done.stderr
 

@@ -68,8 +68,8 @@ started = time.monotonic()
 qwen2_fp16_fix.export(source, folder / "whole", weights="copy")
 seconds, events = time.monotonic() - started, list(events)
 rename = events.index("os.rename") + 1
-points = [("event", n) for n in (rename, rename + 1, *(chance.randrange(1, len(events)) for _ in range(10)))]
-points += [("seconds", seconds * (n + chance.random()) / 10) for n in range(10)]
+points = [("event", n) for n in (rename, rename + 1, *(chance.randrange(1, len(events)) for _ in range(5)))]
+points += [("seconds", seconds * (n + chance.random()) / 5) for n in range(5)]
 for number, (kind, when) in enumerate(points):
     pid = export(f"out{number}", when if kind == "event" else None)
     if kind == "seconds":
@@ -86,7 +86,7 @@ print(json.dumps(found))
 def test_kill_leaves_nothing_or_a_whole_folder(
     tmp_path: Path, python: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ten times at a random moment, ten times at a random system call, and on either side of the rename."""
+    """Five times at a random moment, five times at a random system call, and on either side of the rename."""
     seed = int.from_bytes(os.urandom(2), "big")
     done = python("-c", KILLED, str(CHECKPOINT), str(tmp_path), str(seed), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr

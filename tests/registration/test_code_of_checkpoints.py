@@ -110,7 +110,8 @@ def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
     assert [problem.code for problem in examine(own)[2]] == ["checkpoint.foreign_code"]
 
 
-def test_verify_names_a_checkpoints_own_code(own: Path) -> None:
+def test_verify_names_a_checkpoints_own_code(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2_fp16_fix.verification.rows.NEW_TOKENS", 1)
     found = qwen2_fp16_fix.verify(own, "And the LORD said unto Moses, go", window=8)
     assert not found.passed
     assert "modeling_own.OwnModel" in found.verdict

@@ -39,7 +39,7 @@ TYPED = {
 }
 UNCHECKED = {"pip", "pip-compile"}  # programs of others, in blocks that are not run
 # What a command is given besides, so that it asks no Hub and takes seconds.
-BESIDES = {"push": ["--dry-run"], "verify": ["--tokens", "256", "--window", "128"]}
+BESIDES = {"push": ["--dry-run"], "verify": ["--tokens", "64", "--window", "48"]}
 ONLY_LOOK = {"certify", "demo", "doctor", "verify"}
 
 
@@ -112,6 +112,7 @@ def test_commands_do_what_the_page_says(
 ) -> None:
     """Every command of this project ends as it should on the demo checkpoint, in the order of the page."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen2_fp16_fix.verification.rows.NEW_TOKENS", 4)  # of each text that `verify` generates
     for words in commands_of(fill(block.code, PATH=DEMO, OUT=tmp_path / "out")):
         assert words[0] == "qwen2-fp16-fix", f"mark the block or teach this test to run {words[0]}"
         if words[1] == "run":  # it takes the place of its process
