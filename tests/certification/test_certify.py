@@ -342,13 +342,12 @@ def test_another_architecture_is_refused(folder: Path) -> None:
         qwen2_fp16_fix.certify(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.process
 def test_the_command_and_its_exit_codes(
-    folder: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The verdict in a process of its own; the other exit codes from `main` on."""
-    done = python("-m", "qwen2_fp16_fix", "certify", str(folder))
-    assert (done.returncode, "Proven: " in done.stdout) == (0, True), done.stderr
+    """From `main` on."""
+    code, said, complaint = run_command(monkeypatch, capsys, "certify", str(folder))
+    assert (code, "Proven: " in said) == (0, True), complaint
     edit(folder, plant)
     code, said, _ = run_command(monkeypatch, capsys, "certify", str(folder), "--json")
     assert (code, json.loads(said)["proven"]) == (1, False)
