@@ -18,6 +18,7 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints.stored import FLOATS
 from qwen2_fp16_fix.diagnosis import checkpoint as doctor
 from qwen2_fp16_fix.errors import CheckpointError
+from tests.checkpoints.tiny import settings
 from tests.stress import Shape
 from tests.stress.models import config
 
@@ -131,14 +132,6 @@ def header(**changed: Any) -> Callable[[Path], None]:
         said |= {name: value for name, value in changed.items() if name != "norm"}
         text = json.dumps(said).encode()
         (folder / FILE).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-    return change
-
-
-def settings(**changed: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changed))
 
     return change
 

@@ -11,29 +11,21 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import transformers
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.checkpoints import hub_ids
 from qwen2_fp16_fix.checkpoints.hub_ids import HubId, Wanted, find_checkpoint, parse_id
 from qwen2_fp16_fix.errors import CheckpointError, HubError
-from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from tests.checkpoints.hub_stand_in import TOKEN, Hub, commit_of, running
+from tests.checkpoints.tiny import tiny_checkpoint
 from tests.commands.in_process import run_command
-from tests.stress import Shape, config
 
 MODEL, GATED = "some/model", "some/gated"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2 with the demo's tokenizer."""
-    path = tmp_path_factory.mktemp("whole") / "checkpoint"
-    shape = Shape(hidden=8, layers=1, heads=2, kv_heads=1, intermediate=6, vocab=1024)
-    transformers.Qwen2ForCausalLM(config(shape)).half().save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_CHECKPOINT / name, path)
-    return path
+    return tiny_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint")
 
 
 @pytest.fixture(scope="module")

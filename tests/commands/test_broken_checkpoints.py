@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from safetensors.torch import load_file, save_file
 
 from qwen2_fp16_fix.diagnosis import doctor as diagnosis
 from qwen2_fp16_fix.diagnosis.self_test import SelfTests
-from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
+from tests.checkpoints.tiny import settings, tiny_checkpoint
 from tests.commands.in_process import run_command
-from tests.stress import Shape, config
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.norm.weight"
@@ -22,13 +20,7 @@ NORM = "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2 with the demo's tokenizer."""
-    path = tmp_path_factory.mktemp("whole") / "checkpoint"
-    shape = Shape(hidden=8, layers=1, heads=2, kv_heads=1, intermediate=6, vocab=1024)
-    transformers.Qwen2ForCausalLM(config(shape)).half().save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_CHECKPOINT / name, path)
-    return path
+    return tiny_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint")
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -37,14 +29,6 @@ def without(name: str) -> Callable[[Path], None]:
 
 def holding(name: str, content: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_text(content)
-
-
-def settings(**changed: Any) -> Callable[[Path], Any]:
-    def change(folder: Path) -> None:
-        found = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(found | changed))
-
-    return change
 
 
 def half(folder: Path) -> None:
