@@ -1,7 +1,9 @@
 """Exit codes of the command line, and `qwen2-fp16-fix run`: an unchanged program, its children, its environment."""
 
 import os
+import runpy
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,10 +92,19 @@ for name in ("AutoModelForCausalLM", "Qwen2ForCausalLM"):
 """
 
 
-def test_run_fixes_an_unchanged_program(folder: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
-    """Through the Auto class and by the class's own name: the program cannot be asked. Stock's logits are NaN."""
+def test_run_fixes_an_unchanged_program(
+    folder: Path,
+    tmp_path: Path,
+    python: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through the Auto class and by the class's own name: the program cannot be asked."""
     script = tmp_path / "eval.py"
     script.write_text(LOADS)
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder)])
+    runpy.run_path(str(script))  # stock
+    assert capsys.readouterr().out.split() == ["False", "False"]
     done = python(*COMMAND, "run", "--", str(script), str(folder))
     assert (done.stdout.split(), done.returncode) == (["True", "True"], 0), done.stderr
 

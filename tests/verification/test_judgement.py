@@ -121,16 +121,22 @@ def measured(row: VerifiedRow) -> MeasuredRow:
 
 
 @pytest.mark.parametrize(
-    ("extra", "code"), [([], 0), (["--max-kl", "1", "--max-ppl-drift", "1"], 0), (["--max-kl", "0"], 1)]
+    ("extra", "code", "verdict"),
+    [
+        ([], 0, "Verified: "),
+        (["--max-kl", "1", "--max-ppl-drift", "1"], 0, "Verified: "),
+        (["--max-kl", "0"], 1, "Not verified: fixed float16 eager has a mean KL"),
+        (["--max-ppl-drift", "0"], 1, "Not verified: fixed float16 eager has a perplexity drift"),
+    ],
 )
 def test_thresholds_decide_the_exit_code(
-    findings: VerificationResult, monkeypatch: pytest.MonkeyPatch, extra: list[str], code: int
+    findings: VerificationResult, monkeypatch: pytest.MonkeyPatch, extra: list[str], code: int, verdict: str
 ) -> None:
     monkeypatch.setattr(verify, "measure", lambda inputs, of: measured(row(findings, of.name)))
     done = CliRunner().invoke(commands.app, ["verify", str(DEMO_CHECKPOINT), "--json", *QUICK, *extra])
     found = json.loads(done.stdout)
     assert (done.exit_code, found["passed"]) == (code, code == 0)
-    assert found["verdict"].startswith("Not verified: fixed float16 eager has a mean KL" if code else "Verified: ")
+    assert found["verdict"].startswith(verdict)
 
 
 def test_wrong_usage_is_said_before_a_run(
