@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..scanning.result import ScanResult
-from ..scanning.sentences import number, site_in_layer, where_text
+from ..scanning.sentences import site_in_layer, where_text
+from ..translations import number_text
 from .style import TEXTS, kind_of, scan_name, signed
 
 CODE = "import qwen2_fp16_fix\nqwen2_fp16_fix.register()"
@@ -44,7 +45,7 @@ def place_words(scans: Sequence[ScanResult], lang: str) -> str:
     words = texts[f"words_{at.site}"]
     place = words if at.layer is None else texts["layer_words"].format(layer=at.layer, words=words)
     key = "closest_at" if first.first_nonfinite is None else "breaks_at" if first.first_nonfinite.exact else "lost_at"
-    return texts[key].format(place=place, number=number(at.largest, lang))
+    return texts[key].format(place=place, number=number_text(at.largest, lang))
 
 
 def card(scans: Sequence[ScanResult], lang: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _tightest(scan: ScanResult, lang: str) -> Cell:
 
 
 def _largest(scan: ScanResult, lang: str) -> Cell:
-    return Cell(number(scan.tightest.largest, lang), TEXTS[lang]["float16_ends"])
+    return Cell(number_text(scan.tightest.largest, lang), TEXTS[lang]["float16_ends"])
 
 
 def _over(scan: ScanResult, lang: str) -> Cell:

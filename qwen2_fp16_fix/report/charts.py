@@ -12,7 +12,8 @@ from ..activations.sites import SITES
 from ..patches.range_plan import FLOAT16_MAX
 from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.result import ScanResult
-from ..scanning.sentences import number, site_name, spikes_text
+from ..scanning.sentences import site_name, spikes_text
+from ..translations import number_text
 from .style import TEXTS, kind_of, layer_numbers, log_ticks, residuals, scan_name
 
 LEAST_LOSS = 1e-4  # a smaller loss is drawn as this
@@ -70,7 +71,7 @@ def _partial(draw: Callable[[Axes, Any, Pen], None], measured: Any) -> Callable[
 
 def _residual_chart(scans: Sequence[ScanResult], lang: str) -> Chart:
     texts = TEXTS[lang]
-    top = number(max((site.largest or math.inf for site in residuals(scans[-1])), default=0.0), lang)
+    top = number_text(max((site.largest or math.inf for site in residuals(scans[-1])), default=0.0), lang)
     stop = next((over for scan in scans if (over := first_over(scan)) is not None), None)
     key = "residual_below" if stop is None else "residual_spoken"
     return _chart("residual", texts[key].format(number=top, layer=stop), _partial(residual_stream, scans), 25, lang)

@@ -7,7 +7,7 @@ from ..activations.sites import SITES
 from ..scanning.measurements import LINEAR_INPUTS
 from ..scanning.result import CacheLosses, Losses, MeasuredSite, ScanResult
 from ..scanning.sentences import bias_text, site_name, token_name, where_text
-from ..translations import number_text as number
+from ..translations import number_text
 from .charts import MOST, least_headroom
 from .style import TEXTS, band_of, bits_text, cells_of, kind_of, layer_numbers, residuals, scan_name, signed
 
@@ -58,14 +58,14 @@ def _site_row(sites: tuple[MeasuredSite, ...], lang: str) -> TableRow:
     """A site of one scan or of both. Bound and type are those of the last: of the fixed model if there is one."""
     texts, first, last = TEXTS[lang], sites[0], sites[-1]
     layer = "" if first.layer is None else f"{first.layer} · "
-    sizes = [text for site in sites for text in (number(site.largest, lang), _bits(site, lang))]
+    sizes = [text for site in sites for text in (number_text(site.largest, lang), _bits(site, lang))]
     return TableRow(
         (
             f"{layer}{site_name(first.site, lang)}",
             *sizes,
             last.stored_as or texts["not_stored"],
             f"{first.subnormal_share:.2%}" if first.subnormal_share else "0",
-            "–" if last.bound is None else number(last.bound, lang),
+            "–" if last.bound is None else number_text(last.bound, lang),
             where_text(first.where, lang).replace("`", ""),
         ),
         any(site.past_limit for site in sites),
@@ -113,7 +113,7 @@ def residual_table(scans: Sequence[ScanResult], lang: str) -> Table:
 
 
 def _residual(site: MeasuredSite, lang: str) -> str:
-    shown = number(site.largest, lang)
+    shown = number_text(site.largest, lang)
     return TEXTS[lang]["infinite"].format(number=shown) if site.past_limit and site.largest is not None else shown
 
 
@@ -173,7 +173,7 @@ def massive_table(scan: ScanResult, lang: str) -> Table:
         TableRow(
             (
                 str(found.where.channel),
-                number(found.magnitude, lang),
+                number_text(found.magnitude, lang),
                 str(found.layer),
                 f"{found.where.position} {token_name(found.where.token_id, found.where.token)}",
                 _ranges(found.layers),

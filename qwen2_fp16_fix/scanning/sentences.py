@@ -17,11 +17,6 @@ def site_name(site: str, lang: str = "en") -> str:
     return TEXTS[lang][f"site_{site}"]
 
 
-def number(value: float | None, lang: str = "en") -> str:
-    """A magnitude, as every text writes it."""
-    return number_text(value, lang)
-
-
 def bias_text(spike: BiasSpike, form: str, lang: str = "en") -> str:
     """A spike's bias. One beyond float16's range is infinite there, and None in the result."""
     return TEXTS[lang]["not_finite"] if spike.bias is None else format(spike.bias, form)
@@ -72,13 +67,13 @@ def _outcome(found: ScanResult, lang: str) -> str:
     what = texts["what_fixed" if found.settings.fixed else "what_stock"].format(attention=found.settings.attention)
     if first is not None:
         key = "verdict_broken" if first.exact else "verdict_lost"
-        return texts[key].format(what=what, place=place_name(first, lang), number=number(first.largest, lang))
+        return texts[key].format(what=what, place=place_name(first, lang), number=number_text(first.largest, lang))
     tight = found.tightest
     return texts["verdict_finite"].format(
         what=what,
         prompts=len(found.prompts),
         tokens=sum(prompt.tokens for prompt in found.prompts),
-        number=number(tight.largest, lang),
+        number=number_text(tight.largest, lang),
         place=place_name(tight, lang),
         bits=f"{tight.headroom_bits:.1f}",
     )
@@ -109,7 +104,7 @@ def _outliers(found: ScanResult, lang: str) -> list[str]:
             texts["massive"].format(
                 count=len(found.massive_activations),
                 channel=top.where.channel,
-                number=number(top.magnitude, lang),
+                number=number_text(top.magnitude, lang),
                 layer=top.layer,
             )
         )
@@ -154,9 +149,9 @@ def rendered(found: ScanResult, lang: str = "en") -> Group:
         table.add_row(
             "" if site.layer is None else str(site.layer),
             site_name(site.site, lang),
-            number(site.largest, lang),
+            number_text(site.largest, lang),
             texts["not_finite"] if site.headroom_bits is None else f"{site.headroom_bits:+.1f}",
-            "" if site.bound is None else number(site.bound, lang),
+            "" if site.bound is None else number_text(site.bound, lang),
             Text(where_text(site.where, lang)),  # no markup, whatever a token says
             style="red" if site.past_limit else None,
         )

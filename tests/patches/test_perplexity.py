@@ -8,6 +8,7 @@ rounding moves the loss of one token by 1.7e-3 (standard deviation), up or down,
 """
 
 import math
+import statistics
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ import transformers
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix import demo
+from tests.helpers import kl_to
 from tools.train_demo import healthy, scores_only
 
 pytestmark = pytest.mark.xdist_group("perplexity")  # one worker draws the passage, for all
@@ -68,14 +70,9 @@ def perplexity(dtype: torch.dtype, attention: str, fixed: bool, tokens: int = WI
 
 def kl(dtype: torch.dtype, attention: str, fixed: bool) -> float:
     """The mean KL divergence of the passage's next tokens to fp32's: what the log of the perplexity grows by."""
-    total = 0.0
-    for window in passage().reshape(WINDOWS // 4, 4, LENGTH):
-        p, q = (
-            model(input_ids=window).logits.double().log_softmax(-1)
-            for model in (copied(torch.float32, "eager", False), copied(dtype, attention, fixed))
-        )
-        total += (p.exp() * (p - q)).sum(-1).mean().item()
-    return total / (WINDOWS // 4)
+    models = copied(torch.float32, "eager", False), copied(dtype, attention, fixed)
+    parts = passage().reshape(-1, 4, LENGTH)
+    return statistics.fmean(kl_to(*(model(input_ids=part).logits for model in models)) for part in parts)
 
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

@@ -22,8 +22,8 @@ from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
 from qwen2_fp16_fix.report import card, charts, drawing, picture, style, tables
 from qwen2_fp16_fix.report.files import ScanFiles
 from qwen2_fp16_fix.report.page import page
-from qwen2_fp16_fix.scanning import sentences
 from qwen2_fp16_fix.scanning.result import CacheLosses, ScanResult
+from qwen2_fp16_fix.translations import number_text
 from qwen2_fp16_fix.verification import rows, verify
 from qwen2_fp16_fix.verification.saved import read_saved
 from tests.report.made_up import VERIFICATION, enlarged
@@ -75,7 +75,7 @@ def test_the_charts_have_their_data(scans: list[ScanResult]) -> None:
     assert row.cells[2] == style.signed(least)
     values = [row.cells for row in tables.residual_table(scans, "en").rows]
     for cells, site in zip(values, style.residuals(stock), strict=True):
-        shown = sentences.number(site.largest)
+        shown = number_text(site.largest)
         assert cells[:2] == (str(site.layer), f"infinite ({shown} in fp32)" if site.past_limit else shown)
     by_place = {(site.layer, site.site): site for site in stock.sites}
     for layer, cells in tables.heat_map(stock, "en").rows:
@@ -94,9 +94,7 @@ def test_the_first_card_says_what_to_know_and_what_to_do(scans: list[ScanResult]
     found = card.card(scans, "en")
     assert found["headline"] == [("Breaks in stock float16.", "bad"), ("Safe with the fix.", "good")]
     assert found["words"].startswith("It breaks first in layer 0, in the raw attention scores, q·k before")
-    assert found["words"].endswith(
-        f"{sentences.number(stock.first_nonfinite.largest)}, over the float16 limit of 65,504."
-    )
+    assert found["words"].endswith(f"{number_text(stock.first_nonfinite.largest)}, over the float16 limit of 65,504.")
     assert found["coordinates"].startswith("head 1, channel 15, token 19")
     assert found["code"] == "import qwen2_fp16_fix\nqwen2_fp16_fix.register()"
     assert found["heads"] == ["stock float16", "fixed float16"]
