@@ -83,7 +83,7 @@ def config_of(path: Path) -> dict[str, Any]:
     try:
         found, folder = path.exists(), path if path.is_dir() else path.parent
     except OSError as error:
-        raise CheckpointError(f"the checkpoint cannot be read ({error.strerror}): change its rights.") from None
+        raise CheckpointError(f"the checkpoint cannot be read ({error.strerror}): change its permissions.") from None
     if not found:
         raise CheckpointError("there is no such checkpoint: give a folder, or a .safetensors file.")
     if not (folder / "config.json").is_file():
