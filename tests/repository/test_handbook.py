@@ -96,6 +96,13 @@ def test_no_block_escapes() -> None:
     assert not re.search(r"<!-- not run: .*-->\n(?!```)", "".join(map(read, SHOWN)))
 
 
+def test_the_readmes_code_needs_what_pip_brings() -> None:
+    """A newcomer has no accelerate: `device_map="auto"` ended in a ValueError there, and not in these tests."""
+    blocks = [block for block in BLOCKS if block.page.startswith("README") and block.language == "python"]
+    assert len(blocks) == 2
+    assert not [block.page for block in blocks if "device_map" in block.code]
+
+
 @pytest.fixture(scope="module")
 def looked_at() -> list[list[str]]:
     """Commands that have passed and, because they only look, need not pass twice. tests/test_demo.py runs the first."""
