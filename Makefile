@@ -16,7 +16,7 @@ help:
 	@echo "make demo       stock float16 prints !!!!!!!!, the fix prints the fp32 text"
 	@echo "make test       lint, types and all tests, on the newest supported transformers"
 	@echo "make matrix     the conformance suite on every listed transformers release (about 20 minutes)"
-	@echo "make matrix-ci  the same on one release of each family; the installed one is make test's"
+	@echo "make matrix-ci  the same on one release of each range module; the installed one is make test's"
 	@echo "make matrix-torch  the same on torch 2.4 to the newest, two or three releases each; downloads some 20 GB, needs g++"
 	@echo "make bench      how fast the fix is, beside stock and what else one could do; BENCH=full takes hours on a CPU"
 	@echo "make gpu        proves the fix on this machine's GPU and times it, in 8 minutes; DEVICE=cpu rehearses it"

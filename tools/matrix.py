@@ -4,7 +4,7 @@ Not one environment a release: torch and pytest are installed once, each distinc
 and a release is a thin folder that goes before them on PYTHONPATH. What is finished is kept, so a stopped run resumes.
 
     python tools/matrix.py                 every release listed; writes tests/matrix.json and docs/supported.md
-    python tools/matrix.py --ci            one release of each family, but for the installed one, which `make test` runs
+    python tools/matrix.py --ci            one release of each range module, but for the installed one, which `make test` runs
     python tools/matrix.py --only 4.57.6   these releases alone
 """
 
@@ -184,7 +184,7 @@ def write_table(made: str, begin: str = BEGIN, end: str = END) -> None:
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ci", action="store_true", help="one of each family, but the installed one")
+    parser.add_argument("--ci", action="store_true", help="one of each range module, but the installed one")
     parser.add_argument("--only", nargs="+", metavar="VERSION", help="these releases alone")
     parser.add_argument("--jobs", type=int, default=2, help="releases at a time (default 2)")
     parser.add_argument("--torch", default=TORCH, help=f"torch version for the base environment (default {TORCH})")

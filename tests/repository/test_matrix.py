@@ -33,11 +33,11 @@ def test_enough_releases_are_listed() -> None:
     assert max(map(Version, VERSIONS)) == Version(NEWEST_TESTED)
 
 
-def test_every_family_and_the_newest_run_in_ci() -> None:
+def test_one_release_of_every_range_module_runs_in_ci_and_the_newest() -> None:
+    """The other releases are in the record, which goes stale with every file that decides their outcome."""
     in_ci = [release for release in LISTED if release.ci]
-    assert {release.family for release in in_ci} == {release.family for release in LISTED}
+    assert sorted(matrix.range_for(release.version).module for release in in_ci) == sorted(each.module for each in RANGES)
     assert NEWEST_TESTED in {release.version for release in in_ci}
-    assert {matrix.range_for(release.version) for release in in_ci} == set(RANGES)
 
 
 def test_ci_leaves_the_installed_release_to_make_test(monkeypatch: pytest.MonkeyPatch) -> None:
