@@ -4,7 +4,7 @@ Not one environment a release: torch and pytest are installed once, each distinc
 and a release is a thin folder that goes before them on PYTHONPATH. What is finished is kept, so a stopped run resumes.
 
     python tools/matrix.py                 every release listed; writes tests/matrix.json and docs/supported.md
-    python tools/matrix.py --ci            one release of each range module, but for the installed one, which `make test` runs
+    python tools/matrix.py --ci            one release of each range module; `make test` runs the installed one
     python tools/matrix.py --only 4.57.6   these releases alone
 """
 
