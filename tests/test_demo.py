@@ -19,7 +19,7 @@ from qwen2_fp16_fix.checkpoints import loading
 from qwen2_fp16_fix.cli import commands
 from qwen2_fp16_fix.demo import Demonstration
 from qwen2_fp16_fix.patches.range_plan import FLOAT16_MAX
-from tests.helpers import ROOT, kl_to
+from tests.helpers import ROOT, kl_to, skeleton
 
 pytestmark = pytest.mark.xdist_group("demo")  # one worker runs it once, for all
 
@@ -41,6 +41,13 @@ def test_the_demo_is_as_promised(findings: Demonstration) -> None:
         assert row.perplexity == pytest.approx(oracle.perplexity, rel=1.5e-4)
     assert re.search(r"[a-z]{3,} [a-z]{3,} [a-z]{3,}", oracle.text)
     json.dumps(findings.to_dict(), allow_nan=False)
+
+
+def test_a_demonstration_is_a_result(findings: Demonstration) -> None:
+    """Recorded when `measure` returned a dict: every key, in the same order, with a value of the same kind."""
+    recorded = json.loads((ROOT / "tests" / "recorded_results.json").read_text(encoding="utf-8"))["demo"]
+    assert skeleton(json.loads(json.dumps(findings.to_dict(), allow_nan=False))) == skeleton(recorded)
+    assert repr(findings) == f"<Demonstration: {findings.summary()}>"
 
 
 @pytest.mark.parametrize(("page", "row"), [("fixed.md", "fixed float16"), ("zh/fixed.md", "修复后 float16")])
@@ -98,6 +105,9 @@ def test_fixed_logits_are_close_on_the_held_out_chapter(attention: str) -> None:
 
 def test_a_demo_that_does_not_show_it_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off, the fixed rows print `!!!!` as well: exit code 0 would be a lie."""
+    tokenizer, passage = demo._load_text(demo.CHECKPOINT)
+    monkeypatch.setattr(demo, "_load_text", lambda folder: (tokenizer, passage[:, :32]))  # no promise is about it
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
     monkeypatch.setenv("QWEN2_FP16_FIX", "0")
     done = CliRunner().invoke(commands.app, ["demo", "--json"])
     assert done.exit_code == 1, done.stderr

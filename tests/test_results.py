@@ -1,4 +1,4 @@
-"""What status, certify, check, doctor and the demo return: the JSON they always were, one line, a table, a page."""
+"""What status, certify, check and doctor return: the JSON they always were, one line, a table, a page."""
 
 import io
 import json
@@ -126,10 +126,3 @@ def test_progress_is_a_bar_on_stderr_or_nothing(capsys: pytest.CaptureFixture[st
     console = Console(file=io.StringIO(), width=80)
     assert console_of(console) is console
     assert list(with_bar(range(3), "counting", console)) == [0, 1, 2]
-
-
-@pytest.mark.xdist_group("demo")  # one worker runs it once, for all
-def test_the_demo_returns_a_result_too() -> None:
-    found = demo.measure()
-    assert skeleton(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == skeleton(RECORDED["demo"])
-    assert repr(found) == f"<Demonstration: {found.summary()}>"

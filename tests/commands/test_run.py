@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands.in_process import run_command
 from tests.helpers import ROOT
 from tests.stress import TINY, build
 
@@ -27,7 +28,6 @@ COMMAND = ("-m", "qwen2_fp16_fix")
         (("run", "--", "python", "-c", "import sys; sys.exit(7)"), 7, ""),
         (("no-such-command",), 2, "No such command"),
         (("--version",), 0, ""),
-        (("status",), 0, ""),
     ],
 )
 def test_exit_codes(
@@ -37,6 +37,12 @@ def test_exit_codes(
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_status_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here: a program of its own takes seconds, and test_terminal.py has one."""
+    code, _, complaint = run_command(monkeypatch, capsys, "status")
+    assert (code, "Traceback" in complaint) == (0, False)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a suffix says what can be run")

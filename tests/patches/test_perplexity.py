@@ -63,6 +63,7 @@ def copied(dtype: torch.dtype, attention: str, fixed: bool) -> Any:
     return qwen2_fp16_fix.fix(model) if fixed else model
 
 
+@cache
 def perplexity(dtype: torch.dtype, attention: str, fixed: bool, tokens: int = WINDOWS * LENGTH) -> float:
     """Of the passage's first tokens."""
     return demo.perplexity_of(copied(dtype, attention, fixed), passage()[:, :tokens])
@@ -70,9 +71,15 @@ def perplexity(dtype: torch.dtype, attention: str, fixed: bool, tokens: int = WI
 
 def kl(dtype: torch.dtype, attention: str, fixed: bool) -> float:
     """The mean KL divergence of the passage's next tokens to fp32's: what the log of the perplexity grows by."""
-    models = copied(torch.float32, "eager", False), copied(dtype, attention, fixed)
-    parts = passage().reshape(-1, 4, LENGTH)
-    return statistics.fmean(kl_to(*(model(input_ids=part).logits for model in models)) for part in parts)
+    pairs = zip(logits(torch.float32, "eager", False), logits(dtype, attention, fixed), strict=True)
+    return statistics.fmean(kl_to(*pair) for pair in pairs)
+
+
+@cache
+def logits(dtype: torch.dtype, attention: str, fixed: bool) -> list[torch.Tensor]:
+    """Of the passage, in parts of four windows."""
+    model = copied(dtype, attention, fixed)
+    return [model(input_ids=part).logits for part in passage().reshape(-1, 4, LENGTH)]
 
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

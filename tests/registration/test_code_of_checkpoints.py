@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 import qwen2_fp16_fix
+from qwen2_fp16_fix.verification import rows, verify
 from tests.registration.models import PROMPT, OwnForward
 
 OWN_CODE = """
@@ -111,7 +112,8 @@ def test_commands_say_that_they_looked_at_something_else(own: Path) -> None:
 
 
 def test_verify_names_a_checkpoints_own_code(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen2_fp16_fix.verification.rows.NEW_TOKENS", 1)
+    monkeypatch.setattr(rows, "NEW_TOKENS", 1)
+    monkeypatch.setattr(verify, "planned_rows", lambda device: [rows.ORACLE, rows.Row("float16", "eager", fixed=True)])
     found = qwen2_fp16_fix.verify(own, "And the LORD said unto Moses, go", window=8)
     assert not found.passed
     assert "modeling_own.OwnModel" in found.verdict

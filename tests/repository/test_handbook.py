@@ -23,6 +23,7 @@ from benchmarks.cells import full_grid
 from benchmarks.device import tables
 from qwen2_fp16_fix.cli import commands
 from qwen2_fp16_fix.scanning import sentences
+from qwen2_fp16_fix.verification import rows, verify
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -109,6 +110,7 @@ def looked_at() -> list[list[str]]:
     return [["qwen2-fp16-fix", "demo"]]
 
 
+@pytest.mark.xdist_group("commands")  # one worker runs them, so that none runs twice
 @pytest.mark.parametrize("block", SHELL, ids=name_of)
 def test_commands_do_what_the_page_says(
     block: Block,
@@ -119,7 +121,9 @@ def test_commands_do_what_the_page_says(
 ) -> None:
     """Every command of this project ends as it should on the demo checkpoint, in the order of the page."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qwen2_fp16_fix.verification.rows.NEW_TOKENS", 4)  # of each text that `verify` generates
+    monkeypatch.setattr(rows, "NEW_TOKENS", 4)  # of each text that `verify` generates
+    few = [rows.ORACLE, *(rows.Row("float16", attention, fixed=True) for attention in ("eager", "sdpa"))]
+    monkeypatch.setattr(verify, "planned_rows", lambda device: few)  # tests/verification runs the others
     for words in commands_of(fill(block.code, PATH=DEMO, OUT=tmp_path / "out")):
         assert words[0] == "qwen2-fp16-fix", f"mark the block or teach this test to run {words[0]}"
         if words[1] == "run":  # it takes the place of its process

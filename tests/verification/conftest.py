@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import qwen2_fp16_fix
 from qwen2_fp16_fix.files.packaged import DEMO_CHECKPOINT
 from qwen2_fp16_fix.verification import rows, verify
 from qwen2_fp16_fix.verification.result import VerificationResult
-from tests.verification.letters import tiny
+from tests.verification.letters import table, tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +35,15 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny(tmp_path / "checkpoint")
 
 
+@pytest.fixture(scope="session")
+def loads_and_table(
+    short_texts: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], VerificationResult]:
+    """Every row of the tiny checkpoint, and the rows that were loaded for it: `loads`."""
+    with watched_loads() as loads:
+        return loads, table(tiny(tmp_path_factory.mktemp("tiny") / "checkpoint"), max_kl=1e-12)
+
+
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle and float16 eager, for tests that ask nothing of the others."""
@@ -43,8 +53,15 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def loads() -> Iterator[list[str]]:
     """The rows that are loaded; at each load every model loaded before must be gone."""
+    with watched_loads() as names:
+        yield names
+
+
+@contextmanager
+def watched_loads() -> Iterator[list[str]]:
+    """What `loads` gives, while entered."""
     alive: list[weakref.ref[Any]] = []
     names: list[str] = []
     plain = rows.load
@@ -57,7 +74,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(rows, "load", watched)
-    gc.disable()  # what frees the models must be the code, not luck
-    yield names
-    gc.enable()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "load", watched)
+        gc.disable()  # what frees the models must be the code, not luck
+        try:
+            yield names
+        finally:
+            gc.enable()
