@@ -144,6 +144,7 @@ def test_a_whole_graph_is_compiled(kind: str, attention: str) -> None:
     """Without a view made beforehand, too: Dynamo cannot make a class."""
     model = KINDS[kind]()
     model.config._attn_implementation = attention
+    model.config.num_hidden_layers = 2  # to compile all four takes twice as long
     expected = logits(model)
     torch._dynamo.reset()
     linears._views.clear()

@@ -19,8 +19,11 @@ ROUNDINGS = 5e-6  # a compiler takes addcmul apart, and sdpa another path: a fif
 
 
 def fixed(attention: str) -> Any:
-    """With every way of keeping in range at work: exponents, fp32 residual, centred keys."""
-    return qwen2_fp16_fix.fix(build(TINY, KINDS, attn_implementation=attention).half())
+    """With every way of keeping in range at work: exponents, fp32 residual, centred keys. A layer compiles for long."""
+    model = qwen2_fp16_fix.fix(build(replace(TINY, layers=2), KINDS, attn_implementation=attention).half())
+    assert max(layer.mlp.exponent for layer in model.model.layers) > 0
+    assert all(layer.self_attn.centre is not None for layer in model.model.layers)
+    return model
 
 
 @pytest.fixture(autouse=True)

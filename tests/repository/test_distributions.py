@@ -194,7 +194,7 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         import torch
 
-        venv.create(folder, with_pip=True, symlinks=True)
+        venv.create(folder, symlinks=True)
         self.folder = folder
         self.python = folder / "bin" / "python"
         self.packages = next((folder / "lib").glob("python*/site-packages"))
@@ -204,10 +204,14 @@ class Environment:
     def install(self, *what: object) -> None:
         """Nothing that it requires, and no build requirements: both are there."""
         options = ("-q", "--no-deps", "--no-index", "--no-build-isolation", "--force-reinstall")
-        run(self.python, "-m", "pip", "install", *options, *what, cwd=self.folder)
+        self.pip("install", *options, *what)
 
     def uninstall(self) -> None:
-        run(self.python, "-m", "pip", "uninstall", "-q", "-y", "qwen2-fp16-fix", cwd=self.folder)
+        self.pip("uninstall", "-q", "-y", "qwen2-fp16-fix")
+
+    def pip(self, *arguments: object) -> None:
+        """That of the Python which runs these tests: to install one more took seconds."""
+        run(sys.executable, "-m", "pip", "--python", self.python, *arguments, cwd=self.folder)
 
     def look(self, **environment: str) -> Path:
         """Where the package is; nothing else of the checkout is found in it."""

@@ -41,16 +41,21 @@ def test_misplaced_mutations_are_named(tmp_path: Path) -> None:
     assert misplaced([there, there], tmp_path) == ["there: 2 mutations have this name"]
 
 
-UNUSED = ("-W", "ignore::pytest.PytestUnknownMarkWarning")  # xdist's marks
+UNUSED = ("-W", "ignore::pytest.PytestUnknownMarkWarning", "--tb=native")  # xdist's marks; pytest's long tracebacks
+#: What another worker is about to compile, and the tests of the repository.
+LEFT_OUT = shutil.ignore_patterns("*.pyc.*", "repository")
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a mutated run needs. The package finds the copy's patches/ through its link."""
+    """A copy of what a mutated run needs. The package finds the copy's patches/ through its link.
+
+    With what Python and pytest have compiled. They compile a file anew if its time has changed, as a mutation's has.
+    """
     copy = tmp_path_factory.mktemp("sources")
     for folder in ("patches", "qwen2_fp16_fix", "tools", "benchmarks"):
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__", "repository"))
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=LEFT_OUT)
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=LEFT_OUT)
     shutil.copy(ROOT / "pyproject.toml", copy)
     assert (copy / "qwen2_fp16_fix" / "patches").resolve() == (copy / "patches").resolve()
     return copy
