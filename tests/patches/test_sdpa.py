@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -215,13 +216,14 @@ def test_a_token_is_written_without_shared_heads(padded: bool, model: Any) -> No
     assert kl_to(oracle, got) < 2e-5  # what float16 costs all kinds together: tests/stress
 
 
-def test_an_older_gpus_prompt_and_token_compile_whole(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpus_prompt_and_token_compile_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in for the module, and the question about the card, are traced; no graph breaks.
 
     The first length makes a graph of its own, the last one for any length.
     """
     monkeypatch.setattr(sdpa, "shares_key_heads", lambda tensor: False)
     torch._dynamo.reset()
+    model: Any = qwen2_fp16_fix.fix(build(replace(TINY, layers=2), STRESS, attn_implementation="sdpa").half())
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         for length in (24, 1, 9):

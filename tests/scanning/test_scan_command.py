@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import qwen2_fp16_fix
 from qwen2_fp16_fix.report import files
+from tests.commands.in_process import run_command
 from tests.scanning.planted import PROMPT, command, refused, text_of
 
 pytestmark = pytest.mark.xdist_group("scan")  # one worker builds the checkpoints, for all
@@ -31,12 +31,13 @@ def test_the_command_names_what_was_planted_and_its_exit_code_says_so(
     assert "修复后 float16（eager）" in done.stdout
 
 
-@pytest.mark.process
-def test_errors_are_one_sentence_on_stderr(python: Callable[..., Any], tmp_path: Path) -> None:
-    done = python("-m", "qwen2_fp16_fix", "scan", str(tmp_path / "no"))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("qwen2-fp16-fix: there is no ")
-    assert len(done.stderr.splitlines()) == 1
+def test_errors_are_one_sentence_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed, complaint = run_command(monkeypatch, capsys, "scan", str(tmp_path / "no"))
+    assert (code, printed) == (2, "")
+    assert complaint.startswith("qwen2-fp16-fix: there is no ")
+    assert len(complaint.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("never_run")
