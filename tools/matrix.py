@@ -45,7 +45,6 @@ class Release(NamedTuple):
     """A line of releases.json."""
 
     version: str
-    family: str
     python: str
     ci: bool
 

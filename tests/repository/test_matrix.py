@@ -17,7 +17,7 @@ from tools.matrix_environments import Environments, core_requirements
 LISTED = matrix.listed()
 VERSIONS = [release.version for release in LISTED]
 
-#: First and last release of every family of Qwen2 source, and of the span in which register() does nothing.
+#: The releases on both sides of each change of Qwen2's source, and of the span in which register() does nothing.
 ENDS = {
     *("4.37.0", "4.41.2", "4.42.0", "4.44.2", "4.45.0", "4.47.1", "4.48.0", "4.52.4", "4.53.0", "4.53.3", "4.54.0"),
     *("4.55.4", "4.56.0", "4.57.6", "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.22.2", "5.23.0", "5.24.0"),
